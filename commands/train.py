@@ -1,0 +1,35 @@
+"""Train a model, or go on where the run in the workdir stopped."""
+
+from absl import flags
+
+import config_lib
+import train_lib
+from runtime.errors import UserError
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run's directory; default runs/<config file's name>, or runs/<config.run>.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and begin anew.", flag_values=values)
+    flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", flag_values=values)
+
+
+def _profile_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"--profile_steps: expected FIRST:LAST with FIRST < LAST, as 10:15; got {text!r}")
+    return int(first), int(last)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("train", __doc__, argv, _define, config=True)
+    profile = _profile_steps(values.profile_steps)
+    config_lib.check(values.config)
+    workdir = values.workdir or config_lib.default_workdir(argv, values.config)
+    train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile)

@@ -1,0 +1,276 @@
+"""Read, check and compare configs. The only home of what a value may be; nothing is changed after `check`."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import default
+from runtime.errors import UserError, one_line
+from transformer import optimizer as optimizer_lib
+from transformer.model import CHOICES as MODEL_CHOICES
+from transformer.model import TransformerConfig
+from transformer.optimizer import OptimizerConfig
+
+DEFAULT_CONFIG = "configs/shakespeare.py"
+DEFAULT_WORKDIR = "runs/shakespeare"
+
+CHOICES = {
+    **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
+    **optimizer_lib.CHOICES,
+    "dtype": ("auto", "float32", "bfloat16"),
+    "order": ("shuffle", "sequential", "random"),
+}
+
+
+def _finite(x: float) -> bool:
+    return math.isfinite(x)
+
+
+# What a number must be, beside its type: words for the message, test, keys.
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "at least 1 and below 2147483648",
+        lambda x: 1 <= x < 2**31,
+        "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context newton_schulz_steps "
+        "accumulation_steps batch_size max_bad_steps eval_every log_every save_every keep",
+    ),
+    (
+        "at least 0 and below 2147483648",
+        lambda x: 0 <= x < 2**31,
+        "num_kv_heads head_dim sliding_window muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
+        "sample_every sample_tokens",
+    ),
+    ("> 0 and finite", lambda x: x > 0 and _finite(x), "lr muon_lr eps norm_eps yarn_beta_fast yarn_beta_slow"),
+    ("> 1 and finite", lambda x: x > 1 and _finite(x), "rope_theta yarn_factor"),
+    (
+        "at least 0 and finite",
+        lambda x: x >= 0 and _finite(x),
+        "yarn_attention_factor logit_softcap weight_decay grad_clip temperature",
+    ),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "dropout muon_momentum muon_momentum_start test_fraction"),
+    ("above 0 and below 1", lambda x: 0 < x < 1, "val_fraction"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "lr_warmup_ratio decay_ratio min_lr_ratio"),
+]
+
+# What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
+FREE_ON_RESUME = {
+    *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
+    *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
+    *("save_every", "keep", "data_dir", "init_from"),
+}
+
+
+# --- The command line ---------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """ "; did you mean X?" for the closest of `words`, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_flags(
+    command: str, about: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None], config: bool = False
+) -> flags.FlagValues:
+    """Flags of one command, from `argv` without the program's name and the command's. `--help` prints them and exits.
+
+    Args:
+      define: adds the command's own flags to the FlagValues it is given.
+      config: whether the command takes --config and --config.KEY.
+
+    Raises:
+      UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    define(values)
+    if config:
+        config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "The config file.", flag_values=values)
+        known = default.get_config()
+        for word in argv:
+            if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
+                raise UserError(f"config.{key}: unknown key{nearest(key, list(known))}")
+    try:
+        rest = values(["main.py", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_explain_value(argv, error)) from error
+    except flags.Error as error:
+        raise UserError(one_line(error)) from error
+    except (OSError, SyntaxError, ImportError, AttributeError, TypeError, ValueError, NameError, KeyError) as error:
+        raise UserError(_explain_value(argv, error)) from error
+    if values.help:
+        print(f"{about}\n\n    python main.py {command} [--FLAG=VALUE ...]\n")
+        for name in sorted(set(values) - {"h"}):
+            print(f"  --{name}: {values[name].help}")
+        if config:
+            print("  --config.KEY=VALUE: change a key; configs/default.py explains each.")
+        sys.exit(0)
+    if rest:
+        raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
+    return values
+
+
+def _explain_value(argv: Sequence[str], error: Exception) -> str:
+    """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
+    known = default.get_config()
+    for word in argv:
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or key not in known:
+            continue
+        kind = type(known[key])
+        try:
+            ok = bool(equals) and (kind not in (int, float) or kind(text) is not None)
+            ok = ok and (kind is not bool or text.lower() in ("true", "false", "0", "1"))
+            ok = ok and (kind is not tuple or all(float(part) is not None for part in text.strip("()").split(",")))
+        except ValueError:
+            ok = False
+        if not ok:
+            return f"config.{key}: expected {_type_name(kind)}, got {text!r}; the default is {known[key]!r}"
+    path = next((w.partition("=")[2] for w in argv if w.startswith("--config=")), DEFAULT_CONFIG)
+    if not Path(path.split(":")[0]).is_file():
+        return f"--config={path}: no such file; see configs/"
+    return f"--config={path}: {type(error).__name__}: {one_line(error)}"
+
+
+def _type_name(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    return names.get(kind, "two numbers, as 0.9,0.95")
+
+
+# --- Checking -----------------------------------------------------------------------------------------------------
+
+
+def check(config: ConfigDict) -> None:
+    """Every key is there, of the right type, and possible; no array is made yet.
+
+    Raises:
+      UserError: `config.<key>: <what is wrong>; <what would be right>`.
+    """
+    known = default.get_config()
+    for key in config:
+        if key not in known:
+            raise UserError(f"config.{key}: unknown key{nearest(key, list(known))}")
+    for key, value in known.items():
+        if key not in config:
+            raise UserError(f"config.{key}: missing; start from configs.default.get_config()")
+        given = config[key]
+        right = isinstance(given, type(value)) and isinstance(given, bool) == isinstance(value, bool)
+        if not right and not (isinstance(value, float) and type(given) is int):
+            raise UserError(f"config.{key}: expected {_type_name(type(value))}, got {given!r}")
+    for words, test, keys in RANGES:
+        for key in keys.split():
+            if not test(config[key]):
+                raise UserError(f"config.{key}: must be {words}, got {config[key]}")
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            near = nearest(config[key], choices) or f"; use one of {', '.join(choices)}"
+            raise UserError(f"config.{key}: unknown value {config[key]!r}{near}")
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Values that are possible alone and not together."""
+    betas = config.betas
+    if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+        raise UserError(f"config.betas: must be two numbers at least 0 and below 1, got {betas}")
+    if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
+        raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
+    if config.val_fraction + config.test_fraction >= 1:
+        raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
+    if not config.epochs and not config.max_steps:
+        raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
+    if not config.sample_prompt:
+        raise UserError("config.sample_prompt: must not be empty; a newline is a good start")
+    if Path(config.run).name != config.run or config.run in (".", ".."):
+        raise UserError(
+            f"config.run: must be a plain name without slashes, got {config.run!r}; use --workdir for a path"
+        )
+    try:
+        transformer_config(config, vocab_size=2, dtype="float32")
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+    """The batch must split evenly over the devices.
+
+    Raises:
+      UserError: it does not; names the nearest sizes that do.
+    """
+    if config.batch_size % num_devices:
+        below = config.batch_size // num_devices * num_devices
+        near = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+        raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {num_devices} devices; use {near}")
+
+
+# --- From config to what the layers below take --------------------------------------------------------------------
+
+
+def transformer_config(config: ConfigDict, vocab_size: int, dtype: str) -> TransformerConfig:
+    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
+    names = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype"}
+    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, **{name: config[name] for name in names})
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    return OptimizerConfig(**{field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)})
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain JSON values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The config that `to_dict` wrote; keys that came later take their defaults.
+
+    Raises:
+      UserError: as `check`.
+    """
+    config = default.get_config()
+    for key, value in values.items():
+        if key not in config:
+            raise UserError(f"config.{key}: unknown key in the run's config.json")
+        try:
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise UserError(f"config.{key}: {one_line(error)}") from error
+    check(config)
+    return config
+
+
+def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+    """Whether a run made with `old` may go on with `new`.
+
+    Raises:
+      UserError: a key differs that would make it another run; names the ways out.
+    """
+    for key in sorted(set(new) - FREE_ON_RESUME):
+        if old[key] != new[key]:
+            raise UserError(
+                f"config.{key}: the run in {workdir} has {old[key]!r}, this config {new[key]!r}; use another "
+                f"--workdir, --fresh (moves the old run aside), or --config.init_from={workdir} in another --workdir"
+            )
+    length = ("max_steps", "epochs")
+    if new.schedule in ("cosine", "linear") and any(old[key] != new[key] for key in length):
+        key = next(key for key in length if old[key] != new[key])
+        raise UserError(
+            f"config.{key}: schedule {new.schedule!r} was laid out for {old[key]}, so it cannot become {new[key]} now; "
+            f"schedule constant or constant_linear could, or start anew with --config.init_from={workdir}"
+        )
+
+
+def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:
+    """runs/<run>, or runs/<name of the config file>."""
+    path = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), DEFAULT_CONFIG)
+    return Path("runs") / (config.run or Path(path.split(":")[0]).stem)

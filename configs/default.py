@@ -1,0 +1,103 @@
+"""Every key, once, with its unit and meaning. The other configs start from here and change what differs.
+
+    python main.py --config=configs/default.py --config.KEY=VALUE
+
+The defaults are the model and training set-up of the PyTorch original on a small scale; `configs/shakespeare.py` is
+the recipe to start with.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # --- Model -------------------------------------------------------------------------------------------------
+    config.num_blocks = 4  # layers
+    config.num_heads = 4  # query heads a layer
+    config.num_kv_heads = 0  # key/value heads; 0: as many as num_heads; fewer: grouped-query attention
+    config.embedding_dim = 128  # width of the residual stream
+    config.head_dim = 0  # width of a head; 0: embedding_dim / num_heads
+    config.mlp_dim = 512  # hidden width of the MLP
+    config.context_len = 64  # tokens a sequence, and the most that attention looks back on
+    config.mlp = "gelu"  # gelu (exact) | gelu_tanh | relu2 | swiglu | swiglu_clamped (gpt-oss)
+    config.norm = "layernorm"  # layernorm | rmsnorm
+    config.norm_eps = 1e-5  # added to the variance (layernorm) or mean square (rmsnorm)
+    config.norm_bias = True  # layernorm has a bias
+    config.position = "learned"  # learned | rope | none
+    config.rope_theta = 10_000.0  # rotary base
+    config.rope_scaling = "none"  # none | yarn
+    config.yarn_factor = 32.0  # how many times longer than yarn_original_context
+    config.yarn_original_context = 4096  # tokens
+    config.yarn_beta_fast = 32.0  # planes with more turns in the original context stay as they are
+    config.yarn_beta_slow = 1.0  # planes with fewer turns are slowed by the whole factor
+    config.yarn_truncate = True  # round the ramp between the two to whole planes
+    config.yarn_attention_factor = 0.0  # scale of rotated q and k; 0: 0.1 ln(yarn_factor) + 1
+    config.qk_norm = "none"  # RMSNorm of each query and key head before rotation: none | scaled | unscaled
+    config.attention_sink = True  # a learned logit per head joins every softmax
+    config.sliding_window = 0  # keys a query of a local layer sees, itself included; 0: all
+    config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates
+    config.qkv_bias = False  # bias of the query, key and value projections
+    config.attention_out_bias = False  # bias of the attention's output projection
+    config.mlp_bias = True  # biases of the MLP
+    config.tie_embeddings = True  # the head is the transposed embedding
+    config.logit_softcap = 0.0  # logits become cap * tanh(logits / cap); 0: off
+    config.dropout = 0.0  # probability, after the embedding and on each block's two outputs
+    config.output_init = "normal"  # projections into the residual stream: normal (0.02) | scaled (GPT-2) | zero
+    # zero also starts an untied head at zero
+
+    # --- Data --------------------------------------------------------------------------------------------------
+    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | a text file | a glob of text files
+    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, o200k_base, ...)
+    config.val_fraction = 0.1  # of the text, for validation: what follows the training part
+    config.test_fraction = 0.0  # of the text, for testing: its end
+    config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)
+    config.data_dir = "data"  # named sets and encoded texts; relative to the directory of main.py
+
+    # --- Optimizer ---------------------------------------------------------------------------------------------
+    config.lr = 3e-4  # peak learning rate of AdamW
+    config.muon_lr = 0.02  # peak learning rate of Muon
+    config.use_muon = True  # False: AdamW for every parameter
+    config.muon_momentum = 0.95
+    config.muon_momentum_start = 0.95  # momentum at step 0
+    config.muon_momentum_warmup_steps = 0  # real steps from muon_momentum_start to muon_momentum
+    config.newton_schulz = "classical"  # coefficients: classical | polar_express
+    config.newton_schulz_steps = 5  # iterations
+    config.muon_scale = "aspect"  # aspect: sqrt(max(1, out/in)) | rms: 0.2 sqrt(max(in, out)), to share AdamW's rate
+    config.betas = (0.9, 0.95)  # AdamW
+    config.eps = 1e-8  # AdamW
+    config.weight_decay = 0.0  # decoupled, times the learning rate; never on norms, biases, sinks
+    config.decay_embeddings = False  # weight decay on token and position embeddings too
+    config.grad_clip = 1.0  # most global norm of the gradient; 0: off
+    config.accumulation_steps = 1  # micro-batches a real step
+    config.schedule = "constant"  # of both rates, after warm-up: constant | cosine | linear | constant_linear
+    config.lr_warmup_ratio = 0.0  # share of all steps
+    config.decay_ratio = 0.5  # constant_linear: share of all steps that decays, at the end
+    config.min_lr_ratio = 0.0  # last learning rate as a share of the peak
+
+    # --- Training ----------------------------------------------------------------------------------------------
+    config.batch_size = 16  # sequences a micro-batch, over all devices
+    config.epochs = 1  # passes over the training text; 0: no limit
+    config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
+    config.seed = 0  # of initial weights, data order and dropout
+    config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
+    config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
+    config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
+    config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient
+    config.eval_every = 250  # real steps between evaluations; the last step is always evaluated
+    config.eval_tokens = 0  # evaluate on this many tokens of the validation split in training; 0: on all
+
+    # --- Logging -----------------------------------------------------------------------------------------------
+    config.run = ""  # name of the run: its directory becomes runs/<run>
+    config.log_every = 10  # real steps
+    config.sample_every = 0  # real steps between samples; 0: only at the end
+    config.sample_prompt = "\n"  # what the samples go on from
+    config.sample_tokens = 256  # length of a sample
+    config.temperature = 0.8  # of the samples; 0 is greedy
+    config.print_per_layer_params = False  # list every parameter at the start
+    config.wandb_enabled = False  # Weights & Biases; its settings come from the environment or .env
+
+    # --- Checkpoints -------------------------------------------------------------------------------------------
+    config.save_every = 250  # real steps; the last step and each best evaluation are saved too
+    config.keep = 2  # newest checkpoints kept, beside the best one
+    return config

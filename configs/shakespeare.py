@@ -1,0 +1,35 @@
+"""Tiny shakespeare by characters: the recipe to start with, for a person with two CPU cores.
+
+python main.py --config=configs/shakespeare.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.mlp = "relu2"
+    config.mlp_bias = False
+    config.norm = "rmsnorm"
+    config.position = "rope"
+    config.qk_norm = "unscaled"
+    config.tie_embeddings = False
+    config.output_init = "zero"
+
+    config.lr = 0.015
+    config.muon_lr = 0.03
+    config.newton_schulz = "polar_express"
+    config.newton_schulz_steps = 3
+    config.muon_momentum_start = 0.85
+    config.muon_momentum_warmup_steps = 100
+    config.schedule = "constant_linear"
+    config.decay_ratio = 0.6
+
+    config.batch_size = 16
+    config.epochs = 0
+    config.max_steps = 1600
+    config.eval_every = 400
+    config.save_every = 400
+    return config

@@ -1,0 +1,41 @@
+"""Train, evaluate and sample a Transformer language model.
+
+python main.py [train] --config=configs/shakespeare.py [--config.KEY=VALUE ...]
+python main.py COMMAND --help
+"""
+
+import importlib
+import sys
+
+from runtime.errors import ExpectedError, Interrupted
+
+COMMANDS = {
+    "train": "train a model, or go on where the run stopped",
+    "sample": "write text with a trained model",
+    "eval": "exact loss over a whole split",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return its exit status; `argv` is without the program's name."""
+    if argv[:1] in (["--help"], ["-h"], ["help"]):
+        print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
+        return 0
+    named = bool(argv) and not argv[0].startswith("-")
+    command, flags = (argv[0], argv[1:]) if named else ("train", argv)
+    try:
+        if command not in COMMANDS:
+            raise ExpectedError(f"{command}: unknown command; use one of {', '.join(COMMANDS)}")
+        importlib.import_module(f"commands.{command}").main(flags)
+    except Interrupted as signal:
+        return 128 + signal.signum
+    except ExpectedError as error:
+        if "--debug" in flags:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""Checkpoints on disk. The only file that knows Orbax.
+
+A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (all else that
+the training state is made of), and `meta`, a JSON object.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from runtime.errors import NoCheckpointError, StorageError, one_line
+
+FORMAT = 1  # of the three items; raised when an older program could not read them
+VAL_LOSS = "val_loss"
+
+
+def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """What to restore into: restored arrays land where `sharding` says."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`.
+
+    Kept are the newest `keep` and the one with the lowest validation loss. Saving is asynchronous: an error of the disk
+    surfaces at the next save or at `close`. Use as a context manager, so that the last save is waited for.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
+        self.directory = workdir.absolute() / "checkpoints"
+        if read_only and not self.directory.is_dir():
+            raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[VAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=lambda metrics: metrics[VAL_LOSS],
+            best_mode="min",
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            lightweight_initialize=True,
+            # Creating directories in the background makes a read-only disk hang the exit for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "rest": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; the newest when none was evaluated."""
+        losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        evaluated = {step: metrics[VAL_LOSS] for step, metrics in losses.items() if metrics}
+        return min(evaluated, key=lambda step: (evaluated[step], step)) if evaluated else self.latest()
+
+    def save(self, step: int, params: Any, rest: Any, meta: Mapping[str, Any], val_loss: float | None) -> None:
+        """Write a checkpoint, numbered by micro-steps, in the background.
+
+        Raises:
+          StorageError: this save, or the one before, could not be written.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            rest=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave({"format": FORMAT, "step": int(step), **meta}),
+        )
+        metrics = None if val_loss is None else {VAL_LOSS: float(val_loss)}
+        try:
+            saved = self._manager.save(int(step), args=args, metrics=metrics)
+        except Exception as error:
+            raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error
+        if not saved:
+            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON item of a checkpoint.
+
+        Raises:
+          NoCheckpointError: there is no such checkpoint, or it cannot be read, or its format is another program's.
+        """
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if meta.get("format") != FORMAT:
+            raise NoCheckpointError(
+                f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}"
+            )
+        return meta
+
+    def restore(self, step: int, params: Any, rest: Any, sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
+        """`params` and `rest` of a checkpoint, in the shapes and dtypes of the two given trees."""
+        found = self._read(
+            step,
+            params=ocp.args.StandardRestore(_abstract(params, sharding)),
+            rest=ocp.args.StandardRestore(_abstract(rest, sharding)),
+        )
+        return found["params"], found["rest"]
+
+    def restore_params(self, step: int, params: Any, sharding: jax.sharding.Sharding) -> Any:
+        """The weights alone."""
+        return self._read(step, params=ocp.args.StandardRestore(_abstract(params, sharding)))["params"]
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        steps = self._manager.all_steps()
+        if step not in steps:
+            there = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+            raise NoCheckpointError(f"{self.directory}/{step}: no such checkpoint; {there}")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise NoCheckpointError(
+                f"{self.directory}/{step}: cannot be read ({one_line(error)}); move it aside and run again"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+          StorageError: it could not be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise StorageError(f"{self.directory}: not saved ({one_line(error)}); free space and run again") from error
+        finally:
+            self._manager.close()

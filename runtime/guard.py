@@ -1,0 +1,137 @@
+"""What keeps a run whole: a way to stop it, a lock so that two never share a workdir, and a check before it starts."""
+
+import fcntl
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+from .errors import Interrupted, UserError, one_line
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into an exit at once.
+
+    `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
+    handler only when the main thread is back from C code, which a compilation can keep for minutes. So the second
+    signal is not left to the handler: the interpreter writes every signal's number into a pipe the moment it arrives
+    (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number.
+
+    Handlers can be set in the main thread alone; in any other this does nothing.
+
+    Args:
+        say: takes one line when the first signal arrives, called from that other thread.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.signum: int | None = None
+        self._say = say
+
+    def __enter__(self) -> Self:
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._pipe_out, self._pipe_in = os.pipe()
+            os.set_blocking(self._pipe_in, False)  # a signal must not wait for a full pipe
+            self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
+            self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
+            self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
+            self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            for signum, handler in self._old_handlers.items():
+                signal.signal(signum, handler or signal.SIG_DFL)  # None: a handler that Python does not know
+            signal.set_wakeup_fd(self._old_fd)
+            os.close(self._pipe_in)  # the reader sees the end of the pipe
+            self._reader.join()
+            os.close(self._pipe_out)
+
+    def raise_if_set(self) -> None:
+        """Raises `Interrupted` once a signal came: the way out of an evaluation or a sample."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def _request(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = self.signum or signum
+
+    def _watch(self) -> None:
+        """The reader thread: says that the first signal was heard, ends the process at the second."""
+        heard = False
+        while number := os.read(self._pipe_out, 1):
+            signum = number[0]
+            if signum not in _SIGNALS:
+                continue
+            if heard:
+                if os.isatty(2):
+                    os.write(2, _SHOW_CURSOR)  # a live progress bar has hidden it
+                os._exit(128 + signum)
+            heard = True
+            self._say("stopping: this step is finished and saved first; once more stops at once and saves nothing")
+
+
+class WorkdirLock:
+    """Holds `workdir/.lock` while a run uses the directory.
+
+    The lock is `flock`'s: the kernel frees it when the process ends in whatever way, so none is ever stale. The file
+    names its holder, and stays behind. On a file system that knows no locks the run goes on with a warning.
+
+    Args:
+        workdir: an existing directory.
+        warn: takes one line when the directory cannot be locked.
+
+    Raises:
+        UserError: on entering, when another process holds the lock, or the file is somebody else's.
+    """
+
+    def __init__(self, workdir: Path, warn: Callable[[str], None]) -> None:
+        self._path = workdir / ".lock"
+        self._warn = warn
+
+    def __enter__(self) -> Self:
+        where = f"workdir {self._path.parent}"
+        try:
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{where}: cannot open .lock ({error.strerror}); use another --workdir") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another run"
+            self._file.close()
+            raise UserError(f"{where}: in use by {holder}; wait for it to end, or use another --workdir") from None
+        except OSError as error:
+            self._warn(f"{where}: cannot be locked ({one_line(error)}); start no second run in it")
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def prepare_workdir(path: str | os.PathLike[str]) -> Path:
+    """Creates a run's directory, proves that it can be written, and returns its absolute path.
+
+    Raises:
+        UserError: it cannot be created or written, or is a file.
+    """
+    try:
+        workdir = Path(path).expanduser().resolve()
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as probe:
+            probe.write(b"probe")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle, or a ~ without a home
+        reason = "is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+        raise UserError(f"workdir {path}: {reason}; --workdir must name a directory that can be written") from None
+    return workdir

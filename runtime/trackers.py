@@ -1,0 +1,186 @@
+"""Weights & Biases beside the run's own files, when it is asked for. It is never needed, and never stops a run.
+
+Its settings are its own: the environment, or a `.env` file in the current directory, or its settings files
+(`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL`, ...). Its files go to the workdir, the
+key to none of them.
+"""
+
+import html
+import http.client
+import netrc
+import os
+import secrets
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import one_line
+
+_PROBE_SECONDS = 3
+_DEFAULTS = {  # for what the environment leaves open
+    "WANDB_PROJECT": "transformer",
+    "WANDB_SILENT": "true",  # the console is the run's own
+    "WANDB_CONSOLE": "off",
+    "WANDB_INIT_TIMEOUT": "5",  # seconds
+    "WANDB_FINISH_TIMEOUT": "60",  # seconds; what is not uploaded by then stays in the workdir
+    "WANDB_ERROR_REPORTING": "false",  # its reports on itself delay the exit by 20 s when the server hangs
+    "WANDB_DISABLE_CODE": "true",  # nothing of the source is sent: the commit is in the config
+    "WANDB_DISABLE_GIT": "true",
+}
+
+
+class Tracker:
+    """Takes what a run logs. This one drops it.
+
+    `where` tells people where to look, None if nowhere.
+    """
+
+    where: str | None = None
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """The numbers of one logged step."""
+
+    def text(self, step: int, text: str) -> None:
+        """What the model wrote after `step` steps."""
+
+    def finish(self) -> None:
+        """Ends the run: uploads what is left, for a minute at most."""
+
+
+class _WandbTracker(Tracker):
+    """Hands everything to W&B, up to its first exception: then there is one warning and no more W&B."""
+
+    def __init__(self, run: Any, where: str, warn: Callable[[str], None]) -> None:
+        self._run = run
+        self.where = where
+        self._warn = warn
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        # The step is a value like the others, not W&B's own count: that refuses to go back, and a run killed between
+        # two checkpoints logs some steps twice.
+        self._attempt(lambda run: run.log({**row, "step": step}))
+
+    def text(self, step: int, text: str) -> None:
+        import wandb
+
+        self._attempt(lambda run: run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step}))
+
+    def finish(self) -> None:
+        self._attempt(lambda run: run.finish())
+
+    def _attempt(self, action: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            self._run = None
+            self._warn(f"wandb failed and is off for the rest of this run ({one_line(error)})")
+
+
+def make_tracker(
+    enabled: bool, *, name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None]
+) -> Tracker:
+    """Starts W&B, or goes on with the same W&B run where the workdir has one; a null tracker where that cannot be.
+
+    The mode is settled before W&B starts, because W&B itself asks for a key or waits long for a server: offline where
+    there is no key or no server answers. What was logged offline can be sent later with `wandb sync`. Takes 10 seconds
+    at most.
+
+    Args:
+        enabled: False gives the null tracker.
+        name: the run's name.
+        config: the resolved config, shown with the run.
+        workdir: keeps W&B's files in `wandb/` and the run's id in `wandb_id.txt`.
+        warn: takes at most one line from here, and one for the rest of the run.
+    """
+    if not enabled:
+        return Tracker()
+    try:
+        _load_settings()
+        import wandb
+
+        mode, problem = _choose_mode(wandb.setup().settings)
+        keep = {"name": name, "config": config, "dir": str(workdir), "id": _run_id(workdir)}
+        if mode == "online":
+            try:
+                run = wandb.init(mode=mode, resume="allow", **keep)
+            except Exception as error:  # the key is refused, or the server accepts connections and hangs
+                wandb.teardown()
+                mode, problem = "offline", one_line(error)
+        if mode != "online":
+            run = wandb.init(mode=mode, **keep)
+        run.define_metric("*", step_metric="step")
+    except Exception as error:
+        warn(f"wandb is off for this run ({one_line(error)})")
+        return Tracker()
+    if problem is not None:
+        warn(f"wandb is offline: {problem}; send the run later with `wandb sync {workdir}/wandb/offline-run-*`")
+    return _WandbTracker(run, run.url if mode == "online" else f"{mode}, {workdir}/wandb", warn)
+
+
+def _load_settings() -> None:
+    """Puts W&B's settings into the environment: what is there stays, then `.env`, then ours."""
+    from dotenv import dotenv_values
+
+    for settings in (dotenv_values(".env"), _DEFAULTS):
+        for key, value in settings.items():
+            if key.startswith("WANDB_") and value:  # a .env may hold others' secrets too
+                os.environ.setdefault(key, value)
+
+
+def _run_id(workdir: Path) -> str:
+    """The id that makes a resumed run the same W&B run."""
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
+
+
+def _choose_mode(settings: Any) -> tuple[str, str | None]:
+    """The mode to start W&B in, and why it is not the one that was asked for."""
+    if settings.mode != "online":
+        return settings.mode, None
+    if not (settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key_in_netrc(settings.base_url)):
+        return "offline", "no API key; set WANDB_API_KEY or run `wandb login`"
+    if not _answers(settings.base_url):
+        return "offline", f"{settings.base_url} does not answer"
+    return "online", None
+
+
+def _key_in_netrc(url: str) -> bool:
+    """Whether `wandb login` left a key for the server, or for the public one behind another of its names."""
+    paths = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    path = next((path for path in paths if path and Path(path).expanduser().exists()), None)
+    if path is None:
+        return False
+    keys = netrc.netrc(Path(path).expanduser())
+    return any(keys.authenticators(host) for host in (urlsplit(url).netloc, "api.wandb.ai"))
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers in time, whatever it says. Proxies of the environment are used."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # a certificate is for W&B to judge
+                return
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        answered.set()
+
+    # In a thread, because looking up a name knows no time-out.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return answered.is_set()

@@ -1,0 +1,413 @@
+"""The trainer: exact evaluation, and the loop. Read it from top to bottom; the step itself is transformer/step.py."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import config_lib
+import run_lib
+from input_pipeline import Batches, Split, eval_batches, prefetch
+from runtime import devices, metrics
+from runtime.checkpoint import Checkpoints
+from runtime.console import Console
+from runtime.errors import DivergedError, Interrupted, UserError
+from runtime.files import append_text, cut_back, move_aside, size_of, write_json
+from runtime.guard import StopSignals, WorkdirLock, prepare_workdir
+from runtime.plots import plot_loss
+from runtime.trackers import make_tracker
+from transformer import optimizer as optimizer_lib
+from transformer.model import (
+    Params,
+    Transformer,
+    TransformerConfig,
+    flops_per_token,
+    init_params,
+    model_of,
+    parameter_counts,
+)
+from transformer.sampling import Sampling, generate
+from transformer.sharding import batch_sharded, make_mesh, replicated
+from transformer.step import TrainState, batch_loss, init_state, make_train_step
+from transformer.tokenizer import Tokenizer
+
+# --- Evaluation ---------------------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Exact loss over a split: every token but the first predicted once, in non-overlapping windows."""
+
+    TOKENS = 4096  # a batch is at least about this large: without a backward pass there is room
+
+    def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
+        self._context_len = model_config.context_len
+        self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
+        self._place = batch_sharded(mesh)
+        self._step = jax.jit(
+            lambda params, batch: batch_loss(model_config, params, batch, None), out_shardings=replicated(mesh)
+        )
+
+    def __call__(
+        self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
+    ) -> tuple[float, int]:
+        """Mean loss in nats per token, and over how many tokens.
+
+        Args:
+          max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
+          check: called between batches; may raise to break off.
+        """
+        sums = []
+        for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
+            check()
+            sums.append(self._step(params, jax.device_put(batch, self._place)))
+        losses, tokens = zip(*jax.device_get(sums), strict=True)
+        return float(np.sum(losses, dtype=np.float64) / np.sum(tokens)), int(np.sum(tokens))
+
+
+# --- The loop -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A trained model and how it got there."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    history: list[dict[str, Any]]  # the rows of metrics.jsonl
+    workdir: Path
+    step: int  # real steps made
+    val_loss: float | None  # of the last evaluation, nats per token
+    best_val_loss: float | None
+    best_step: int | None
+
+
+def total_steps(config: ConfigDict, batches: Batches) -> int:
+    """Real steps of the whole run: the fewer of `epochs` and `max_steps`."""
+    limits = [config.max_steps] if config.max_steps else []
+    if config.epochs:
+        limits.append(max(1, math.ceil(batches.steps(config.epochs) / config.accumulation_steps)))
+    return min(limits)
+
+
+def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile: tuple[int, int] | None = None) -> Run:
+    """Train a model, or go on where the run in `workdir` stopped.
+
+    Args:
+      fresh: move what an earlier run left in `workdir` aside and begin anew.
+      profile: write a trace of these real steps, from the first to before the second, to `workdir/profile`.
+
+    Raises:
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
+    """
+    config_lib.check(config)
+    console = Console()
+    workdir = prepare_workdir(workdir)
+    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
+    devices.set_up_compile_cache()
+    num_devices = len(devices.wake_up())
+    config_lib.check_devices(config, num_devices)
+    with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+        if fresh:
+            move_aside(workdir, console.line)
+        with Checkpoints(workdir, config.keep) as checkpoints:
+            trainer = Trainer(config, workdir, checkpoints, console, stop)
+            try:
+                return trainer.run(profile)
+            finally:
+                trainer.tracker.finish()
+
+
+class Trainer:
+    """One session of a run: what it is made of, and the loop over it."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints, console: Console, stop: StopSignals
+    ):
+        self.config, self.workdir, self.checkpoints, self.console, self.stop = (
+            config,
+            workdir,
+            checkpoints,
+            console,
+            stop,
+        )
+        latest = checkpoints.latest()
+        meta = None if latest is None else checkpoints.meta(latest)
+        if meta:
+            config_lib.check_resume(config_lib.from_dict(meta["config"]), config, workdir)
+        source = workdir if meta else Path(config.init_from) if config.init_from else None
+        self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
+        if meta and meta["data_sha256"] != self.data.sha256:
+            raise UserError(
+                f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
+                f"{self.data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
+            )
+        self.tokenizer = self.data.tokenizer
+        self.batches = Batches(self.data.train, config.context_len, config.batch_size, config.seed, config.order)
+        self.total = total_steps(config, self.batches)
+        self.mesh = make_mesh()
+        self.model_config = config_lib.transformer_config(
+            config, self.tokenizer.vocab_size, run_lib.resolve_dtype(config.dtype)
+        )
+        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        params = jax.eval_shape(partial(init_params, self.model_config), init_key)
+        optimizer_config = config_lib.optimizer_config(config)
+        self.labels = optimizer_lib.labels_of(params, config.use_muon)
+        optimizer = optimizer_lib.make_optimizer(optimizer_config, params, self.total, self.mesh)
+        schedule = optimizer_lib.schedule_shape(optimizer_config, self.total)
+        self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
+        self.train_step = make_train_step(
+            self.model_config, optimizer, schedule, self.labels, config.accumulation_steps, dropout_key, self.mesh
+        )
+        self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
+        self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
+        self._show_header()
+
+        init = partial(init_state, self.model_config, optimizer, self.labels)
+        if meta:
+            self._resume(latest, meta, jax.eval_shape(init, init_key))
+        else:
+            self._begin(init, init_key, params)
+        self.timed_from: tuple[int, float] | None = None  # micro-step and clock after this session's first step
+        self.lap_from: int | None = None  # micro-step at the last row
+        self.last_loss = math.nan
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": config_lib.to_dict(config), **metrics.environment()})
+        write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
+        self.tracker = make_tracker(
+            config.wandb_enabled,
+            name=workdir.name,
+            config=config_lib.to_dict(config),
+            workdir=workdir,
+            warn=console.warn,
+        )
+
+    @property
+    def step(self) -> int:
+        """Real steps made."""
+        return self.micro_step // self.config.accumulation_steps
+
+    def _begin(self, init: Callable, key: jax.Array, params: Params) -> None:
+        """A new run: fresh weights, or those of `init_from`."""
+        self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        if self.config.init_from:
+            with Checkpoints(Path(self.config.init_from), read_only=True) as source:
+                loaded = source.restore_params(source.best(), params, replicated(self.mesh))
+            self.state = self.state._replace(params=loaded)
+        self.micro_step, self.clock, self.reported = 0, metrics.Clock(), True
+        self.val_loss = self.best_val_loss = self.best_step = None
+        for path in self.growing.values():
+            cut_back(path, 0, self.console.warn)
+
+    def _resume(self, latest: int, meta: dict[str, Any], abstract: TrainState) -> None:
+        """Go on from a checkpoint, and drop what was logged after it."""
+        params, rest = self.checkpoints.restore(latest, abstract.params, abstract[1:], replicated(self.mesh))
+        self.state = TrainState(params, *rest)
+        self.micro_step, self.clock, self.reported = latest, metrics.Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
+        for name, path in self.growing.items():
+            cut_back(path, meta["sizes"][name], self.console.warn)
+        if self.step > self.total:
+            raise UserError(
+                f"config.max_steps: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
+            )
+        self.console.line(
+            f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
+        )
+
+    def _show_header(self) -> None:
+        config, counts = self.config, parameter_counts(self.model_config)
+        device = jax.devices()[0]
+        groups = {group: [n for n, label in self.labels.items() if label == group] for group in ("muon", "adamw")}
+        tokens = config.batch_size * config.context_len * config.accumulation_steps
+        vocab_size = self.tokenizer.vocab_size
+        self.console.header(
+            [
+                ("run", str(self.workdir)),
+                ("device", f"{self.mesh.size} x {device.device_kind} ({device.platform}), {self.model_config.dtype}"),
+                (
+                    "parameters",
+                    f"{sum(counts.values()):,} ({', '.join(f'{part} {n:,}' for part, n in counts.items() if n)})",
+                ),
+                (
+                    "data",
+                    f"{config.dataset}, {self.tokenizer.name} ({vocab_size:,} tokens): "
+                    f"{self.data.train.num_tokens:,} to train on, {self.data.val.num_tokens:,} to validate",
+                ),
+                ("optimizer", f"Muon: {len(groups['muon'])} matrices; AdamW: {len(groups['adamw'])} other arrays"),
+                (
+                    "steps",
+                    f"{self.total:,} of {tokens:,} tokens "
+                    f"({self.total * tokens / self.data.train.num_tokens:.2f} epochs); a new model's loss is "
+                    f"ln {vocab_size} = {math.log(vocab_size):.3f}",
+                ),
+            ]
+        )
+        if config.print_per_layer_params:
+            for name, leaf in jax.eval_shape(partial(init_params, self.model_config), jax.random.key(0)).items():
+                self.console.line(f"  {name:<40} {leaf.shape!s:>14} {self.labels[name]}")
+
+    def run(self, profile: tuple[int, int] | None) -> Run:
+        """Train until the last step, or until a signal."""
+        k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
+        make_batch = lambda index: jax.device_put(self.batches(index), batch_sharded(self.mesh))
+        try:
+            if not self.reported:  # the last session was stopped between the step and its report
+                self._report(self.state.metrics)
+            if self.micro_step < end:
+                self.console.line("compiling the step")
+            with self.console.progress(self.total, self.step) as bar:
+                for batch in prefetch(make_batch, self.micro_step, end):
+                    self.stop.raise_if_set()
+                    if profile:
+                        self._profile(*profile)
+                    with jax.transfer_guard("disallow"):  # nothing may slip to or from the host unseen
+                        self.state, step_metrics = self.train_step(self.state, batch)
+                    self.micro_step += 1
+                    if self.timed_from is None:  # the first step compiles, which is kept out of the timings
+                        jax.block_until_ready(step_metrics)
+                        self.timed_from, self.lap_from = (self.micro_step, self.clock.elapsed), self.micro_step
+                        self.clock.lap(1)
+                    if self.micro_step % k == 0:
+                        self.reported = False
+                        self._report(step_metrics)
+                        bar.update(self.step, self.last_loss)
+        except Interrupted:
+            self._save()
+            self.console.line(f"saved step {self.step}; the same command goes on from here")
+            raise
+        plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name)
+        return Run(
+            model=self._model(),
+            tokenizer=self.tokenizer,
+            history=self.metrics_file.read(),
+            workdir=self.workdir,
+            step=self.step,
+            val_loss=self.val_loss,
+            best_val_loss=self.best_val_loss,
+            best_step=self.best_step,
+        )
+
+    def _report(self, step_metrics: dict[str, jax.Array]) -> None:
+        """All that is due after a real step: evaluation, log, sample, checkpoint.
+
+        When a signal breaks it off, the checkpoint remembers that it was not done, and the next session does it.
+        """
+        config, step, last = self.config, self.step, self.step == self.total
+        due = lambda every: last or (every > 0 and step % every == 0)
+        self.sizes = {name: size_of(path) for name, path in self.growing.items()}
+        evaluated = due(config.eval_every)
+        if evaluated or due(config.log_every):
+            row = self._row(step_metrics)
+            if evaluated:
+                with self.clock.pause():
+                    row |= self._evaluate(0 if last else config.eval_tokens)
+            self.metrics_file.append(row)
+            self.console.step_line(row, self.total)
+            self.tracker.log(row, step)
+        if due(config.sample_every):
+            with self.clock.pause():
+                self._sample()
+        self.reported = True
+        improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
+        if improved:
+            self.best_val_loss, self.best_step = self.val_loss, step
+        if improved or due(config.save_every):
+            with self.clock.pause():
+                self._save(self.val_loss if evaluated else None)
+
+    def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
+        """The numbers of this step, in the order in which people read them."""
+        config, step, device = self.config, self.step, jax.devices()[0]
+        on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
+        if on_host["bad_steps"] >= config.max_bad_steps:
+            raise DivergedError(
+                f"config.lr: no finite gradient in {on_host['bad_steps']} steps in a row, up to step {step}; "
+                "lower lr and muon_lr, or clip harder; the last checkpoint is good"
+            )
+        self.last_loss = on_host["loss"]
+        factor = on_host.pop("lr_factor")
+        tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
+        row = {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "loss": on_host.pop("loss"),
+            "grad_norm": on_host.pop("grad_norm"),
+            "lr": config.lr * factor,
+            **({"muon_lr": config.muon_lr * factor} if config.use_muon else {}),
+            **self._timing(tokens_per_step),
+            "peak_memory_bytes": metrics.peak_memory_bytes(device),
+        }
+        return row | on_host
+
+    def _timing(self, tokens_per_step: int) -> dict[str, float | None]:
+        """Seconds a real step since the last row, and what follows from it; evaluation, samples, saving left out."""
+        k = self.config.accumulation_steps
+        elapsed = self.clock.elapsed
+        row: dict[str, float | None] = dict.fromkeys(
+            ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
+        ) | {"elapsed_seconds": elapsed}
+        if self.lap_from is not None and self.micro_step > self.lap_from:
+            seconds = self.clock.lap(self.micro_step - self.lap_from) * k
+            rate = tokens_per_step / seconds
+            row["step_seconds"], row["tokens_per_second"] = seconds, rate
+            kind = jax.devices()[0].device_kind
+            row["mfu"] = metrics.mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
+            first_step, first_elapsed = self.timed_from
+            left = self.total * k - self.micro_step
+            row["eta_seconds"] = (elapsed - first_elapsed) / (self.micro_step - first_step) * left
+            self.lap_from = self.micro_step
+        return row
+
+    def _evaluate(self, max_tokens: int) -> dict[str, float]:
+        val = self.data.val
+        self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
+        per_byte = metrics.bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
+
+    def _model(self) -> Transformer:
+        """The model on the first device alone."""
+        return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, self.state.params))
+
+    def _sample(self) -> None:
+        config = self.config
+        prompt = [config.sample_prompt]
+        text = generate(
+            self._model(), self.tokenizer, prompt, config.sample_tokens, Sampling(config.temperature, seed=config.seed)
+        )[0]
+        text = config.sample_prompt + text
+        append_text(self.workdir / run_lib.SAMPLES_FILE, f"--- step {self.step} ---\n{text}\n\n")
+        self.console.sample(self.step, text)
+        self.tracker.text(self.step, text)
+
+    def _save(self, val_loss: float | None = None) -> None:
+        """A checkpoint of this micro-step, with what a later session must know beside the arrays."""
+        if self.reported:
+            self.sizes = {name: size_of(path) for name, path in self.growing.items()}
+        meta = {
+            "config": config_lib.to_dict(self.config),
+            "data_sha256": self.data.sha256,
+            "elapsed_seconds": self.clock.elapsed,
+            "reported": self.reported,
+            "sizes": self.sizes,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+        }
+        self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss)
+
+    def _profile(self, first: int, last: int) -> None:
+        """Trace the real steps from `first` to before `last` (to be called before a micro-step)."""
+        k = self.config.accumulation_steps
+        if self.micro_step == first * k:
+            jax.profiler.start_trace(self.workdir / "profile")
+        elif self.micro_step == last * k:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.console.line(f"wrote a trace of steps {first} to {last} to {self.workdir / 'profile'}")

@@ -1,0 +1,6 @@
+"""The model and its mathematics: nothing here knows files, consoles or the config file."""
+
+from transformer.model import Transformer, TransformerConfig
+from transformer.sampling import Sampling, generate, stream
+
+__all__ = ["Sampling", "Transformer", "TransformerConfig", "generate", "stream"]

@@ -1,0 +1,362 @@
+"""The model: a decoder-only Transformer whose settings span the original, GPT-2, Llama, Qwen3 and gpt-oss attention.
+
+Shapes: B batch, T time, D embedding_dim, N query heads, K key/value heads, H head_dim, F mlp_dim, V vocabulary.
+Weights are 2-D, [in, out], and float32; they are cast to the compute dtype where they are used.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, visible
+
+Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "position": ("learned", "rope", "none"),
+    "rope_scaling": ("none", "yarn"),
+    "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
+    "qk_norm": ("none", "scaled", "unscaled"),
+    "output_init": ("normal", "scaled", "zero"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a model. `configs/default.py` says what each setting means.
+
+    `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`.
+
+    Raises:
+      ValueError: `<field>: <what is wrong>` for a shape that cannot be.
+    """
+
+    vocab_size: int
+    context_len: int = 64
+    num_blocks: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 0
+    embedding_dim: int = 128
+    head_dim: int = 0
+    mlp_dim: int = 512
+    mlp: str = "gelu"
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    position: str = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    yarn_factor: float = 32.0
+    yarn_original_context: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_truncate: bool = True
+    yarn_attention_factor: float = 0.0
+    qk_norm: str = "none"
+    attention_sink: bool = True
+    sliding_window: int = 0
+    window_pattern: str = "L"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = True
+    tie_embeddings: bool = True
+    logit_softcap: float = 0.0
+    dropout: float = 0.0
+    output_init: str = "normal"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if not self.head_dim:
+            if self.embedding_dim % self.num_heads:
+                near = max(1, round(self.embedding_dim / self.num_heads)) * self.num_heads
+                raise ValueError(
+                    f"embedding_dim: {self.embedding_dim} is not divisible by num_heads {self.num_heads}; "
+                    f"use {near}, or set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.embedding_dim // self.num_heads)
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim: must be at least 1, got {self.head_dim}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
+        if set(self.window_pattern) - set("LG") or not self.window_pattern:
+            raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
+
+    @property
+    def yarn(self) -> Yarn | None:
+        if self.rope_scaling == "none":
+            return None
+        return Yarn(
+            self.yarn_factor,
+            self.yarn_original_context,
+            self.yarn_beta_fast,
+            self.yarn_beta_slow,
+            self.yarn_truncate,
+            self.yarn_attention_factor,
+        )
+
+    def window(self, layer: int) -> int:
+        """How many keys a query of this layer sees, itself included; 0 is all."""
+        local = self.window_pattern[layer % len(self.window_pattern)] == "L"
+        return self.sliding_window if local else 0
+
+
+def _normal(std: float = 0.02) -> nnx.Initializer:
+    return nnx.initializers.normal(std)
+
+
+def _output_initializer(config: TransformerConfig) -> nnx.Initializer:
+    """For the two projections that write into the residual stream ("scaled": GPT-2, 0.02 / sqrt(2 blocks))."""
+    if config.output_init == "zero":
+        return nnx.initializers.zeros_init()
+    return _normal(0.02 / math.sqrt(2 * config.num_blocks) if config.output_init == "scaled" else 0.02)
+
+
+def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: nnx.Rngs, init=None) -> nnx.Linear:
+    kernel_init = init or _normal()
+    return nnx.Linear(n_in, n_out, use_bias=bias, dtype=config.dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
+    common: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "rngs": rngs}
+    if config.norm == "rmsnorm":
+        return nnx.RMSNorm(config.embedding_dim, **common)
+    # The one-pass variance E[x^2] - E[x]^2 loses digits; the two-pass form costs nothing that shows.
+    return nnx.LayerNorm(config.embedding_dim, use_bias=config.norm_bias, use_fast_variance=False, **common)
+
+
+class Attention(nnx.Module):
+    """Q, K, V, the sinks, and the projection back into the residual stream."""
+
+    def __init__(self, config: TransformerConfig, layer: int, rngs: nnx.Rngs):
+        c = config
+        self.config = c
+        self.window = c.window(layer)
+        self.query = _linear(c.embedding_dim, c.num_heads * c.head_dim, c.qkv_bias, c, rngs)
+        self.key = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
+        self.value = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
+        self.out = _linear(
+            c.num_heads * c.head_dim, c.embedding_dim, c.attention_out_bias, c, rngs, _output_initializer(c)
+        )
+        if c.qk_norm != "none":
+            scaled = c.qk_norm == "scaled"
+            self.query_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.dtype, rngs=rngs)
+            self.key_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.dtype, rngs=rngs)
+        if c.attention_sink:
+            self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
+
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.config
+        B, T, _ = x_BTD.shape
+        q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
+        k_BTKH = self.key(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
+        v_BTKH = self.value(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
+        if c.qk_norm != "none":
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if c.position == "rope":
+            frequency, scale = rope_frequencies(c.head_dim, c.rope_theta, c.yarn)
+            q_BTNH = rotate(q_BTNH, position_BT, frequency, scale)
+            k_BTKH = rotate(k_BTKH, position_BT, frequency, scale)
+        sink_N = self.sink[...] if c.attention_sink else None
+        if cache is None:
+            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        else:
+            cache = cache_write(cache, k_BTKH, v_BTKH, position_BT)
+            k_BSKH, v_BSKH = cache
+        mask_BTS = visible(position_BT, jnp.arange(k_BSKH.shape[1]), self.window)
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sink_N)
+        return self.out(y_BTNH.reshape(B, T, c.num_heads * c.head_dim)), cache
+
+
+class MLP(nnx.Module):
+    """D -> F -> D, plain or gated."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        c = config
+        self.kind = c.mlp
+        self.up = _linear(c.embedding_dim, c.mlp_dim, c.mlp_bias, c, rngs)
+        if self.kind.startswith("swiglu"):
+            self.gate = _linear(c.embedding_dim, c.mlp_dim, c.mlp_bias, c, rngs)
+        self.down = _linear(c.mlp_dim, c.embedding_dim, c.mlp_bias, c, rngs, _output_initializer(c))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        up_BTF = self.up(x_BTD)
+        match self.kind:
+            case "gelu":  # through erf: cheaper on a CPU than jax.nn.gelu's erfc, and the same function
+                h_BTF = 0.5 * up_BTF * (1 + jax.lax.erf(up_BTF * math.sqrt(0.5)))
+            case "gelu_tanh":
+                h_BTF = jax.nn.gelu(up_BTF, approximate=True)
+            case "relu2":  # Primer, arXiv:2109.08668
+                h_BTF = jnp.square(jax.nn.relu(up_BTF))
+            case "swiglu":  # arXiv:2002.05202
+                h_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
+            case _:  # swiglu_clamped: gpt-oss, arXiv:2508.10925
+                gate_BTF = jnp.minimum(self.gate(x_BTD), 7.0)
+                h_BTF = (jnp.clip(up_BTF, -7.0, 7.0) + 1) * gate_BTF * jax.nn.sigmoid(1.702 * gate_BTF)
+        return self.down(h_BTF)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: x + Attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, layer: int, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, layer, rngs)
+        self.mlp_norm = _norm(config, rngs)
+        self.mlp = MLP(config, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None, rngs: nnx.Rngs | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), position_BT, cache)
+        x_BTD = x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), cache
+
+
+class Transformer(nnx.Module):
+    """Tokens in, logits of the next token out."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        c = config
+        self.config = c
+        embed = {"embedding_init": _normal(), "dtype": c.dtype, "rngs": rngs}
+        self.embedding = nnx.Embed(c.vocab_size, c.embedding_dim, **embed)
+        if c.position == "learned":
+            self.positions = nnx.Embed(c.context_len, c.embedding_dim, **embed)
+        self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.num_blocks)])
+        self.final_norm = _norm(c, rngs)
+        if not c.tie_embeddings:
+            init = nnx.initializers.zeros_init() if c.output_init == "zero" else _normal()
+            self.head = _linear(c.embedding_dim, c.vocab_size, False, c, rngs, init)
+        self.dropout = nnx.Dropout(c.dropout)
+
+    def __call__(self, tokens_BT: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Logits [B, T, V], float32. T may be shorter than the context. With `rngs`, dropout is on."""
+        return self.logits(self.hidden(tokens_BT, rngs=rngs)[0])
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        position_BT: jax.Array | None = None,
+        cache: list[LayerCache] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, list[LayerCache] | None]:
+        """The last layer's normalised output [B, T, D], and the cache with the new keys and values in it.
+
+        Args:
+          position_BT: each token's place in its text; 0, 1, 2, ... when not given.
+          cache: one LayerCache a block, read and extended at `position_BT`; None to attend within `tokens_BT` alone.
+        """
+        if position_BT is None:
+            position_BT = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = self.embedding(tokens_BT)
+        if self.config.position == "learned":
+            x_BTD = x_BTD + self.positions(position_BT)
+        x_BTD = self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs)
+        caches = []
+        for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x_BTD, layer_cache = block(x_BTD, position_BT, layer_cache, rngs)
+            caches.append(layer_cache)
+        return self.final_norm(x_BTD), caches if cache else None
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""
+        logits = (self.embedding.attend(x_BTD) if self.config.tie_embeddings else self.head(x_BTD)).astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def empty_cache(self, batch: int) -> list[LayerCache]:
+        """A key/value cache for `batch` texts of up to context_len tokens."""
+        c = self.config
+        empty = jnp.zeros((batch, c.context_len, c.num_kv_heads, c.head_dim), c.dtype)
+        return [LayerCache(empty, empty) for _ in range(c.num_blocks)]
+
+
+def loss_sum(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy summed over the targets that are not negative (nats, float32), and how many those are."""
+    real_BT = targets_BT >= 0
+    target_BT1 = jnp.maximum(targets_BT, 0)[..., None]
+    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
+    return jnp.where(real_BT, loss_BT, 0.0).sum(), real_BT.sum()
+
+
+# --- Parameters by name -------------------------------------------------------------------------------------------
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def params_of(model: Transformer) -> Params:
+    """The model's parameters as a flat dict, by dotted name."""
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def init_params(config: TransformerConfig, key: jax.Array) -> Params:
+    """Fresh parameters (to be called inside `jit`, which then places them)."""
+    return params_of(Transformer(config, nnx.Rngs(key)))
+
+
+def model_of(config: TransformerConfig, params: Params) -> Transformer:
+    """The model that holds these parameters, traced or real.
+
+    Raises:
+      ValueError: a name is missing or unknown, or a shape is not the config's.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    flat = nnx.to_flat_state(state)
+    want = {_name(path): variable.shape for path, variable in flat}
+    have = {name: value.shape for name, value in params.items()}
+    if want != have:
+        odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
+        raise ValueError(f"parameters do not fit the config: {'; '.join(odd[:3])}")
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path, _ in flat]))
+
+
+def parameter_counts(config: TransformerConfig) -> dict[str, int]:
+    """The number of parameters by part, from the config alone."""
+    c = config
+    D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
+    matrices = 3 if c.mlp.startswith("swiglu") else 2
+    norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
+    attention = 2 * D * H * (N + K) + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
+    return {
+        "embedding": c.vocab_size * D,
+        "positions": c.context_len * D if c.position == "learned" else 0,
+        "attention": L * attention,
+        "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
+        "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
+        "sinks": L * N if c.attention_sink else 0,
+        "head": 0 if c.tie_embeddings else c.vocab_size * D,
+    }
+
+
+def flops_per_token(config: TransformerConfig) -> float:
+    """Training FLOPs a token, forward and backward: 6 a matrix weight, and 12 L N H T for attention.
+
+    The convention of PaLM (arXiv:2204.02311, appendix B): look-ups count nothing, the causal mask halves nothing.
+    """
+    c = config
+    D, H = c.embedding_dim, c.head_dim
+    block = 2 * D * H * (c.num_heads + c.num_kv_heads) + (3 if c.mlp.startswith("swiglu") else 2) * D * c.mlp_dim
+    attention = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks)) * c.num_heads * H
+    return 6 * (c.num_blocks * block + D * c.vocab_size) + 12 * attention

@@ -1,0 +1,233 @@
+"""Writing text: prefill of the prompts, then a jitted loop that decodes with the key/value cache.
+
+Shapes: B texts, P padded prompt length, V vocabulary.
+
+A text may outgrow the context. When the cache is full, the last `context_len // 2` tokens are kept and prefilled
+again, for each text by itself, so that the model never sees positions it was not trained on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.attention import LayerCache
+from transformer.model import Params, Transformer, TransformerConfig, model_of, params_of
+from transformer.tokenizer import TextStream, Tokenizer
+
+CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
+NOTHING = -1  # what a finished text yields
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. In this order: temperature, top_k, top_p, min_p.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens; 0 is all.
+      top_p: only the smallest set of most likely tokens whose probabilities reach this sum (arXiv:1904.09751).
+      min_p: only tokens at least this share as likely as the most likely one (arXiv:2407.01082).
+      seed: the same seed, model and prompts give the same text.
+
+    Raises:
+      ValueError: `<name>: <what is wrong>`.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
+            raise ValueError(f"temperature: must be at least 0 and finite, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: must be at least 0 (0 is all), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: must be between 0 and 1, got {self.min_p}")
+        if self.seed < 0 or self.seed >= 2**63:
+            raise ValueError(f"seed: must be at least 0 and below 2**63, got {self.seed}")
+
+
+def pick(
+    logits_BV: jax.Array, key: jax.Array, sampling: Sampling, banned_V: jax.Array | None, number: jax.Array
+) -> jax.Array:
+    """The next token of each text [B]; `number` counts the tokens made, so that each draw has its own randomness."""
+    if banned_V is not None:
+        logits_BV = jnp.where(banned_V, -jnp.inf, logits_BV)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / sampling.temperature
+    B, V = logits_BV.shape
+    if 0 < sampling.top_k < V:
+        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        order_BV = jnp.argsort(-logits_BV, axis=-1)
+        probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # what more likely tokens already hold
+        rank_BV = jnp.argsort(order_BV, axis=-1)
+        logits_BV = jnp.where(jnp.take_along_axis(before_BV, rank_BV, axis=-1) < sampling.top_p, logits_BV, -jnp.inf)
+    if sampling.min_p > 0:
+        floor_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits_BV = jnp.where(logits_BV < floor_B1, -jnp.inf, logits_BV)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number))(jnp.arange(B))
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling"))
+def _prefill(
+    params: Params, tokens_BP, length_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
+) -> tuple[jax.Array, list[LayerCache]]:
+    """Read whole texts at once; the next token of each, and the cache.
+
+    Texts shorter than P are padded on the right. What the padding leaves in the cache lies after the text, where
+    nothing looks before it is overwritten.
+    """
+    model = model_of(config, params)
+    B, P = tokens_BP.shape
+    position_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+    hidden_BPD, cache = model.hidden(tokens_BP, position_BP, model.empty_cache(B))
+    logits_BV = model.logits(hidden_BPD[jnp.arange(B), length_B - 1])
+    return pick(logits_BV, key, sampling, banned_V, number), cache
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "eot"), donate_argnames=("cache",))
+def _decode(
+    params: Params,
+    cache: list[LayerCache],
+    token_B,
+    length_B,
+    done_B,
+    count,
+    key,
+    banned_V,
+    number,
+    *,
+    config: TransformerConfig,
+    sampling: Sampling,
+    eot: int | None,
+):
+    """Up to `count` <= CHUNK more tokens [CHUNK, B] after `token_B`, which stands at `length_B` in its text."""
+    model = model_of(config, params)
+
+    def unfinished(carry):
+        i, _, done_B, _, _ = carry
+        return (i < count) & ~done_B.all()
+
+    def one_token(carry):
+        i, token_B, done_B, cache, out_CB = carry
+        hidden_B1D, cache = model.hidden(token_B[:, None], (length_B + i)[:, None], cache)
+        next_B = pick(model.logits(hidden_B1D[:, 0]), key, sampling, banned_V, number + i)
+        out_CB = out_CB.at[i].set(jnp.where(done_B, NOTHING, next_B))
+        if eot is not None:
+            done_B = done_B | (next_B == eot)
+        return i + 1, next_B, done_B, cache, out_CB
+
+    out_CB = jnp.full((CHUNK, token_B.shape[0]), NOTHING)
+    _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, (0, token_B, done_B, cache, out_CB))
+    return out_CB, token_B, done_B, cache
+
+
+def generate_tokens(
+    model: Transformer,
+    prompts: Sequence[np.ndarray],
+    num_tokens: int,
+    sampling: Sampling,
+    eot: int | None = None,
+    unsampled: Sequence[int] = (),
+) -> Iterator[np.ndarray]:
+    """Continue a batch of prompts of any lengths; arrays [n, B] of n <= CHUNK new tokens, as they come.
+
+    Args:
+      prompts: token ids, at least one each; of a prompt longer than the context its end is read.
+      eot: the token that ends a text. It is yielded, then -1 follows until the whole batch has ended.
+      unsampled: ids that are never chosen.
+    """
+    config = model.config
+    params = params_of(model)
+    key = jax.random.key(sampling.seed)
+    banned_V = jnp.zeros(config.vocab_size, bool).at[jnp.array(list(unsampled), int)].set(True) if unsampled else None
+    run = {"config": config, "sampling": sampling}
+    texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]
+    done_B = np.zeros(len(texts), bool)
+    made = 0
+    while made < num_tokens and not done_B.all():
+        length_B = np.array([len(text) for text in texts])
+        padded = min(config.context_len, 1 << (int(length_B.max()) - 1).bit_length())  # few lengths: few compilations
+        tokens_BP = np.zeros((len(texts), padded), np.int32)
+        for row, text in enumerate(texts):
+            tokens_BP[row, : len(text)] = text
+        token_B, cache = _prefill(params, tokens_BP, length_B, key, banned_V, made, **run)
+        new_CB = np.where(done_B, NOTHING, np.asarray(token_B))[None]
+        if eot is not None:
+            done_B = done_B | (new_CB[0] == eot)
+        room = config.context_len - int(length_B.max())
+        while True:
+            for row, text in enumerate(texts):
+                text.extend(int(token) for token in new_CB[:, row] if token != NOTHING)
+            made += len(new_CB)
+            yield new_CB
+            count = min(CHUNK, num_tokens - made, room)
+            if count <= 0 or done_B.all():
+                break
+            out_CB, token_B, done_now_B, cache = _decode(
+                params, cache, token_B, length_B, done_B, count, key, banned_V, made, eot=eot, **run
+            )
+            new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
+            length_B, room = length_B + count, room - count
+        texts = [t if len(t) <= config.context_len else t[-max(1, config.context_len // 2) :] for t in texts]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """A prompt's ids; for an empty one what a text starts after: end-of-text, a newline, or the first symbol."""
+    if prompt:
+        return tokenizer.encode(prompt)
+    if tokenizer.eot is not None:
+        return np.array([tokenizer.eot])
+    newline = tokenizer.encode("\n", replace_unknown=True)
+    return newline if len(newline) else np.array([0])
+
+
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, num_tokens: int, sampling: Sampling | None = None
+) -> Iterator[str]:
+    """Continue a prompt; text as it comes, never half a character. The end-of-text token is not shown.
+
+    Raises:
+      UnknownCharacters: the prompt has characters that the tokenizer lacks.
+    """
+    decoder = TextStream(tokenizer)
+    ids = prompt_tokens(tokenizer, prompt)
+    for new_CB in generate_tokens(model, [ids], num_tokens, sampling or Sampling(), tokenizer.eot, tokenizer.unsampled):
+        if text := decoder.feed([token for token in new_CB[:, 0] if token not in (NOTHING, tokenizer.eot)]):
+            yield text
+    if text := decoder.flush():
+        yield text
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """Continue a batch of prompts; the new text of each, up to its end-of-text.
+
+    Raises:
+      UnknownCharacters: a prompt has characters that the tokenizer lacks.
+    """
+    ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    rows: list[list[int]] = [[] for _ in ids]
+    for new_CB in generate_tokens(model, ids, num_tokens, sampling or Sampling(), tokenizer.eot, tokenizer.unsampled):
+        for row, tokens in zip(rows, new_CB.T, strict=True):
+            row.extend(int(token) for token in tokens if token not in (NOTHING, tokenizer.eot))
+    return [tokenizer.decode(row) for row in rows]

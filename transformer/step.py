@@ -1,0 +1,151 @@
+"""One training step: the state, the gradients over all devices, the gate for bad numbers, the update.
+
+Shapes: B sequences a micro-batch, T context length; a batch is [B, T + 1], inputs and targets being its two slices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+
+from transformer.model import Params, TransformerConfig, init_params, loss_sum, model_of
+from transformer.optimizer import Schedule, grad_norm_of
+from transformer.sharding import DATA
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Everything else is a function of the config and of `micro_step`."""
+
+    params: Params
+    opt_state: Any
+    micro_step: jax.Array  # micro-batches seen
+    window_loss: jax.Array  # summed over the micro-batches of the real step under way
+    window_tokens: jax.Array  # targets in those micro-batches
+    metrics: dict[str, jax.Array]  # of the last real step
+
+
+def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str, str], key: jax.Array) -> TrainState:
+    """The state before the first step (to be called inside `jit`, so that it is born where it belongs)."""
+    params = init_params(model_config, key)
+    names = [
+        "loss",
+        "grad_norm",
+        "lr_factor",
+        *(f"{what}_rms_{g}" for g in set(labels.values()) for what in ("param", "update")),
+    ]
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        micro_step=jnp.zeros((), jnp.int32),
+        window_loss=jnp.zeros((), jnp.float32),
+        window_tokens=jnp.zeros((), jnp.int32),
+        metrics={**{name: jnp.zeros(()) for name in names}, "bad_steps": jnp.zeros((), jnp.int32)},
+    )
+
+
+def batch_loss(model_config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None):
+    """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
+    model = model_of(model_config, params)
+    rngs = None if key is None else nnx.Rngs(dropout=key)
+    return loss_sum(model(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs), batch_BT1[:, 1:])
+
+
+def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:
+    """(params, batch, key) -> summed loss, targets, summed gradients, over the whole batch.
+
+    On several devices each works on its rows, and everything travels in one flat all-reduce: XLA would send an array
+    a parameter, and on small models most of the time would go into starting them.
+    """
+
+    def on_one_device(params, batch_BT1, key):
+        loss = partial(batch_loss, model_config, batch_BT1=batch_BT1, key=key if model_config.dropout else None)
+        (total, tokens), grads = jax.value_and_grad(lambda p: loss(params=p), has_aux=True)(params)
+        return total, tokens, grads
+
+    def on_each_device(params, batch_BT1, key):
+        total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
+        flat, unravel = ravel_pytree(grads)
+        flat, total, tokens = jax.lax.psum((flat, total, tokens), DATA)
+        return total, tokens, unravel(flat)
+
+    if mesh.size == 1:
+        return on_one_device
+    everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
+    return jax.shard_map(
+        on_each_device, mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
+    )
+
+
+def make_train_step(
+    model_config: TransformerConfig,
+    optimizer: Any,
+    schedule: Schedule,
+    labels: dict[str, str],
+    accumulation: int,
+    key: jax.Array,
+    mesh: Mesh,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One micro-batch: (state, batch [B, T + 1]) -> (state, metrics of the last real step). The state is donated.
+
+    A micro-batch whose loss or gradient is not finite counts as one without tokens: its gradient is zeroed, the
+    counters go on. A real step without any tokens changes neither parameters nor optimizer.
+    """
+    loss_and_grads = make_loss_and_grads(model_config, mesh)
+
+    def train_step(state: TrainState, batch_BT1: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        params = state.params
+        loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
+        good = jnp.isfinite(loss) & jnp.array([jnp.isfinite(g).all() for g in grads.values()]).all()
+        grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+        window_loss = state.window_loss + jnp.where(good, loss, 0.0)
+        window_tokens = state.window_tokens + jnp.where(good, tokens, 0)
+
+        real_step = state.micro_step // accumulation
+        last = (state.micro_step + 1) % accumulation == 0
+        apply = last & (window_tokens > 0)
+        updates, opt_state = optimizer.update(
+            grads,
+            state.opt_state,
+            params,
+            apply=apply,
+            tokens=jnp.maximum(window_tokens, 1).astype(jnp.float32),
+            real_step=real_step,
+        )
+        new_params = optax.apply_updates(params, updates)
+
+        of_this_step = {
+            "loss": jnp.where(apply, window_loss / window_tokens, jnp.nan),
+            "grad_norm": jnp.where(apply, grad_norm_of(opt_state), jnp.nan),
+            "lr_factor": jnp.asarray(schedule(real_step), jnp.float32),
+            "bad_steps": jnp.where(apply, 0, state.metrics["bad_steps"] + 1),  # in a row
+            **_rms("param", new_params, labels),
+            **_rms("update", updates, labels),
+        }
+        step_metrics = jax.tree.map(lambda new, old: jnp.where(last, new, old), of_this_step, state.metrics)
+        state = TrainState(
+            params=new_params,
+            opt_state=opt_state,
+            micro_step=state.micro_step + 1,
+            window_loss=jnp.where(last, 0.0, window_loss),
+            window_tokens=jnp.where(last, 0, window_tokens),
+            metrics=step_metrics,
+        )
+        return state, step_metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
+    """Root mean square of the entries, by optimizer group."""
+    result = {}
+    for group in set(labels.values()):
+        leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
+        total = sum(jnp.vdot(leaf, leaf) for leaf in leaves)
+        result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+    return result
