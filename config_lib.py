@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
+from input_pipeline import ORDERS
 from runtime.errors import UserError, one_line
 from transformer import optimizer as optimizer_lib
 from transformer.model import CHOICES as MODEL_CHOICES
@@ -25,7 +26,7 @@ CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
     "dtype": ("auto", "float32", "bfloat16"),
-    "order": ("shuffle", "sequential", "random"),
+    "order": ORDERS,
 }
 
 
@@ -93,20 +94,23 @@ def parse_flags(
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     define(values)
     if config:
-        config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "The config file.", flag_values=values)
-        known = default.get_config()
+        known = list(default.get_config())
         for word in argv:
             if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
-                raise UserError(f"config.{key}: unknown key{nearest(key, list(known))}")
+                raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
+        argv = argv if _config_path(argv) else [f"--config={Path(__file__).parent / DEFAULT_CONFIG}", *argv]
+        config_flags.DEFINE_config_file("config", None, "The config file.", flag_values=values, sys_argv=argv)
     try:
         rest = values(["main.py", *argv])[1:]
+        if config:
+            len(values.config)  # a config file that could not be loaded says so only when it is read
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_explain_value(argv, error)) from error
     except flags.Error as error:
         raise UserError(one_line(error)) from error
-    except (OSError, SyntaxError, ImportError, AttributeError, TypeError, ValueError, NameError, KeyError) as error:
+    except Exception as error:  # whatever the config file raises
         raise UserError(_explain_value(argv, error)) from error
     if values.help:
         print(f"{about}\n\n    python main.py {command} [--FLAG=VALUE ...]\n")
@@ -118,6 +122,16 @@ def parse_flags(
     if rest:
         raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
     return values
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """What --config=PATH or --config PATH names."""
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
 
 
 def _explain_value(argv: Sequence[str], error: Exception) -> str:
@@ -136,7 +150,7 @@ def _explain_value(argv: Sequence[str], error: Exception) -> str:
             ok = False
         if not ok:
             return f"config.{key}: expected {_type_name(kind)}, got {text!r}; the default is {known[key]!r}"
-    path = next((w.partition("=")[2] for w in argv if w.startswith("--config=")), DEFAULT_CONFIG)
+    path = _config_path(argv) or ""
     if not Path(path.split(":")[0]).is_file():
         return f"--config={path}: no such file; see configs/"
     return f"--config={path}: {type(error).__name__}: {one_line(error)}"
@@ -272,5 +286,4 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
 
 def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:
     """runs/<run>, or runs/<name of the config file>."""
-    path = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), DEFAULT_CONFIG)
-    return Path("runs") / (config.run or Path(path.split(":")[0]).stem)
+    return Path("runs") / (config.run or Path((_config_path(argv) or DEFAULT_CONFIG).split(":")[0]).stem)

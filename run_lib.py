@@ -1,5 +1,7 @@
 """What a run's directory holds, read back: its config, its tokenizer, its data, its model. Writes nothing."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
-from transformer.model import Transformer, init_params, model_of
+from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of, parameter_counts
 from transformer.tokenizer import Tokenizer, tokenizer_from_dict
 
 CONFIG_FILE = "config.json"
@@ -25,6 +27,23 @@ def resolve_dtype(dtype: str) -> str:
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_config_of(config: ConfigDict, vocab_size: int) -> TransformerConfig:
+    """The model's shape, with the dtype that fits the device."""
+    return config_lib.transformer_config(config, vocab_size, resolve_dtype(config.dtype))
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config that trained the run.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    saved = read_json(workdir / CONFIG_FILE)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{workdir / CONFIG_FILE}: holds no config; is {workdir} a run's directory?")
+    return config_lib.from_dict(saved["config"])
 
 
 def data_dir_of(config: ConfigDict) -> Path:
@@ -58,6 +77,25 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
         raise UserError(f"{workdir / TOKENIZER_FILE}: {one_line(error)}; take it from a copy of the run") from error
 
 
+def load_weights(workdir: Path, model_config: TransformerConfig, sharding: jax.sharding.Sharding) -> Params:
+    """The weights of a run's best checkpoint, for a model of the same shape.
+
+    Raises:
+      UserError, NoCheckpointError: there is no such run, or its model has another shape.
+    """
+    source = model_config_of(read_config(workdir), load_tokenizer(workdir).vocab_size)
+    want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
+    if want != have:
+        names = [field.name for field in dataclasses.fields(source)]
+        name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
+        raise UserError(
+            f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
+            "init_from needs a model of the same shape"
+        )
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.restore_params(checkpoints.best(), want, sharding)
+
+
 def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
     """A run's model at a checkpoint (the best one by default), on one device; takes no lock, writes nothing.
 
@@ -66,11 +104,40 @@ def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tok
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
-    config = config_lib.from_dict(read_json(workdir / CONFIG_FILE)["config"])
-    tokenizer = load_tokenizer(workdir)
-    model_config = config_lib.transformer_config(config, tokenizer.vocab_size, resolve_dtype(config.dtype))
+    config, tokenizer = read_config(workdir), load_tokenizer(workdir)
+    model_config = model_config_of(config, tokenizer.vocab_size)
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.best() if step is None else step
         params = checkpoints.restore_params(step, abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return model_of(model_config, params), tokenizer, config, step
+
+
+def header(
+    workdir: Path,
+    config: ConfigDict,
+    model_config: TransformerConfig,
+    data: Dataset,
+    labels: dict[str, str],
+    steps: int,
+) -> list[tuple[str, str]]:
+    """What a person wants to know before a run starts, as names and values; `labels` say who is trained by what."""
+    device, vocab_size = jax.devices()[0], model_config.vocab_size
+    counts = parameter_counts(model_config)
+    by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    muon = sum(label == "muon" for label in labels.values())
+    tokens = config.batch_size * config.context_len * config.accumulation_steps
+    epochs = steps * tokens / data.train.num_tokens
+    return [
+        ("run", str(workdir)),
+        ("device", f"{jax.device_count()} x {device.device_kind} ({device.platform}), {model_config.dtype}"),
+        ("parameters", f"{sum(counts.values()):,} ({by_part})"),
+        (
+            "data",
+            f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens): "
+            f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
+        ),
+        ("optimizer", f"Muon for {muon} matrices, AdamW for {len(labels) - muon} other arrays"),
+        ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
+        ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
+    ]

@@ -31,7 +31,6 @@ from transformer.model import (
     flops_per_token,
     init_params,
     model_of,
-    parameter_counts,
 )
 from transformer.sampling import Sampling, generate
 from transformer.sharding import batch_sharded, make_mesh, replicated
@@ -131,13 +130,8 @@ class Trainer:
     def __init__(
         self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints, console: Console, stop: StopSignals
     ):
-        self.config, self.workdir, self.checkpoints, self.console, self.stop = (
-            config,
-            workdir,
-            checkpoints,
-            console,
-            stop,
-        )
+        self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
+        self.console, self.stop = console, stop
         latest = checkpoints.latest()
         meta = None if latest is None else checkpoints.meta(latest)
         if meta:
@@ -153,9 +147,7 @@ class Trainer:
         self.batches = Batches(self.data.train, config.context_len, config.batch_size, config.seed, config.order)
         self.total = total_steps(config, self.batches)
         self.mesh = make_mesh()
-        self.model_config = config_lib.transformer_config(
-            config, self.tokenizer.vocab_size, run_lib.resolve_dtype(config.dtype)
-        )
+        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         params = jax.eval_shape(partial(init_params, self.model_config), init_key)
         optimizer_config = config_lib.optimizer_config(config)
@@ -168,16 +160,19 @@ class Trainer:
         )
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
-        self._show_header()
+        console.header(run_lib.header(workdir, config, self.model_config, self.data, self.labels, self.total))
+        if config.print_per_layer_params:
+            for name, leaf in params.items():
+                console.line(f"  {name:<40} {leaf.shape!s:>14} {self.labels[name]}")
 
         init = partial(init_state, self.model_config, optimizer, self.labels)
         if meta:
             self._resume(latest, meta, jax.eval_shape(init, init_key))
         else:
-            self._begin(init, init_key, params)
+            self._begin(init, init_key)
         self.timed_from: tuple[int, float] | None = None  # micro-step and clock after this session's first step
         self.lap_from: int | None = None  # micro-step at the last row
-        self.last_loss = math.nan
+        self.last_loss, self.tracing = math.nan, False
         write_json(workdir / run_lib.CONFIG_FILE, {"config": config_lib.to_dict(config), **metrics.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         self.tracker = make_tracker(
@@ -193,15 +188,16 @@ class Trainer:
         """Real steps made."""
         return self.micro_step // self.config.accumulation_steps
 
-    def _begin(self, init: Callable, key: jax.Array, params: Params) -> None:
+    def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
         self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
         if self.config.init_from:
-            with Checkpoints(Path(self.config.init_from), read_only=True) as source:
-                loaded = source.restore_params(source.best(), params, replicated(self.mesh))
-            self.state = self.state._replace(params=loaded)
+            source = Path(self.config.init_from)
+            weights = run_lib.load_weights(source, self.model_config, replicated(self.mesh))
+            self.state = self.state._replace(params=weights)
         self.micro_step, self.clock, self.reported = 0, metrics.Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
+        self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
             cut_back(path, 0, self.console.warn)
 
@@ -211,6 +207,7 @@ class Trainer:
         self.state = TrainState(params, *rest)
         self.micro_step, self.clock, self.reported = latest, metrics.Clock(meta["elapsed_seconds"]), meta["reported"]
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
+        self.saved = (self.micro_step, self.reported)
         for name, path in self.growing.items():
             cut_back(path, meta["sizes"][name], self.console.warn)
         if self.step > self.total:
@@ -220,38 +217,6 @@ class Trainer:
         self.console.line(
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
-
-    def _show_header(self) -> None:
-        config, counts = self.config, parameter_counts(self.model_config)
-        device = jax.devices()[0]
-        groups = {group: [n for n, label in self.labels.items() if label == group] for group in ("muon", "adamw")}
-        tokens = config.batch_size * config.context_len * config.accumulation_steps
-        vocab_size = self.tokenizer.vocab_size
-        self.console.header(
-            [
-                ("run", str(self.workdir)),
-                ("device", f"{self.mesh.size} x {device.device_kind} ({device.platform}), {self.model_config.dtype}"),
-                (
-                    "parameters",
-                    f"{sum(counts.values()):,} ({', '.join(f'{part} {n:,}' for part, n in counts.items() if n)})",
-                ),
-                (
-                    "data",
-                    f"{config.dataset}, {self.tokenizer.name} ({vocab_size:,} tokens): "
-                    f"{self.data.train.num_tokens:,} to train on, {self.data.val.num_tokens:,} to validate",
-                ),
-                ("optimizer", f"Muon: {len(groups['muon'])} matrices; AdamW: {len(groups['adamw'])} other arrays"),
-                (
-                    "steps",
-                    f"{self.total:,} of {tokens:,} tokens "
-                    f"({self.total * tokens / self.data.train.num_tokens:.2f} epochs); a new model's loss is "
-                    f"ln {vocab_size} = {math.log(vocab_size):.3f}",
-                ),
-            ]
-        )
-        if config.print_per_layer_params:
-            for name, leaf in jax.eval_shape(partial(init_params, self.model_config), jax.random.key(0)).items():
-                self.console.line(f"  {name:<40} {leaf.shape!s:>14} {self.labels[name]}")
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
@@ -278,6 +243,8 @@ class Trainer:
                         self.reported = False
                         self._report(step_metrics)
                         bar.update(self.step, self.last_loss)
+            if profile:
+                self._profile(*profile)
         except Interrupted:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
@@ -388,6 +355,9 @@ class Trainer:
 
     def _save(self, val_loss: float | None = None) -> None:
         """A checkpoint of this micro-step, with what a later session must know beside the arrays."""
+        if self.saved == (self.micro_step, self.reported):
+            return
+        self.saved = (self.micro_step, self.reported)
         if self.reported:
             self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         meta = {
@@ -403,11 +373,13 @@ class Trainer:
         self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss)
 
     def _profile(self, first: int, last: int) -> None:
-        """Trace the real steps from `first` to before `last` (to be called before a micro-step)."""
+        """Trace the real steps from `first` to before `last` (called before each micro-step, and after the loop)."""
         k = self.config.accumulation_steps
-        if self.micro_step == first * k:
-            jax.profiler.start_trace(self.workdir / "profile")
-        elif self.micro_step == last * k:
+        if self.tracing and (self.micro_step >= last * k or self.step == self.total):
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            self.console.line(f"wrote a trace of steps {first} to {last} to {self.workdir / 'profile'}")
+            self.console.line(f"wrote a trace to {self.workdir / 'profile'}")
+            self.tracing = False
+        elif self.micro_step == first * k:
+            jax.profiler.start_trace(self.workdir / "profile")
+            self.tracing = True

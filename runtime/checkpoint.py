@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from runtime.errors import NoCheckpointError, StorageError, one_line
@@ -34,6 +35,7 @@ class Checkpoints:
         self.directory = workdir.absolute() / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
+        logging.set_verbosity(logging.ERROR)  # Orbax warns of its own settings at every start
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[VAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -71,7 +73,7 @@ class Checkpoints:
         return min(evaluated, key=lambda step: (evaluated[step], step)) if evaluated else self.latest()
 
     def save(self, step: int, params: Any, rest: Any, meta: Mapping[str, Any], val_loss: float | None) -> None:
-        """Write a checkpoint, numbered by micro-steps, in the background.
+        """Write a checkpoint, numbered by micro-steps, in the background; one of that number is replaced.
 
         Raises:
           StorageError: this save, or the one before, could not be written.
@@ -83,6 +85,8 @@ class Checkpoints:
         )
         metrics = None if val_loss is None else {VAL_LOSS: float(val_loss)}
         try:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
             saved = self._manager.save(int(step), args=args, metrics=metrics)
         except Exception as error:
             raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ class Console:
         eta_seconds; val_loss and muon_lr where there are any.
         """
         cells = _cells(row, total)
-        wide = sum(len(text) for text, _ in cells) + 2 * (len(cells) - 1) <= _LINE_WIDTH
-        self._print(*((text + (" ", "  ")[wide], style) for text, style in cells))
+        gap = "  " if len("  ".join(text for text, _ in cells)) <= _LINE_WIDTH else " "
+        self._print(cells[0], *((gap + text, style) for text, style in cells[1:]))
 
     def sample(self, step: int, text: str) -> None:
         """What the model wrote after `step` steps."""
@@ -150,7 +150,7 @@ class Console:
 
 def _cells(row: dict[str, Any], total: int) -> list[tuple[str, str]]:
     """The columns of a step's line as (text, rich style)."""
-    val_loss, muon_lr, mfu = row.get("val_loss"), row.get("muon_lr"), row["mfu"]
+    val_loss, muon_lr, mfu, seconds = row.get("val_loss"), row.get("muon_lr"), row["mfu"], row["step_seconds"]
     rates = [f"{rate:.1e}".replace("e-0", "e-") for rate in (row["lr"], muon_lr) if rate is not None]
     return [
         (f"{row['step']:>{len(str(total))}}/{total}", ""),
@@ -158,7 +158,7 @@ def _cells(row: dict[str, Any], total: int) -> list[tuple[str, str]]:
         (" " * 10 if val_loss is None else f"val {_fixed(val_loss, 5)}", "bold green"),
         (f"grad {_fixed(row['grad_norm'], 4)}", ""),
         (f"lr {'/'.join(rates)}", ""),
-        (f"{_fixed(1000 * row['step_seconds'], 4)} ms", ""),
+        (f"{_fixed(1000 * seconds, 4)} ms" if seconds < 10 else f"{_fixed(seconds, 4)} s ", ""),
         (f"{human(row['tokens_per_second']):>6} tok/s", ""),
         ("MFU n/a" if mfu is None else f"MFU {mfu:5.1%}", ""),
         (f"{duration(row['elapsed_seconds'])}, {duration(row['eta_seconds'])} left", "cyan"),
@@ -170,7 +170,7 @@ def _fixed(x: float, digits: int) -> str:
     if not math.isfinite(x) or abs(x) >= 10**digits:
         text = f"{x:.1e}"
     else:
-        text = f"{x:.{digits - 1 - int(math.log10(max(abs(x), 1)))}f}"
+        text = f"{x:.{digits - len(str(int(abs(x))))}f}"
     return f"{text:>{digits + 1}}"
 
 
@@ -194,7 +194,7 @@ class _Output:
     def flush(self) -> None:
         self._attempt(lambda stream: stream.flush())
 
-    def _attempt(self, action: Any) -> None:
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
         if self._stream is None:
             return
         try:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import platform
 import re
 import resource
@@ -11,14 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from .errors import StorageError, one_line
+from runtime.files import append_text
 
 PEAK_FLOPS = {
     # Dense bfloat16 floating-point operations a second of one JAX device, by a word or words of its `device_kind`;
@@ -159,27 +158,7 @@ class MetricsFile:
         Raises:
             StorageError: the disk did not take it.
         """
-        line = json.dumps(_plain(row), allow_nan=False) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise StorageError(f"{self.path}: {error.strerror}; make room, then run the same command again") from None
-
-    def size(self) -> int:
-        """Bytes so far; 0 when there is no file."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def truncate(self, size: int, say: Callable[[str], None]) -> None:
-        """Cuts the file back to `size` bytes, as it was when the checkpoint that recorded them was made.
-
-        A file that is shorter already has lost rows; it is left as it is, and `say` gets a line about it.
-        """
-        found = self.size()
-        if found > size:
-            os.truncate(self.path, size)
-        elif found < size:
-            say(f"{self.path}: {size - found} bytes of the rows logged before this checkpoint are missing")
+        append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, except a line that a crash cut short; none when there is no file."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .console import human
-from .errors import StorageError
+from runtime.console import human
+from runtime.errors import StorageError
 
 _TRAIN, _VAL, _INK = "#4878a8", "#d1603d", "#333333"
 _SMOOTH_FROM = 60  # points; fewer can be read as they are

@@ -1,8 +1,8 @@
 """Weights & Biases beside the run's own files, when it is asked for. It is never needed, and never stops a run.
 
-Its settings are its own: the environment, or a `.env` file in the current directory, or its settings files
-(`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL`, ...). Its files go to the workdir, the
-key to none of them.
+Its settings are W&B's own variables (`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL`
+and so on), from the environment or a `.env` file in the current directory. Its files go to the workdir, the key to none
+of them.
 """
 
 import html
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import one_line
+from runtime.errors import one_line
 
 _PROBE_SECONDS = 3
 _DEFAULTS = {  # for what the environment leaves open
@@ -27,7 +27,7 @@ _DEFAULTS = {  # for what the environment leaves open
     "WANDB_SILENT": "true",  # the console is the run's own
     "WANDB_CONSOLE": "off",
     "WANDB_INIT_TIMEOUT": "5",  # seconds
-    "WANDB_FINISH_TIMEOUT": "60",  # seconds; what is not uploaded by then stays in the workdir
+    "WANDB_FINISH_TIMEOUT": "30",  # seconds; what is not uploaded by then stays in the workdir
     "WANDB_ERROR_REPORTING": "false",  # its reports on itself delay the exit by 20 s when the server hangs
     "WANDB_DISABLE_CODE": "true",  # nothing of the source is sent: the commit is in the config
     "WANDB_DISABLE_GIT": "true",
@@ -49,7 +49,7 @@ class Tracker:
         """What the model wrote after `step` steps."""
 
     def finish(self) -> None:
-        """Ends the run: uploads what is left, for a minute at most."""
+        """Ends the run: uploads what is left, for half a minute at most."""
 
 
 class _WandbTracker(Tracker):

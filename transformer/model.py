@@ -259,8 +259,8 @@ class Transformer(nnx.Module):
         position_BT: jax.Array | None = None,
         cache: list[LayerCache] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[jax.Array, list[LayerCache] | None]:
-        """The last layer's normalised output [B, T, D], and the cache with the new keys and values in it.
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """The last layer's normalised output [B, T, D], and the cache with the new keys and values in it (else []).
 
         Args:
           position_BT: each token's place in its text; 0, 1, 2, ... when not given.
@@ -275,8 +275,9 @@ class Transformer(nnx.Module):
         caches = []
         for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x_BTD, layer_cache = block(x_BTD, position_BT, layer_cache, rngs)
-            caches.append(layer_cache)
-        return self.final_norm(x_BTD), caches if cache else None
+            if layer_cache is not None:
+                caches.append(layer_cache)
+        return self.final_norm(x_BTD), caches
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""

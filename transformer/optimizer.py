@@ -8,7 +8,7 @@ The step is one optax transformation. Its `update` takes, beside gradients and p
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,12 +78,9 @@ def labels_of(params: Params, use_muon: bool) -> dict[str, str]:
     return labels
 
 
-def decayed(params: Params, decay_embeddings: bool) -> dict[str, bool]:
+def decayed(name: str, decay_embeddings: bool) -> bool:
     """Whether weight decay touches a parameter: matrices, never norms, biases or sinks; embeddings if asked."""
-    return {
-        name: name == HEAD or bool(HIDDEN_MATRIX.fullmatch(name) or (decay_embeddings and EMBEDDING.fullmatch(name)))
-        for name in params
-    }
+    return name == HEAD or bool(HIDDEN_MATRIX.fullmatch(name) or (decay_embeddings and EMBEDDING.fullmatch(name)))
 
 
 # --- Schedules ----------------------------------------------------------------------------------------------------
@@ -130,6 +127,9 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+# Where a matrix lacks rank, rounding leaves A eigenvalues just below 0, which each A <- P A P multiplies by up to a^2:
+# 8 to 10 iterations in a row would blow up.
+GRAM_STEPS = 5
 SAFETY = 1.01  # Polar Express: every row but the last is slackened, so that rounding cannot push it out of range
 
 
@@ -146,7 +146,8 @@ def orthogonalize(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> j
 
     A wide matrix is iterated in Gram form: each iteration multiplies X by a polynomial P of A = X X^T, and P commutes
     with A, so A <- P A P and Q <- P Q can run on the small square matrices alone, with Q X formed once at the end.
-    The same polynomial in exact arithmetic, fewer operations when N is larger than M.
+    The same polynomial in exact arithmetic, fewer operations when N is larger than M. After GRAM_STEPS iterations it
+    starts again from Q X.
     """
     if x_XMN.shape[1] > x_XMN.shape[2]:
         return orthogonalize(x_XMN.mT, rows).mT
@@ -158,6 +159,12 @@ def orthogonalize(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> j
             gram_XMM = x_XMN @ x_XMN.mT
             x_XMN = a * x_XMN + (b * gram_XMM + c * gram_XMM @ gram_XMM) @ x_XMN
         return x_XMN
+    for start in range(0, len(rows), GRAM_STEPS):
+        x_XMN = _iterate_gram(x_XMN, rows[start : start + GRAM_STEPS])
+    return x_XMN
+
+
+def _iterate_gram(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> jax.Array:
     gram_XMM = x_XMN @ x_XMN.mT
     identity_MM = jnp.eye(x_XMN.shape[1], dtype=jnp.float32)
     product_XMM = identity_MM
@@ -186,13 +193,13 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
     def init(params):
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         warm = jnp.minimum(state.count / max(config.muon_momentum_warmup_steps, 1), 1.0)
         warm = warm if config.muon_momentum_warmup_steps else 1.0
         m = config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * warm
-        momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, momentum, grads)
+        momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, momentum, updates)
 
         leaves, treedef = jax.tree.flatten(nesterov)
         by_shape: dict[tuple[int, int], list[int]] = {}
@@ -225,11 +232,12 @@ def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs
         del params
         return NormaliseState(jnp.zeros((), jnp.float32))
 
-    def update(grads, state, params=None, *, tokens, **_):
+    def update(updates, state, params=None, **extra):
         del state, params
-        norm = optax.global_norm(grads) / tokens
+        tokens = extra["tokens"]
+        norm = optax.global_norm(updates) / tokens
         factor = (jnp.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0) / tokens
-        return jax.tree.map(lambda g: g * factor, grads), NormaliseState(norm)
+        return jax.tree.map(lambda g: g * factor, updates), NormaliseState(norm)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -240,9 +248,9 @@ def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs
     optax's own schedules count the updates that were made, which lags behind when a step had nothing to apply.
     """
 
-    def update(updates, state, params=None, *, real_step, **_):
+    def update(updates, state, params=None, **extra):
         del params
-        factor = -lr * shape(real_step)
+        factor = -lr * shape(extra["real_step"])
         return jax.tree.map(lambda u: factor * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -262,10 +270,10 @@ def make_optimizer(
     b1, b2 = config.betas
 
     def decay() -> optax.GradientTransformation:
-        mask = lambda tree: {name: decayed({name: 0}, config.decay_embeddings)[name] for name in tree}
+        mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
         return optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(scale_by_muon(config, mesh), decay(), descend(config.muon_lr, shape)),
         "adamw": optax.chain(optax.scale_by_adam(b1, b2, config.eps), decay(), descend(config.lr, shape)),
     }

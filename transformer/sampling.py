@@ -7,7 +7,7 @@ again, for each text by itself, so that the model never sees positions it was no
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -155,7 +155,7 @@ def generate_tokens(
     params = params_of(model)
     key = jax.random.key(sampling.seed)
     banned_V = jnp.zeros(config.vocab_size, bool).at[jnp.array(list(unsampled), int)].set(True) if unsampled else None
-    run = {"config": config, "sampling": sampling}
+    run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed; another compiles nothing
     texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]
     done_B = np.zeros(len(texts), bool)
     made = 0
@@ -183,7 +183,11 @@ def generate_tokens(
             )
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
             length_B, room = length_B + count, room - count
-        texts = [t if len(t) <= config.context_len else t[-max(1, config.context_len // 2) :] for t in texts]
+        for row, text in enumerate(texts):
+            if done_B[row]:  # a finished text takes no room from the others
+                texts[row] = text[-1:]
+            elif len(text) > config.context_len:
+                texts[row] = text[-max(1, config.context_len // 2) :]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:

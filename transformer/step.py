@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
@@ -117,7 +116,7 @@ def make_train_step(
             tokens=jnp.maximum(window_tokens, 1).astype(jnp.float32),
             real_step=real_step,
         )
-        new_params = optax.apply_updates(params, updates)
+        new_params = jax.tree.map(jnp.add, params, updates)
 
         of_this_step = {
             "loss": jnp.where(apply, window_loss / window_tokens, jnp.nan),

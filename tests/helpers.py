@@ -1,0 +1,145 @@
+"""What the tests of whole runs share: a small text, a small config, and runs that are cut short on purpose.
+
+python tests/helpers.py SIGNAL MICRO_STEP ARGUMENT ...
+
+runs `main.py ARGUMENT ...` and sends the process SIGNAL before it makes MICRO_STEP, so that a cut falls where a test
+wants it however fast the machine is.
+"""
+
+import atexit
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+import config_lib
+import input_pipeline
+import main
+import train_lib
+from configs import default
+from runtime.checkpoint import Checkpoints
+from transformer.model import init_params
+from transformer.optimizer import labels_of, make_optimizer
+from transformer.step import init_state
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the processes that they start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+TINY = {
+    "num_blocks": 2,
+    "num_heads": 2,
+    "embedding_dim": 32,
+    "mlp_dim": 48,
+    "context_len": 16,
+    "batch_size": 4,
+    "epochs": 0,
+    "max_steps": 30,
+    "save_every": 5,
+    "eval_every": 7,
+    "log_every": 1,
+    "sample_every": 12,
+    "sample_tokens": 20,
+    "cpu_devices": "1",
+}
+
+
+def make_text(num_sentences: int = 400, seed: int = 0) -> str:
+    """Sentences without sense, always the same for a seed; about 30 characters each."""
+    rng = random.Random(seed)
+    who, does, what = ["A heron", "The miller", "My aunt"], ["finds", "paints", "forgets"], ["a lamp", "two eels", "it"]
+    sentence = lambda: f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)} at {rng.randrange(24)}.\n"
+    return "".join(sentence() for _ in range(num_sentences))
+
+
+def tiny_config(folder: Path, **changes: Any) -> ConfigDict:
+    """A model that trains in a second on the text in `folder`, which is written where it is missing."""
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text(make_text(), encoding="utf-8")
+    config = default.get_config()
+    config.update({**TINY, "dataset": str(text), "data_dir": str(folder / "data"), **changes})
+    return config
+
+
+def arguments(config: ConfigDict, workdir: Path) -> list[str]:
+    """The `train` command line that says the same as `config`."""
+    base = default.get_config()
+    changed = [f"--config.{key}={value}" for key, value in config.items() if value != base[key]]
+    return [f"--config={ROOT / 'configs' / 'default.py'}", f"--workdir={workdir}", *changed]
+
+
+def run_main(*argv: str, cut: tuple[signal.Signals, int] | None = None) -> subprocess.CompletedProcess[str]:
+    """`main.py` in a process of its own; with `cut`, a signal hits it before that micro-step."""
+    script = [str(ROOT / "main.py")] if cut is None else [__file__, cut[0].name, str(cut[1])]
+    return subprocess.run([sys.executable, *script, *argv], capture_output=True, text=True, timeout=120, check=False)
+
+
+def signal_before(signum: signal.Signals, micro_step: int) -> Any:
+    """A stand-in for `input_pipeline.prefetch` under which a signal comes before `micro_step`, or never."""
+
+    def prefetch(make: Any, start: int, stop: int) -> Iterator[Any]:
+        for index, batch in enumerate(input_pipeline.prefetch(make, start, stop), start):
+            if index == micro_step:
+                signal.raise_signal(signum) if signum != signal.SIGKILL else os.kill(os.getpid(), signum)
+            yield batch
+
+    return prefetch
+
+
+def assert_one_line(stderr: str, *words: str) -> None:
+    assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
+    for word in words:
+        assert word in stderr
+
+
+def rows(workdir: Path) -> list[dict[str, Any]]:
+    """What the run logged."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> list[tuple[int, float, float | None]]:
+    """Step, loss and validation loss of each logged step."""
+    return [(row["step"], row["loss"], row.get("val_loss")) for row in rows(workdir)]
+
+
+def saved_state(workdir: Path, config: ConfigDict, vocab_size: int, micro_step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by path: parameters, optimizer, counters."""
+    model_config = config_lib.transformer_config(config, vocab_size, "float32")
+    params = jax.eval_shape(partial(init_params, model_config), jax.random.key(0))
+    optimizer = make_optimizer(config_lib.optimizer_config(config), params, config.max_steps)
+    init = partial(init_state, model_config, optimizer, labels_of(params, config.use_muon))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        place = SingleDeviceSharding(jax.devices()[0])
+        state = checkpoints.restore(micro_step, abstract.params, abstract[1:], place)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+if __name__ == "__main__":
+    train_lib.prefetch = signal_before(signal.Signals[sys.argv[1]], int(sys.argv[2]))
+    sys.exit(main.main(sys.argv[3:]))

@@ -1,0 +1,293 @@
+"""What surrounds a run: measurements and their file, the plot, signals, the lock, the workdir."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import files, guard, metrics, plots
+from runtime.errors import Interrupted, StorageError, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(code: str) -> subprocess.Popen:
+    """A Python process beside this one that runs `code`."""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Tesla T4", 65e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_that_of_the_named_device_and_of_no_namesake(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
+def test_utilisation_is_the_share_of_all_devices_peak():
+    assert metrics.mfu(6e9, 1e5, 3, "NVIDIA A100-SXM4-80GB") == pytest.approx(6e14 / (3 * 312e12))
+    assert metrics.mfu(6e9, 1e5, 3, "cpu") is None
+
+
+def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
+    assert metrics.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
+    assert metrics.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
+
+
+def test_peak_memory_is_the_devices_own_count_or_this_process():
+    class Gpu:
+        def memory_stats(self):
+            return {"bytes_in_use": 3, "peak_bytes_in_use": 7}
+
+    assert metrics.peak_memory_bytes(Gpu()) == 7
+    before = metrics.peak_memory_bytes(jax.devices("cpu")[0])
+    assert 2**24 < before < 2**37  # in bytes: neither KiB nor pages
+    block = np.ones(before // 8 + 2**24)  # more than the peak so far
+    assert metrics.peak_memory_bytes(jax.devices("cpu")[0]) >= block.nbytes
+
+
+def test_environment_is_json_and_holds_no_environment_variable(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "canary")
+    found = metrics.environment()
+    assert found["packages"]["jax"] == jax.__version__
+    assert found["device_count"] == jax.device_count()
+    assert found["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found["git_commit"])
+    assert "canary" not in json.dumps(found)
+
+
+def test_rows_come_back_as_they_were_and_what_is_not_finite_as_none(tmp_path):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.read() == []
+    file.append({"step": np.int32(1), "loss": np.float32(0.5), "rms": {"muon": math.nan}, "mfu": None})
+    file.append({"step": 2, "loss": jax.numpy.inf})
+    assert file.read() == [
+        {"step": 1, "loss": 0.5, "rms": {"muon": None}, "mfu": None},
+        {"step": 2, "loss": None},
+    ]
+    text = file.path.read_text()
+    assert text.count("\n") == 2 and text.endswith("\n") and "NaN" not in text and "Infinity" not in text
+
+
+def test_metrics_go_back_to_where_the_checkpoint_was(tmp_path):
+    file, said = metrics.MetricsFile(tmp_path / "metrics.jsonl"), []
+    file.append({"step": 1})
+    size = files.size_of(file.path)
+    file.append({"step": 2})
+    files.cut_back(file.path, size, said.append)
+    assert (file.read(), said) == ([{"step": 1}], [])
+    files.cut_back(file.path, size + 5, said.append)
+    assert files.size_of(file.path) == size
+    assert len(said) == 1 and "5 bytes" in said[0]
+
+
+@given(cut=st.integers(1, 30))
+def test_a_line_cut_short_is_passed_over(tmp_path_factory, cut):
+    file = metrics.MetricsFile(tmp_path_factory.mktemp("cut") / "metrics.jsonl")
+    for step in (1, 2):
+        file.append({"step": step, "loss": 3.25, "text": "a\u2028b"})
+    os.truncate(file.path, files.size_of(file.path) - cut)
+    rows = file.read()
+    assert [row["step"] for row in rows] == ([1, 2] if cut == 1 else [1])  # one byte less: only the newline is gone
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device; .+") as caught:
+        metrics.MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_clock_leaves_pauses_out_of_laps_and_keeps_them_in_elapsed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock may jump"))
+    clock = metrics.Clock(elapsed=50)
+    now[0] += 6
+    with clock.pause():
+        now[0] += 10
+    now[0] += 2
+    assert clock.lap(4) == 2
+    now[0] += 9
+    assert clock.lap(3) == 3
+    assert clock.elapsed == 50 + 6 + 10 + 2 + 9
+
+
+# Plots
+
+
+def test_the_plot_is_a_picture_and_replaces_the_old_one_whole(tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    losses = [4 * 0.98**i for i in range(100)]
+    rows = [{"tokens": 64 * i, "loss": loss} for i, loss in enumerate(losses)]
+    rows[7]["loss"] = None
+    rows[50]["val_loss"] = 2.0
+    plots.plot_loss(rows, path, "a run")
+    with_val = matplotlib.image.imread(path)
+    del rows[50]["val_loss"]
+    plots.plot_loss(rows, path, "a run")
+    without = matplotlib.image.imread(path)
+    assert with_val.shape == without.shape and (with_val != without).any()
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match="No space left"):
+        plots.plot_loss(rows[:3], path, "a run")
+    assert (matplotlib.image.imread(path) == without).all()
+    plots_of_nothing = tmp_path / "empty.png"
+    monkeypatch.undo()
+    plots.plot_loss([], plots_of_nothing, "a run")
+    assert plots_of_nothing.exists()
+
+
+@given(st.lists(st.floats(-10, 10), min_size=60, max_size=300))
+def test_smoothing_stays_within_the_values_and_keeps_the_first(values):
+    smooth = plots._smoothed(np.array(values))
+    assert len(smooth) == len(values)
+    assert smooth[0] == pytest.approx(values[0], abs=1e-12)
+    assert min(values) - 1e-9 <= smooth.min() and smooth.max() <= max(values) + 1e-9
+
+
+# Signals, locks, directories
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_handlers_come_back(signum):
+    old, said = signal.getsignal(signum), []
+    with guard.StopSignals(said.append) as stop:
+        stop.raise_if_set()
+        assert stop.signum is None
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+        with pytest.raises(Interrupted) as caught:
+            stop.raise_if_set()
+        assert caught.value.signum == signum
+        deadline = time.monotonic() + 5
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert len(said) == 1
+    assert signal.getsignal(signum) is old
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_the_second_signal_ends_the_process_though_it_is_deep_in_c_code(signals):
+    code = """if True:
+        import ctypes, signal
+        from runtime.guard import StopSignals
+        with StopSignals(lambda text: print(text, flush=True)):
+            # Blocked here, the signals go to another thread and do not cut this sleep short: no handler can run.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            print("ready", flush=True)
+            ctypes.CDLL(None).sleep(20)
+    """
+    process = start(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signals[0])
+    assert process.stdout.readline().startswith("stopping")
+    process.send_signal(signals[1])
+    assert process.wait(timeout=5) == 128 + signals[1]
+    process.stdout.close()
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    old, inside = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with guard.StopSignals() as stop:
+            inside.append((signal.getsignal(signal.SIGINT), stop.signum))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [(old, None)]
+
+
+def test_a_workdir_is_one_runs_own_until_it_ends_in_whatever_way(tmp_path):
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from runtime.guard import WorkdirLock
+        with WorkdirLock(Path({str(tmp_path)!r}), print):
+            print("locked", flush=True)
+            time.sleep(20)
+    """
+    process = start(code)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=rf"in use by pid {process.pid} on \S+; ") as caught:
+        guard.WorkdirLock(tmp_path, pytest.fail).__enter__()
+    assert str(tmp_path) in str(caught.value)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for _ in range(2):
+        with guard.WorkdirLock(tmp_path, pytest.fail):
+            assert (tmp_path / ".lock").read_text().split()[1] == str(os.getpid())
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(guard.fcntl, "flock", flock)
+    warnings = []
+    with guard.WorkdirLock(tmp_path, warnings.append):
+        pass
+    assert len(warnings) == 1 and "Operation not supported" in warnings[0]
+
+
+def test_a_workdir_is_made_and_its_path_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("deep")
+    assert guard.prepare_workdir("deep/er ü/../run") == tmp_path / "deep" / "run"
+    assert guard.prepare_workdir("link/run") == tmp_path / "deep" / "run"
+    assert os.listdir(tmp_path / "deep" / "run") == []
+
+
+def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+
+    def refused(path, reason):
+        with pytest.raises(UserError, match=reason) as caught:
+            guard.prepare_workdir(path)
+        text = str(caught.value)
+        assert text.startswith(f"workdir {path}: ") and "; " in text and "\n" not in text
+
+    refused(tmp_path / "file", "is a file")
+    refused(tmp_path / "file" / "run", "Not a directory")
+    refused(tmp_path / "loop", "loop|symbolic links")
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(guard.tempfile, "TemporaryFile", read_only)
+    refused(tmp_path, "Read-only file system")

@@ -1,0 +1,164 @@
+"""Weights & Biases, where it is wanted and cannot be had: one warning, no key on disk, never a failure."""
+
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime import trackers
+
+ROOT = Path(__file__).parent.parent
+KEY = "c4a5" * 10  # what a W&B key looks like
+
+
+@pytest.fixture
+def wandb_world(tmp_path, monkeypatch):
+    """A world in which nothing is known of W&B: no variable, no key, an empty current directory."""
+    here = tmp_path / "here"
+    here.mkdir()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    monkeypatch.setattr(os, "environ", clean | {"HOME": str(here), "NETRC": str(here / "netrc")})
+    monkeypatch.chdir(here)
+    return here
+
+
+def make(workdir: Path, **changes) -> tuple[trackers.Tracker, list[str]]:
+    workdir.mkdir(exist_ok=True)
+    warnings: list[str] = []
+    values = {"name": "a run", "config": {"lr": 0.1, "betas": (0.9, 0.95)}, "workdir": workdir, "warn": warnings.append}
+    return trackers.make_tracker(**{"enabled": True} | values | changes), warnings
+
+
+def test_no_tracker_touches_nothing(tmp_path, wandb_world):
+    tracker, warnings = make(tmp_path / "run", enabled=False)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.text(1, "text")
+    tracker.finish()
+    assert (warnings, tracker.where, os.listdir(tmp_path / "run")) == ([], None, [])
+
+
+def test_without_wandb_there_is_one_warning(tmp_path, wandb_world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker, warnings = make(tmp_path / "run")
+    tracker.log({"loss": 1.0}, 1)
+    assert len(warnings) == 1 and "wandb is off" in warnings[0]
+
+
+def test_settings_come_from_the_environment_then_from_dotenv(wandb_world):
+    (wandb_world / ".env").write_text("WANDB_MODE=offline\nWANDB_PROJECT=mine\nWANDB_ENTITY=us\nAWS_SECRET=hush\n")
+    os.environ["WANDB_ENTITY"] = "them"
+    trackers._load_settings()
+    found = {name: os.environ.get(name) for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "AWS_SECRET")}
+    assert found == {"WANDB_MODE": "offline", "WANDB_PROJECT": "mine", "WANDB_ENTITY": "them", "AWS_SECRET": None}
+
+
+def test_the_key_that_wandb_login_left_is_found(wandb_world):
+    url = "https://wandb.example.com"
+    assert not trackers._key_in_netrc(url)
+    (wandb_world / "netrc").write_text(f"machine wandb.example.com login user password {KEY}\n")
+    assert trackers._key_in_netrc(url)
+    assert not trackers._key_in_netrc("https://elsewhere.example.com")
+
+
+WANDB_RUN = """if True:
+    import sys
+    from pathlib import Path
+    from runtime import trackers
+    tracker = trackers.make_tracker(True, name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
+                                    workdir=Path(sys.argv[1]), warn=print)
+    tracker.log({"loss": 0.123456, "mfu": None}, 7)
+    tracker.text(7, "<ROMEO>")
+    tracker.finish()
+"""
+
+
+class Refuse(http.server.BaseHTTPRequestHandler):
+    """A server that is there, and takes no key."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(401)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def refusing_server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}, None),
+        ({}, "no API key"),
+        ({"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}, "http://127.0.0.1:9 does not answer"),
+        ({"WANDB_BASE_URL": "refusing", "WANDB_API_KEY": KEY}, "401"),
+    ],
+    ids=["offline", "no key", "no server", "refused"],
+)
+def test_wandb_logs_offline_with_one_warning_and_without_the_key(
+    tmp_path, wandb_world, refusing_server, settings, warning
+):
+    if settings.get("WANDB_BASE_URL") == "refusing":
+        settings = settings | {"WANDB_BASE_URL": refusing_server}
+    run = tmp_path / "run"
+    run.mkdir()
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB_RUN, str(run)],
+        env=os.environ | settings | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - begin < 10
+    assert done.stderr == ""
+    warnings = done.stdout.splitlines()
+    assert len(warnings) == (0 if warning is None else 1)
+    assert all(warning in text and "wandb sync" in text for text in warnings)
+    left = b"".join(file.read_bytes() for file in run.rglob("*") if file.is_file())
+    assert b"0.123456" in left
+    assert KEY.encode() not in left and KEY not in done.stdout
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
+    first = trackers._run_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{8}", first)
+    assert trackers._run_id(tmp_path) == first
+
+
+def test_wandb_failing_in_mid_run_is_one_warning_and_then_silence():
+    class Run:
+        calls = 0
+
+        def log(self, row):
+            self.calls += 1
+            if self.calls == 2:
+                raise BrokenPipeError("the service\nis gone")
+
+        def finish(self):
+            pytest.fail("it is off")
+
+    run, warnings = Run(), []
+    tracker = trackers._WandbTracker(run, "somewhere", warnings.append)
+    for step in range(5):
+        tracker.log({"loss": 1.0}, step)
+    tracker.finish()
+    assert run.calls == 2
+    assert len(warnings) == 1 and "the service is gone" in warnings[0]
