@@ -116,12 +116,14 @@ def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile:
     with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
         if fresh:
             move_aside(workdir, console.line)
-        with Checkpoints(workdir, config.keep) as checkpoints:
-            trainer = Trainer(config, workdir, checkpoints, console, stop)
-            try:
+        trainer = None
+        try:
+            with Checkpoints(workdir, config.keep) as checkpoints:
+                trainer = Trainer(config, workdir, checkpoints, console, stop)
                 return trainer.run(profile)
-            finally:
-                trainer.tracker.finish()
+        finally:
+            if trainer:
+                trainer.tracker.finish()  # last: a slow upload must not cost a checkpoint
 
 
 class Trainer:

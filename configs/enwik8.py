@@ -1,7 +1,7 @@
 """enwik8 by bytes, in the usual 90/5/5 million split: the shakespeare recipe at a size for one GPU.
 
-    python main.py --config=configs/enwik8.py
-    python main.py eval --workdir=runs/enwik8 --split=test
+python main.py --config=configs/enwik8.py
+python main.py eval --workdir=runs/enwik8 --split=test
 """
 
 from ml_collections import ConfigDict

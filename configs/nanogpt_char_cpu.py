@@ -1,6 +1,6 @@
 """nanoGPT's character recipe for a CPU, in this project's terms: no sinks, AdamW alone, random windows.
 
-    python main.py --config=configs/nanogpt_char_cpu.py
+python main.py --config=configs/nanogpt_char_cpu.py
 """
 
 from ml_collections import ConfigDict

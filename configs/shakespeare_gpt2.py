@@ -1,6 +1,6 @@
 """The training set-up of the PyTorch original: GPT-2 tokens, context 1024, Muon and AdamW, one epoch in order.
 
-    python main.py --config=configs/shakespeare_gpt2.py
+python main.py --config=configs/shakespeare_gpt2.py
 """
 
 from ml_collections import ConfigDict

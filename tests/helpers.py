@@ -20,10 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
@@ -39,6 +35,8 @@ from transformer.model import init_params
 from transformer.optimizer import labels_of, make_optimizer
 from transformer.step import init_state
 
+ROOT = Path(__file__).parent.parent
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the processes that they start
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -51,6 +49,7 @@ TINY = {
     "mlp_dim": 48,
     "context_len": 16,
     "batch_size": 4,
+    "val_fraction": 0.5,
     "epochs": 0,
     "max_steps": 30,
     "save_every": 5,
@@ -62,7 +61,7 @@ TINY = {
 }
 
 
-def make_text(num_sentences: int = 400, seed: int = 0) -> str:
+def make_text(num_sentences: int = 700, seed: int = 0) -> str:
     """Sentences without sense, always the same for a seed; about 30 characters each."""
     rng = random.Random(seed)
     who, does, what = ["A heron", "The miller", "My aunt"], ["finds", "paints", "forgets"], ["a lamp", "two eels", "it"]
@@ -87,10 +86,14 @@ def arguments(config: ConfigDict, workdir: Path) -> list[str]:
     return [f"--config={ROOT / 'configs' / 'default.py'}", f"--workdir={workdir}", *changed]
 
 
-def run_main(*argv: str, cut: tuple[signal.Signals, int] | None = None) -> subprocess.CompletedProcess[str]:
+def run_main(
+    *argv: str, cut: tuple[signal.Signals, int] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`main.py` in a process of its own; with `cut`, a signal hits it before that micro-step."""
     script = [str(ROOT / "main.py")] if cut is None else [__file__, cut[0].name, str(cut[1])]
-    return subprocess.run([sys.executable, *script, *argv], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, *script, *argv]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def signal_before(signum: signal.Signals, micro_step: int) -> Any:
