@@ -1,6 +1,7 @@
 """The trainer: exact evaluation, and the loop. Read it from top to bottom; the step itself is transformer/step.py."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ from transformer.model import (
 )
 from transformer.sampling import Sampling, generate
 from transformer.sharding import batch_sharded, make_mesh, replicated
-from transformer.step import TrainState, batch_loss, init_state, make_train_step
+from transformer.step import TrainState, init_state, make_eval_step, make_train_step
 from transformer.tokenizer import Tokenizer
 
 # --- Evaluation ---------------------------------------------------------------------------------------------------
@@ -49,9 +50,7 @@ class Evaluator:
         self._context_len = model_config.context_len
         self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
         self._place = batch_sharded(mesh)
-        self._step = jax.jit(
-            lambda params, batch: batch_loss(model_config, params, batch, None), out_shardings=replicated(mesh)
-        )
+        self._step = make_eval_step(model_config, mesh)
 
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
@@ -62,12 +61,22 @@ class Evaluator:
           max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
           check: called between batches; may raise to break off.
         """
-        sums = []
+        total, tokens = 0.0, 0
+        in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
+
+        def collect(at_most: int) -> None:
+            nonlocal total, tokens
+            while len(in_flight) > at_most:
+                losses, counts = jax.device_get(in_flight.popleft())
+                total += float(losses.sum(dtype=np.float64))
+                tokens += int(counts.sum())
+
         for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
             check()
-            sums.append(self._step(params, jax.device_put(batch, self._place)))
-        losses, tokens = zip(*jax.device_get(sums), strict=True)
-        return float(np.sum(losses, dtype=np.float64) / np.sum(tokens)), int(np.sum(tokens))
+            in_flight.append(self._step(params, jax.device_put(batch, self._place)))
+            collect(at_most=2)  # keeps the devices busy, and a signal does not wait for the whole split
+        collect(at_most=0)
+        return total / tokens, tokens
 
 
 # --- The loop -----------------------------------------------------------------------------------------------------

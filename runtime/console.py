@@ -152,16 +152,20 @@ def _cells(row: dict[str, Any], total: int) -> list[tuple[str, str]]:
     """The columns of a step's line as (text, rich style)."""
     val_loss, muon_lr, mfu, seconds = row.get("val_loss"), row.get("muon_lr"), row["mfu"], row["step_seconds"]
     rates = [f"{rate:.1e}".replace("e-0", "e-") for rate in (row["lr"], muon_lr) if rate is not None]
+    if seconds is None:  # the first step of a session, most of which was compilation
+        speed, left = ("compiled  ", " " * 12), ""
+    else:
+        took = f"{_fixed(1000 * seconds, 4)} ms" if seconds < 10 else f"{_fixed(seconds, 4)} s "
+        speed, left = (took, f"{human(row['tokens_per_second']):>6} tok/s"), f", {duration(row['eta_seconds'])} left"
     return [
         (f"{row['step']:>{len(str(total))}}/{total}", ""),
         (f"loss {_fixed(row['loss'], 5)}", "bold"),
         (" " * 10 if val_loss is None else f"val {_fixed(val_loss, 5)}", "bold green"),
         (f"grad {_fixed(row['grad_norm'], 4)}", ""),
         (f"lr {'/'.join(rates)}", ""),
-        (f"{_fixed(1000 * seconds, 4)} ms" if seconds < 10 else f"{_fixed(seconds, 4)} s ", ""),
-        (f"{human(row['tokens_per_second']):>6} tok/s", ""),
+        *((text, "") for text in speed),
         ("MFU n/a" if mfu is None else f"MFU {mfu:5.1%}", ""),
-        (f"{duration(row['elapsed_seconds'])}, {duration(row['eta_seconds'])} left", "cyan"),
+        (f"{duration(row['elapsed_seconds'])}{left}", "cyan"),
     ]
 
 

@@ -235,7 +235,7 @@ def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs
     def update(updates, state, params=None, **extra):
         del state, params
         tokens = extra["tokens"]
-        norm = optax.global_norm(updates) / tokens
+        norm = optax.tree.norm(updates) / tokens
         factor = (jnp.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0) / tokens
         return jax.tree.map(lambda g: g * factor, updates), NormaliseState(norm)
 

@@ -36,7 +36,7 @@ def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str
         "loss",
         "grad_norm",
         "lr_factor",
-        *(f"{what}_rms_{g}" for g in set(labels.values()) for what in ("param", "update")),
+        *(f"{what}_rms_{g}" for g in sorted(set(labels.values())) for what in ("param", "update")),
     ]
     return TrainState(
         params=params,
@@ -69,15 +69,31 @@ def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable
 
     def on_each_device(params, batch_BT1, key):
         total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
-        flat, unravel = ravel_pytree(grads)
-        flat, total, tokens = jax.lax.psum((flat, total, tokens), DATA)
-        return total, tokens, unravel(flat)
+        flat, unravel = ravel_pytree((total, tokens.astype(jnp.float32), grads))  # float32 counts up to 2^24 exactly
+        total, tokens, grads = unravel(jax.lax.psum(flat, DATA))
+        return total, tokens.astype(jnp.int32), grads
 
     if mesh.size == 1:
         return on_one_device
     everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
     return jax.shard_map(
         on_each_device, mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
+    )
+
+
+def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Params, jax.Array], tuple]:
+    """(params, batch) -> summed loss and number of targets, one entry a device.
+
+    Nothing is summed over the devices: evaluation steps do not depend on each other, and on CPUs collectives of several
+    programs in flight at once can wait for each other for ever.
+    """
+
+    def eval_step(params, batch_BT1):
+        return jax.tree.map(lambda x: x[None], batch_loss(model_config, params, batch_BT1, None))
+
+    rows = PartitionSpec(DATA)
+    return jax.jit(
+        jax.shard_map(eval_step, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
     )
 
 
@@ -143,7 +159,7 @@ def make_train_step(
 def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
     """Root mean square of the entries, by optimizer group."""
     result = {}
-    for group in set(labels.values()):
+    for group in sorted(set(labels.values())):
         leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
         total = sum(jnp.vdot(leaf, leaf) for leaf in leaves)
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
