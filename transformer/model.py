@@ -238,7 +238,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c = config
         self.config = c
-        embed = {"embedding_init": _normal(), "dtype": c.dtype, "rngs": rngs}
+        embed: dict[str, Any] = {"embedding_init": _normal(), "dtype": c.dtype, "rngs": rngs}
         self.embedding = nnx.Embed(c.vocab_size, c.embedding_dim, **embed)
         if c.position == "learned":
             self.positions = nnx.Embed(c.context_len, c.embedding_dim, **embed)
@@ -273,8 +273,8 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.positions(position_BT)
         x_BTD = self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs)
         caches = []
-        for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x_BTD, layer_cache = block(x_BTD, position_BT, layer_cache, rngs)
+        for layer, block in enumerate(self.blocks):
+            x_BTD, layer_cache = block(x_BTD, position_BT, cache[layer] if cache else None, rngs)
             if layer_cache is not None:
                 caches.append(layer_cache)
         return self.final_norm(x_BTD), caches

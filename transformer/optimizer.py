@@ -177,7 +177,7 @@ def _iterate_gram(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> j
 
 
 class MuonState(NamedTuple):
-    count: jax.Array  # updates made
+    updates: jax.Array  # made so far
     momentum: Any
 
 
@@ -195,7 +195,7 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
 
     def update(updates, state, params=None):
         del params
-        warm = jnp.minimum(state.count / max(config.muon_momentum_warmup_steps, 1), 1.0)
+        warm = jnp.minimum(state.updates / max(config.muon_momentum_warmup_steps, 1), 1.0)
         warm = warm if config.muon_momentum_warmup_steps else 1.0
         m = config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * warm
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, updates)
@@ -213,7 +213,7 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
             done_XMN = scale * orthogonalize(stack_XMN, rows)
             for j, i in enumerate(members):
                 leaves[i] = done_XMN[j]
-        return jax.tree.unflatten(treedef, leaves), MuonState(state.count + 1, momentum)
+        return jax.tree.unflatten(treedef, leaves), MuonState(state.updates + 1, momentum)
 
     return optax.GradientTransformation(init, update)
 
