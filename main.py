@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"commands.{command}").main(flags)
     except Interrupted as signal:
         return 128 + signal.signum
+    except KeyboardInterrupt:
+        return 130
     except ExpectedError as error:
         if "--debug" in flags:
             raise

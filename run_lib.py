@@ -52,7 +52,16 @@ def data_dir_of(config: ConfigDict) -> Path:
 
 
 def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None) -> Dataset:
-    """The data set that a config names; `vocabulary` is the run's own tokenizer where there is one."""
+    """The data set that a config names; `vocabulary` is the run's own tokenizer where there is one.
+
+    Raises:
+      UserError: the text cannot be used, or the config wants another tokenizer than the run has.
+    """
+    if vocabulary and vocabulary.name != config.tokenizer:
+        raise UserError(
+            f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
+            f"{config.tokenizer!r}; a model cannot change its tokenizer"
+        )
     return load_dataset(
         config.dataset,
         config.tokenizer,

@@ -4,6 +4,8 @@ A checkpoint holds three items that are committed together: `params`, which can 
 the training state is made of), and `meta`, a JSON object.
 """
 
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from runtime.errors import NoCheckpointError, StorageError, one_line
 
 FORMAT = 1  # of the three items; raised when an older program could not read them
 VAL_LOSS = "val_loss"
+REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 
 
 def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -32,6 +35,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
+        """Open `workdir/checkpoints`; `read_only` creates and changes nothing.
+
+        Raises:
+          NoCheckpointError: `read_only` and there are none; or one of them is damaged.
+        """
         self.directory = workdir.absolute() / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
@@ -46,7 +54,6 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            lightweight_initialize=True,
             # Creating directories in the background makes a read-only disk hang the exit for minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
@@ -55,7 +62,15 @@ class Checkpoints:
             "rest": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        if not read_only:
+            self._finish_replacing()
+        try:
+            # Reads every validation loss: under `lightweight_initialize` an earlier session's best would be deleted.
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        except (OSError, ValueError) as error:
+            raise NoCheckpointError(
+                f"{self.directory}: a checkpoint cannot be read ({one_line(error)}); move it aside and run again"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -66,14 +81,23 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest when none was evaluated."""
-        losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        evaluated = {step: metrics[VAL_LOSS] for step, metrics in losses.items() if metrics}
-        return min(evaluated, key=lambda step: (evaluated[step], step)) if evaluated else self.latest()
+    def best(self) -> int:
+        """The step with the lowest validation loss; the newest when none was evaluated.
+
+        Raises:
+          NoCheckpointError: there is no checkpoint.
+        """
+        found = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        if not found:
+            raise NoCheckpointError(f"{self.directory}: no checkpoint yet; train first, or name another --workdir")
+        losses = {step: metrics[VAL_LOSS] for step, metrics in found.items() if metrics}
+        return min(losses, key=lambda step: (losses[step], step)) if losses else max(found)
 
     def save(self, step: int, params: Any, rest: Any, meta: Mapping[str, Any], val_loss: float | None) -> None:
-        """Write a checkpoint, numbered by micro-steps, in the background; one of that number is replaced.
+        """Write a checkpoint, numbered by micro-steps, in the background.
+
+        One of that number is replaced, and at no moment is there neither of the two. A `val_loss` that is not finite
+        is as none.
 
         Raises:
           StorageError: this save, or the one before, could not be written.
@@ -83,15 +107,29 @@ class Checkpoints:
             rest=ocp.args.StandardSave(rest),
             meta=ocp.args.JsonSave({"format": FORMAT, "step": int(step), **meta}),
         )
-        metrics = None if val_loss is None else {VAL_LOSS: float(val_loss)}
+        metrics = {VAL_LOSS: float(val_loss)} if val_loss is not None and math.isfinite(val_loss) else None
         try:
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
+            replaces = step in self._manager.all_steps()
+            if replaces:
+                self._manager.wait_until_finished()
+                (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}")
+                self._manager.reload()
             saved = self._manager.save(int(step), args=args, metrics=metrics)
+            if replaces:
+                self._manager.wait_until_finished()
+                self._finish_replacing()
         except Exception as error:
             raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error
         if not saved:
             raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+
+    def _finish_replacing(self) -> None:
+        """Remove replaced checkpoints; bring back those whose successor was never completed."""
+        for old in self.directory.glob(f"*{REPLACED}"):
+            if old.with_suffix("").exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(old.with_suffix(""))
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item of a checkpoint.
@@ -138,8 +176,6 @@ class Checkpoints:
           StorageError: it could not be.
         """
         try:
-            self._manager.wait_until_finished()
+            self._manager.close()
         except Exception as error:
             raise StorageError(f"{self.directory}: not saved ({one_line(error)}); free space and run again") from error
-        finally:
-            self._manager.close()

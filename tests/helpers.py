@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from transformer.step import init_state
 
 ROOT = Path(__file__).parent.parent
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all tests and the processes that they start
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+SCRATCH = Path(os.environ.get("TESTS_SCRATCH") or tempfile.mkdtemp(prefix="tests-"))
+if "TESTS_SCRATCH" not in os.environ:  # the processes that tests start share the text and the compiled programs
+    atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+    os.environ |= {"TESTS_SCRATCH": str(SCRATCH), "JAX_COMPILATION_CACHE_DIR": str(SCRATCH / "compiled")}
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 TINY = {
     "num_blocks": 2,
@@ -52,6 +53,7 @@ TINY = {
     "val_fraction": 0.5,
     "epochs": 0,
     "max_steps": 30,
+    "lr": 0.01,
     "save_every": 5,
     "eval_every": 7,
     "log_every": 1,
@@ -69,14 +71,20 @@ def make_text(num_sentences: int = 700, seed: int = 0) -> str:
     return "".join(sentence() for _ in range(num_sentences))
 
 
-def tiny_config(folder: Path, **changes: Any) -> ConfigDict:
-    """A model that trains in a second on the text in `folder`, which is written where it is missing."""
-    text = folder / "text.txt"
+def tiny_config(**changes: Any) -> ConfigDict:
+    """A model that trains in a second."""
+    text = SCRATCH / "text.txt"
     if not text.exists():
         text.write_text(make_text(), encoding="utf-8")
     config = default.get_config()
-    config.update({**TINY, "dataset": str(text), "data_dir": str(folder / "data"), **changes})
+    config.update({**TINY, "dataset": str(text), "data_dir": str(SCRATCH / "data"), **changes})
     return config
+
+
+@cache
+def finished_run() -> train_lib.Run:
+    """An uninterrupted run of `tiny_config()`, made once. Nobody changes its directory."""
+    return train_lib.train(tiny_config(), SCRATCH / "finished")
 
 
 def arguments(config: ConfigDict, workdir: Path) -> list[str]:

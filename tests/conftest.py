@@ -1,0 +1,36 @@
+"""What several test files share."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.model import Params, TransformerConfig, init_params
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Params]:
+    """(config, seed) -> parameters that are nowhere zero or equal, so that a part left out or mixed up shows.
+
+    Drawn with numpy: compiling the real initialiser takes seconds.
+    """
+
+    def make(config: TransformerConfig, seed: int = 0) -> Params:
+        rng = np.random.default_rng(seed)
+        params = {}
+        for name, leaf in jax.eval_shape(partial(init_params, config), jax.random.key(0)).items():
+            noise = rng.normal(size=leaf.shape)
+            if name.endswith("scale"):
+                value = 1 + 0.1 * noise
+            elif name.endswith("kernel"):
+                value = noise / np.sqrt(leaf.shape[0])
+            elif name.endswith("bias"):
+                value = 0.1 * noise  # larger ones would drown what depends on the input
+            else:
+                value = noise
+            params[name] = jax.numpy.asarray(value, leaf.dtype)
+        return params
+
+    return make

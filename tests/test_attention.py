@@ -1,0 +1,194 @@
+"""Attention, masks and rotary positions against their definitions, in float64."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, visible
+
+B, T, N, K, H = 2, 5, 6, 3, 4
+FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}  # some tens of roundings of 6e-8
+
+
+def definition(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sink_N, xp=np):
+    """exp(s) / (exp(sink) + sum of the visible exp(s)) times v; with jax.numpy as `xp` to differentiate it."""
+    k_BSNH, v_BSNH = (xp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+    weights_BNTS = mask_BTS[:, None] * xp.exp(xp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / math.sqrt(H))
+    probs_BNTS = weights_BNTS / (xp.exp(sink_N)[:, None, None] + weights_BNTS.sum(-1, keepdims=True))
+    return xp.einsum("BNTS,BSNH->BTNH", probs_BNTS, v_BSNH)
+
+
+def value_and_gradients(function, inputs, mask_BTS, cotangent):
+    value, pull_back = jax.vjp(lambda *xs: function(*xs[:3], mask_BTS, *xs[3:]), *inputs)
+    return value, *pull_back(cotangent)
+
+
+attend_and_gradients = jax.jit(lambda *args: value_and_gradients(attend, *args))
+define_and_gradients = jax.jit(lambda *args: value_and_gradients(partial(definition, xp=jnp), *args))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def qkv(scale=1.0):
+    return scale * normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
+
+
+def causal(window=0):
+    return np.array(visible(jnp.arange(T)[None], jnp.arange(T), window))
+
+
+SINKS = {
+    "start": np.zeros(N),
+    "spread": np.linspace(-20, 20, N),
+    "none": np.full(N, -np.inf),  # to the definition; to `attend` a sink of None
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0], ids=["", "huge scores"])
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("sinks", SINKS)
+def test_attention_and_all_its_gradients_equal_the_definition(sinks, window, scale):
+    inputs = qkv(scale) if sinks == "none" else (*qkv(scale), SINKS[sinks])
+    mask_BTS, cotangent = causal(window), normal(B, T, N, H, seed=3)
+    with jax.enable_x64(True):
+        want = define_and_gradients((*qkv(scale), SINKS[sinks]), mask_BTS, cotangent)
+    have = attend_and_gradients(*jax.tree.map(jnp.float32, (inputs,)), mask_BTS, jnp.float32(cotangent))
+    assert len(have) == len(inputs) + 1 and want[0].dtype == np.float64
+    for name, a, b in zip(("output", "dq", "dk", "dv", "dsink"), have, want, strict=False):
+        # Scores of 100 carry a rounding error of 100 x 6e-8 into the exponential.
+        tolerance = FLOAT32 if scale == 1 else {"rtol": 1e-3, "atol": 1e-3}
+        np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
+
+
+def test_a_head_with_a_huge_sink_attends_to_nothing():
+    sink_N = np.where(np.arange(N) == 4, 1e4, 0.0)
+    inputs = jax.tree.map(jnp.float32, (*qkv(), sink_N))
+    output, dq, _, _, dsink = map(np.array, attend_and_gradients(inputs, causal(), jnp.ones((B, T, N, H))))
+    assert [n for n in range(N) if not output[:, :, n].any()] == [4]
+    assert [n for n in range(N) if not dq[:, :, n].any()] == [4]
+    assert [n for n in range(N) if dsink[n] == 0] == [4]
+
+
+def test_each_row_has_its_own_mask_and_one_query_may_ask_many_keys():
+    q_BTNH, k_BSKH, v_BSKH = normal(B, 1, N, H), *qkv()[1:]
+    mask_BTS = np.array([[[True, False, True, True, False]], [[False, True, False, False, False]]])
+    have = jax.jit(attend)(*map(jnp.float32, (q_BTNH, k_BSKH, v_BSKH)), mask_BTS)
+    want = definition(q_BTNH, k_BSKH, v_BSKH, mask_BTS, np.full(N, -np.inf))
+    np.testing.assert_allclose(have, want, **FLOAT32)
+    np.testing.assert_allclose(have[1, 0, :2], np.repeat(v_BSKH[1, 1, :1], 2, axis=0), **FLOAT32)  # the only one seen
+
+
+def test_bfloat16_inputs_are_scored_in_float32():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv())
+    have = jax.jit(attend)(q, k, v, causal(), jnp.zeros(N))
+    want = definition(*(np.asarray(x, np.float32) for x in (q, k, v)), causal(), np.zeros(N))
+    assert have.dtype == jnp.bfloat16
+    # The probabilities and the result are rounded once each, to 8 bits; the scores are not.
+    np.testing.assert_allclose(np.asarray(have, np.float32), want, rtol=2**-7, atol=2**-8)
+
+
+def test_visible():
+    table = lambda query, window: np.array(visible(jnp.array(query), jnp.arange(6), window)).astype(int).tolist()
+    assert table([[0, 2]], 0) == [[[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]]
+    assert table([[4], [1]], 3) == [[[0, 0, 1, 1, 1, 0]], [[1, 1, 0, 0, 0, 0]]]
+    assert table([[3]], 1) == [[[0, 0, 0, 1, 0, 0]]]
+    assert table([[5]], 99) == table([[5]], 0)
+
+
+def test_cache_write_puts_each_row_at_its_own_positions():
+    cache = LayerCache(jnp.full((B, 7, K, H), -1.0), jnp.full((B, 7, K, H), -2.0))
+    k, v = jnp.float32(normal(B, 3, K, H)), jnp.float32(normal(B, 3, K, H, seed=1))
+    position_BT = np.array([[0, 1, 2], [4, 5, 6]])
+    after = jax.jit(cache_write)(cache, k, v, position_BT)
+    for new, written, blank in ((after.k_BSKH, k, -1), (after.v_BSKH, v, -2)):
+        want = np.full((B, 7, K, H), blank, np.float32)
+        for b in range(B):
+            want[b, position_BT[b]] = written[b]
+        np.testing.assert_array_equal(new, want)
+
+
+# --- Rotary positions ---------------------------------------------------------------------------------------------
+
+
+def rotated(x_TH, position_T):
+    """Vectors of one head, H = 8, at the given positions; theta is 100."""
+    frequency, scale = rope_frequencies(8, 100.0)
+    x_BTNH = np.float32(x_TH)[None, :, None]
+    return np.array(jax.jit(rotate)(x_BTNH, np.array([position_T]), frequency, scale))[0, :, 0]
+
+
+def test_rotate_turns_each_plane_as_a_complex_number():
+    x_TH, position_T = normal(3, 8), np.array([0, 7, 1000])
+    z = (x_TH[:, :4] + 1j * x_TH[:, 4:]) * np.exp(1j * position_T[:, None] * 100.0 ** (-np.arange(4) / 4))
+    have = rotated(x_TH, position_T)
+    # 1000 radians in float32 are known to 3e-5.
+    np.testing.assert_allclose(have, np.concatenate([z.real, z.imag], axis=-1), atol=1e-4)
+    np.testing.assert_allclose(have[:2], np.concatenate([z.real, z.imag], axis=-1)[:2], atol=2e-6)
+    np.testing.assert_array_equal(have[0], np.float32(x_TH[0]))
+
+
+def test_products_of_rotated_vectors_depend_on_the_distance_alone_and_norms_not_at_all():
+    q_H, k_H = normal(8), normal(8, seed=1)
+    products = [float(np.dot(*rotated([q_H, k_H], [m, m + distance]))) for distance in (0, 3) for m in (0, 5, 61)]
+    np.testing.assert_allclose(products[:3], np.dot(q_H, k_H), rtol=1e-5)
+    np.testing.assert_allclose(products[3:], products[3], rtol=1e-4)
+    assert abs(products[0] - products[3]) > 0.1
+    norms = np.linalg.norm(rotated([q_H] * 3, [0, 5, 61]), axis=-1)
+    np.testing.assert_allclose(norms, np.linalg.norm(q_H), rtol=1e-6)
+
+
+def test_rotate_scales_and_keeps_the_dtype():
+    x = jnp.asarray(normal(1, 3, 2, 8), jnp.bfloat16)
+    frequency, _ = rope_frequencies(8, 100.0)
+    turned = rotate(x, jnp.arange(3)[None], frequency, 1.5)
+    assert turned.dtype == jnp.bfloat16
+    norm = lambda y: np.linalg.norm(np.asarray(y, np.float32), axis=-1)
+    np.testing.assert_allclose(norm(turned), 1.5 * norm(x), rtol=2**-7)
+
+
+def yarn_by_the_paper(head_dim, theta, factor, context, fast, slow, truncate):
+    """Section 3.2: theta' = (1 - gamma) theta / s + gamma theta, where gamma is 1 for wavelengths that fit `fast` times
+    into the context and 0 for those that fit fewer than `slow` times.
+
+    Between them the paper's code lets gamma fall evenly from plane to plane: evenly in ln(turns), as the turns fall
+    geometrically.
+    """
+    plane = np.arange(head_dim // 2)
+    frequency = theta ** (-2 * plane / head_dim)
+    turns = context * frequency / (2 * np.pi)
+    place = lambda t: np.log(turns[0] / t) / np.log(turns[0] / turns[1])  # the plane with so many turns
+    first, last = place(fast), place(slow)
+    if truncate:
+        first, last = np.floor(first), np.ceil(last)
+    gamma = 1 - np.interp(plane, [first, last], [0, 1])
+    return (1 - gamma) * frequency / factor + gamma * frequency
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "factor", "context", "fast", "slow"),
+    [(64, 150_000.0, 32.0, 4096, 32.0, 1.0), (128, 10_000.0, 4.0, 2048, 32.0, 1.0), (32, 500.0, 8.0, 512, 9.0, 2.5)],
+    ids=["gpt-oss", "yarn-llama", "small"],
+)
+def test_yarn_frequencies_equal_the_papers(head_dim, theta, factor, context, fast, slow, truncate):
+    have, scale = rope_frequencies(head_dim, theta, Yarn(factor, context, fast, slow, truncate))
+    want = yarn_by_the_paper(head_dim, theta, factor, context, fast, slow, truncate)
+    np.testing.assert_allclose(have, want, rtol=1e-6)
+    plain, _ = rope_frequencies(head_dim, theta)
+    np.testing.assert_allclose(have[[0, -1]], plain[[0, -1]] / [1, factor], rtol=1e-6)
+    assert np.any((have < 0.99 * plain) & (have > 1.01 * plain / factor))  # some lie on the ramp
+    assert scale == pytest.approx(0.1 * math.log(factor) + 1)
+
+
+def test_yarn_by_a_factor_of_one_changes_nothing_and_its_scale_can_be_set():
+    plain, one = rope_frequencies(16, 1e4)
+    stretched, scale = rope_frequencies(16, 1e4, Yarn(1.0, 4096))
+    np.testing.assert_allclose(stretched, plain, rtol=1e-7)
+    assert one == scale == 1.0
+    assert rope_frequencies(16, 1e4, Yarn(32.0, 4096, attention_factor=0.7))[1] == 0.7

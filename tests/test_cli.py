@@ -1,0 +1,309 @@
+"""The command line: what is wrong is one line on stderr and an exit status, never a traceback."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import ROOT, assert_one_line, finished_run, run_main, tiny_config
+
+import main
+import run_lib
+import train_lib
+from configs import default
+from runtime import devices
+from runtime.errors import StorageError, UserError
+
+DEFAULTS = default.get_config()
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail with a status, in one line that begins with `start` and has `words`."""
+
+    def check(argv: list[str], start: str, *words: str, status: int = 2) -> None:
+        capsys.readouterr()
+        assert main.main(argv) == status
+        assert_one_line(capsys.readouterr().err, f"error: {start}", *words)
+
+    return check
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the trainer: the configs and workdirs that it was called with."""
+    calls = []
+    monkeypatch.setattr(train_lib, "train", lambda config, workdir, **flags: calls.append((config, workdir, flags)))
+    return calls
+
+
+# --- Training: what is given reaches the trainer, or is refused ------------------------------------------------------
+
+WRONG_TYPE = {
+    int: ("whole number", ["abc", "1.5", "nan", ""]),
+    float: ("number", ["abc", ""]),
+    bool: ("True or False", ["maybe", "2", "1.0"]),
+    tuple: ("two numbers", ["a,b", "0.9;0.95"]),
+}
+
+
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if type(value) in WRONG_TYPE])
+def test_a_value_of_the_wrong_type_names_the_key(key, refused, trained):
+    expected, texts = WRONG_TYPE[type(DEFAULTS[key])]
+    for text in texts:
+        refused([f"--config.{key}={text}"], f"config.{key}: ", expected, repr(text))
+    assert not trained
+
+
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if type(value) in (int, float)])
+def test_any_number_is_taken_or_refused_in_one_line(key, capsys, trained):
+    for text in ("-1", "0", "nan", "inf", "-inf", "1e300", "1" + "0" * 30, "9" * 400):
+        trained.clear()
+        status = main.main([f"--config={ROOT}/configs/default.py", f"--config.{key}={text}"])
+        error = capsys.readouterr().err
+        if status:
+            assert (status, trained) == (2, [])
+            assert_one_line(error, "error: config.", key)  # epochs=0 is impossible together with max_steps=0
+        else:
+            assert error == "" and trained[0][0][key] == float(text) and math.isfinite(float(text))
+
+
+@pytest.mark.parametrize(
+    "argv, start, words",
+    [
+        (["--config.num_head=2"], "config.num_head: unknown key", "did you mean num_heads?"),
+        (["--config.num_head", "2"], "config.num_head: unknown key", "did you mean num_heads?"),
+        (["--config.zzzz=2"], "config.zzzz: unknown key", ""),
+        (["--config.num_heads=3"], "config.embedding_dim: 128 is not divisible by num_heads 3", "use 129"),
+        (["--config.schedule=cosin"], "config.schedule: ", "did you mean cosine?"),
+        (["--config=configs/nowhere.py"], "--config=configs/nowhere.py: no such file", "configs/"),
+        (["--config=configs"], "--config=configs: no such file", "configs/"),
+        (["--wrkdir=a"], "--wrkdir: unknown flag", "did you mean workdir?"),
+        (["--lr=0.1"], "--lr: unknown flag", ""),
+        (["--fresh=maybe"], "--fresh=maybe: ", ""),
+        (["train", "quickly"], "quickly: not a flag", "--name=value"),
+        (["--config.use_muon", "False"], "False: not a flag", "--name=value"),
+        (["trian"], "trian: unknown command", "use one of train, sample, eval"),
+        (["--profile_steps=10"], "--profile_steps: ", "FIRST:LAST"),
+        (["--profile_steps=15:10"], "--profile_steps: ", "'15:10'"),
+        (["--profile_steps=a:b"], "--profile_steps: ", "'a:b'"),
+        (["--profile_steps=-1:3"], "--profile_steps: ", "'-1:3'"),
+        (["sample", "--num_tokens=-1"], "--num_tokens: ", "-1"),
+        (["sample", "--num_tokens=many"], "--num_tokens=many: ", ""),
+        (["sample", "--temperature=nan"], "--temperature: ", "nan"),
+        (["sample", "--temperature=-0.5"], "--temperature: ", "-0.5"),
+        (["sample", "--top_k=-1"], "--top_k: ", "-1"),
+        (["sample", "--top_p=0"], "--top_p: ", "0"),
+        (["sample", "--min_p=2"], "--min_p: ", "2"),
+        (["sample", "--seed=-1"], "--seed: ", "-1"),
+        (["sample", "--config=configs/default.py"], "--config: unknown flag", ""),
+        (["sample", "Once upon a time"], "Once upon a time: not a flag", ""),
+        (["eval", "--split=tset"], "--split=tset: ", "train"),
+        (["eval", "--step=last"], "--step=last: ", ""),
+        (["eval", "--workdir=/nowhere/at all"], "--workdir=/nowhere/at all: no such directory", "train first"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(argv, start, words, refused, trained):
+    refused(argv, start, words)
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("def get_config(:\n", "SyntaxError"),
+        ("import no_such_module_anywhere\n", "no_such_module_anywhere"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("def get_config():\n    raise ValueError('first line\\nsecond line')\n", "second line"),
+        (
+            "from configs import default\n\n\ndef get_config():\n"
+            "    config = default.get_config()\n    config.lr = 'fast'\n    return config\n",
+            "'lr'",
+        ),
+    ],
+)
+def test_a_broken_config_file_is_named(source, words, tmp_path, refused, trained):
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    refused([f"--config={path}"], f"--config={path}: ", words)
+
+
+def test_a_config_file_with_an_unknown_key_names_the_key(tmp_path, refused, trained):
+    path = tmp_path / "odd.py"
+    path.write_text(
+        "from configs import default\n\n\ndef get_config():\n"
+        "    config = default.get_config()\n    config.num_layer = 3\n    return config\n"
+    )
+    refused([f"--config={path}"], "config.num_layer: unknown key")
+
+
+def test_flags_reach_the_trainer(trained):
+    flags = ["--config.lr=0.5", "--config.betas=0.8,0.9", "--config.use_muon=False", "--config.run=a b", "--fresh"]
+    assert main.main(flags) == 0
+    assert main.main(["train", "--workdir=here", "--profile_steps=3:5", "--noconfig.use_muon"]) == 0
+    (first, first_dir, first_flags), (second, second_dir, second_flags) = trained
+    assert (first.lr, first.betas, first.use_muon) == (0.5, (0.8, 0.9), False) and not second.use_muon
+    assert (str(first_dir), first_flags) == ("runs/a b", {"fresh": True, "profile": None})
+    assert (str(second_dir), second_flags) == ("here", {"fresh": False, "profile": (3, 5)})
+
+
+def test_help_is_no_error(capsys):
+    for argv in (["--help"], ["-h"], ["help"]):
+        assert main.main(argv) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text for name in main.COMMANDS)
+    for command in main.COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            main.main([command, "--help"])
+        assert done.value.code == 0 and "--workdir" in capsys.readouterr().out
+
+
+def test_a_bug_is_no_expected_error(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_lib, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        main.main([])
+    monkeypatch.setattr(train_lib, "train", lambda *_, **__: (_ for _ in ()).throw(StorageError("x: full")))
+    assert main.main([]) == 5 and capsys.readouterr().err == "error: x: full\n"
+    with pytest.raises(StorageError):
+        main.main(["--debug"])
+
+
+def test_a_process_ends_with_the_status_and_one_line(tmp_path):
+    for argv, environment in ((["--config.num_head=2"], {}), ([f"--workdir={tmp_path}"], {"JAX_PLATFORMS": "abacus"})):
+        done = run_main(*argv, **environment)
+        assert done.returncode == 2 and done.stdout == ""
+        assert_one_line(done.stderr, *environment.values())
+
+
+# --- Sampling and evaluating ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the finished run's directory, to be damaged."""
+    return Path(shutil.copytree(finished_run().workdir, tmp_path / "copy"))
+
+
+def sample(capsys, *flags: str) -> str:
+    workdir = finished_run().workdir
+    capsys.readouterr()
+    assert main.main(["sample", f"--workdir={workdir}", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_sample_writes_so_many_tokens_and_the_same_for_a_seed(capsys):
+    prompt = "--prompt=The miller"
+    first = sample(capsys, prompt, "--num_tokens=40")
+    assert first.startswith("The miller") and len(first) == len("The miller") + 40 + len("\n")
+    assert sample(capsys, prompt, "--num_tokens=40") == first
+    assert sample(capsys, prompt, "--num_tokens=40", "--seed=1") != first
+    greedy = sample(capsys, prompt, "--num_tokens=40", "--temperature=0")
+    assert sample(capsys, prompt, "--num_tokens=40", "--temperature=0", "--seed=1") == greedy
+    assert sample(capsys, prompt, "--num_tokens=0") == "The miller\n"
+
+
+def test_sample_needs_known_characters_unless_told_to_replace_them(capsys, refused):
+    workdir = f"--workdir={finished_run().workdir}"
+    refused(["sample", workdir, "--prompt=A µ!"], "--prompt: ", "'\\xb5' at 2", "--replace_unknown")
+    assert sample(capsys, "--prompt=A µ!", "--replace_unknown", "--num_tokens=0") == "A   \n"
+
+
+def test_a_long_prompt_is_cut_with_a_note(capsys):
+    workdir = finished_run().workdir
+    capsys.readouterr()
+    assert main.main(["sample", f"--workdir={workdir}", "--prompt=" + "at " * 9, "--num_tokens=1"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("at " * 9) and "27 tokens" in output.err and "last 16" in output.err
+
+
+def test_sample_stops_quietly_when_nobody_reads():
+    command = [sys.executable, str(ROOT / "main.py"), "sample", f"--workdir={finished_run().workdir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--num_tokens=100000"], **pipes) as process:
+        assert process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(60) == 0 and process.stderr.read() == b""
+
+
+def test_what_cannot_be_read_back_is_named(copy, refused):
+    for command in ("sample", "eval"):
+        refused([command, f"--workdir={copy}", "--step=17"], str(copy), "no such checkpoint", "30", status=3)
+    (copy / "tokenizer.json").write_text("{}")
+    refused(["sample", f"--workdir={copy}"], str(copy / "tokenizer.json"), "not a saved tokenizer")
+    shutil.copy(finished_run().workdir / "tokenizer.json", copy)
+    shutil.rmtree(copy / "checkpoints")
+    refused(["sample", f"--workdir={copy}"], str(copy), "no checkpoints", status=3)
+    (copy / "checkpoints").mkdir()
+    refused(["eval", f"--workdir={copy}"], str(copy), "no checkpoint", status=3)
+    for content in ("", "{", "[]", '{"config": 3}', '{"config": {"zork": 3}}'):
+        (copy / "config.json").write_text(content)
+        refused(["sample", f"--workdir={copy}"], "", "config")
+    (copy / "config.json").unlink()
+    refused(["eval", f"--workdir={copy}"], str(copy / "config.json"))
+
+
+def test_eval_of_each_split_and_checkpoint(capsys, refused):
+    run = finished_run()
+    data = run_lib.load_data(tiny_config(), say=print)
+    capsys.readouterr()
+    results = {}
+    for name, flags in (("val", []), ("train", ["--split=train"]), ("earlier", ["--step=28"])):
+        assert main.main(["eval", f"--workdir={run.workdir}", *flags]) == 0
+        results[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["val"]["loss"] == pytest.approx(run.best_val_loss, abs=1e-6)
+    assert results["val"]["tokens"] == data.val.num_tokens - 1
+    assert results["train"]["tokens"] == data.train.num_tokens - 1
+    assert (results["earlier"]["step"], results["val"]["step"]) == (28, run.best_step)
+    assert results["earlier"]["loss"] > results["val"]["loss"]
+    refused(["eval", f"--workdir={run.workdir}", "--split=test"], "--split=test: ", "test_fraction")
+
+
+# --- Devices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cpu_devices, batch_size, cores, flags, expected",
+    [
+        ("auto", 12, 8, "", "--xla_force_host_platform_device_count=6 --xla_cpu_multi_thread_eigen=false"),
+        ("auto", 7, 4, "--a=b", "--a=b --xla_force_host_platform_device_count=1"),
+        ("3", 7, 1, "", "--xla_force_host_platform_device_count=3 --xla_cpu_multi_thread_eigen=false"),
+        ("3", 6, 8, "--xla_force_host_platform_device_count=2", "--xla_force_host_platform_device_count=2"),
+    ],
+)
+def test_cores_become_devices_before_jax_wakes_up(monkeypatch, cpu_devices, batch_size, cores, flags, expected):
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr(devices, "physical_cores", lambda: cores)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    devices.set_up_cpu_devices(cpu_devices, batch_size, warn=pytest.fail)
+    assert devices.os.environ["XLA_FLAGS"] == expected
+
+
+def test_jax_that_is_awake_stays_as_it_is(monkeypatch):
+    jax.devices()
+    warnings = []
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    devices.set_up_cpu_devices(str(jax.device_count()), 1000, warnings.append)
+    assert warnings == []
+    devices.set_up_cpu_devices(str(jax.device_count() + 1), 1000, warnings.append)
+    assert len(warnings) == 1 and devices.os.environ["XLA_FLAGS"] == "--other"
+
+
+def test_there_is_a_core_at_least():
+    assert 1 <= devices.physical_cores() <= (devices.os.cpu_count() or 1)
+
+
+def test_a_platform_that_is_not_there_is_named(monkeypatch):
+    def missing():
+        raise RuntimeError("Unable to initialize backend\nabacus")
+
+    monkeypatch.setattr(jax, "devices", missing)
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=abacus: [^\n]*$"):
+        devices.wake_up()

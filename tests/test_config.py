@@ -1,0 +1,233 @@
+"""Every key is documented and read, every config is possible, and what is impossible is one clear line."""
+
+import ast
+import copy
+import importlib
+import json
+import math
+import re
+import tokenize
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import config_lib
+from configs import default
+from runtime.errors import UserError
+from transformer.model import TransformerConfig
+from transformer.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).parent.parent
+KEYS = list(default.get_config())
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+ORIGINAL = (
+    *("num_blocks", "num_heads", "embedding_dim", "mlp_dim", "context_len", "batch_size", "epochs", "max_steps", "lr"),
+    *("muon_lr", "muon_momentum", "betas", "eps", "weight_decay", "use_muon", "accumulation_steps", "lr_warmup_ratio"),
+    *("min_lr_ratio", "tokenizer", "dataset", "temperature", "run", "wandb_enabled", "save_every"),
+    "print_per_layer_params",
+)
+
+
+def another(value: object) -> object:
+    """A value of the same type that is not this one."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case tuple():
+            return (0.5, 0.5)
+
+
+# --- The keys -------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_documented_where_it_is_set():
+    with (ROOT / "configs" / "default.py").open("rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    found = {
+        match[1]: number
+        for number, line in enumerate((ROOT / "configs" / "default.py").read_text().splitlines(), 1)
+        if (match := re.match(r" +config\.(\w+) = ", line))
+    }
+    assert sorted(found) == KEYS
+    assert [key for key, number in found.items() if number not in commented] == []
+
+
+def reads(tree: ast.AST) -> set[str]:
+    """Keys that are read from a config: config.KEY, self.config.KEY, c.KEY and the like; checks do not count."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and re.match("_?check", node.name):
+            continue
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if base in ("config", "c"):
+                found.add(node.attr)
+        found |= reads(node)
+    return found
+
+
+def product_files() -> list[Path]:
+    folders = (ROOT / name for name in ("commands", "runtime", "transformer"))
+    return [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+
+
+def test_every_key_is_read():
+    assert reads(ast.parse("def check(config): config.lr\ndef f(c): return self.config.eps + c.seed")) == {
+        "eps",
+        "seed",
+    }
+    sources = {path: path.read_text() for path in product_files()}
+    read = set().union(*(reads(ast.parse(text)) for text in sources.values()))
+    # The classes hand some fields out under their own names.
+    for config_class in (TransformerConfig, OptimizerConfig):
+        body = (ROOT / Path(*config_class.__module__.split("."))).with_suffix(".py").read_text()
+        node = next(n for n in ast.parse(body).body if isinstance(n, ast.ClassDef) and n.name == config_class.__name__)
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"]
+        own = {n.attr for m in methods for n in ast.walk(m) if isinstance(n, ast.Attribute)}
+        read |= own & {field.name for field in fields(config_class)}
+    assert sorted(set(KEYS) - read) == []
+
+
+def test_the_originals_flags_are_keys():
+    assert set(ORIGINAL) - set(KEYS) == set()
+
+
+def test_the_tables_name_only_keys_and_every_number_has_a_range():
+    ranged = [key for _, _, keys in config_lib.RANGES for key in keys.split()]
+    assert len(ranged) == len(set(ranged))
+    numbers = {key for key, value in default.get_config().items() if type(value) in (int, float)}
+    assert set(ranged) == numbers
+    assert set(KEYS) >= config_lib.FREE_ON_RESUME | set(config_lib.CHOICES)
+    dataclass_fields = {field.name for part in (TransformerConfig, OptimizerConfig) for field in fields(part)}
+    assert dataclass_fields - {"vocab_size"} <= set(KEYS)
+
+
+# --- The configs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_possible_and_survives_json(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    before = config_lib.to_dict(config)
+    config_lib.check(config)
+    assert config_lib.to_dict(config) == before
+    again = config_lib.from_dict(json.loads(json.dumps(before)))
+    assert again == config and [type(again[key]) for key in KEYS] == [type(config[key]) for key in KEYS]
+
+
+def test_from_dict_fills_in_new_keys_and_refuses_unknown_ones():
+    saved = config_lib.to_dict(default.get_config())
+    del saved["keep"]
+    assert config_lib.from_dict(saved) == default.get_config()
+    for odd in ({"zork": 1}, {"lr": "fast"}, {"lr": -1.0}, {"num_blocks": 2.5}, {"use_muon": "no"}):
+        with pytest.raises(UserError, match=rf"^config\.{next(iter(odd))}: [^\n]*$"):
+            config_lib.from_dict(saved | odd)
+
+
+# --- Checking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_number_in_any_key_is_possible_or_refused_in_one_line(key):
+    """Set past ml_collections' own type check, as a config file can."""
+    for value in (-1, 0, 10**30, -1.0, 0.0, math.nan, math.inf, 1e300, True, None, "", "?", (), (1.0, math.nan)):
+        config = copy.deepcopy(default.get_config())
+        with config.ignore_type():
+            config[key] = value
+        try:
+            config_lib.check(config)
+        except UserError as error:
+            # Two keys can be impossible together, and then the message may name the other one.
+            assert re.match(r"config\.\w+: [^\n]+$", str(error)) and key in str(error)
+        else:
+            assert type(config[key]) is type(default.get_config()[key])
+
+
+@pytest.mark.parametrize(
+    "changes, key, words",
+    [
+        ({"num_heads": 3}, "embedding_dim", "128 is not divisible by num_heads 3; use 129"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads", "3 does not divide num_heads 4"),
+        ({"head_dim": 5, "position": "rope"}, "head_dim", "even"),
+        ({"window_pattern": "LX"}, "window_pattern", "'LX'"),
+        ({"epochs": 0, "max_steps": 0}, "max_steps", "never end"),
+        ({"val_fraction": 0.6, "test_fraction": 0.4}, "val_fraction", "< 1"),
+        ({"schedule": "cosin"}, "schedule", "did you mean cosine?"),
+        ({"order": "zigzag"}, "order", "use one of shuffle, sequential, random"),
+        ({"betas": (0.9, 1.0)}, "betas", "below 1"),
+        ({"cpu_devices": "many"}, "cpu_devices", "auto"),
+        ({"cpu_devices": "1000000"}, "cpu_devices", "batch_size"),
+        ({"run": "a/b"}, "run", "--workdir"),
+        ({"sample_prompt": ""}, "sample_prompt", "empty"),
+    ],
+)
+def test_what_is_impossible_together_is_named(changes, key, words):
+    config = default.get_config()
+    config.update(changes)
+    with pytest.raises(UserError, match=rf"^config\.{key}: [^\n]*$") as refused:
+        config_lib.check(config)
+    assert words in str(refused.value)
+
+
+def test_a_batch_must_split_over_the_devices():
+    config = default.get_config()
+    config.batch_size = 10
+    config_lib.check_devices(config, 5)
+    with pytest.raises(UserError, match=r"^config\.batch_size: 10 is not divisible by 8 devices; use 8 or 16$"):
+        config_lib.check_devices(config, 8)
+    with pytest.raises(UserError, match=r"use 16$"):
+        config_lib.check_devices(config, 16)
+
+
+# --- Resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_resume_may_change_how_a_run_is_watched_and_nothing_else(key):
+    old, new = default.get_config(), default.get_config()
+    new[key] = another(old[key])
+    if key in config_lib.FREE_ON_RESUME:
+        config_lib.check_resume(old, new, Path("runs/a"))
+        return
+    with pytest.raises(UserError, match=rf"^config\.{key}: [^\n]*$") as refused:
+        config_lib.check_resume(old, new, Path("runs/a"))
+    message = str(refused.value)
+    assert message.index(repr(old[key])) < message.index(repr(new[key]))
+    assert all(way in message for way in ("--workdir", "--fresh", "--config.init_from=runs/a"))
+
+
+@pytest.mark.parametrize(
+    "schedule, possible", [("constant", True), ("constant_linear", True), ("cosine", False), ("linear", False)]
+)
+@pytest.mark.parametrize("key", ["max_steps", "epochs"])
+def test_which_schedules_allow_another_length(schedule, possible, key):
+    old, new = default.get_config(), default.get_config()
+    old.schedule = new.schedule = schedule
+    old[key], new[key] = 6, 8
+    if possible:
+        config_lib.check_resume(old, new, Path("a"))
+        return
+    with pytest.raises(UserError, match=rf"^config\.{key}: .*'{schedule}' .* 6, .* 8 .*init_from=a$"):
+        config_lib.check_resume(old, new, Path("a"))
+
+
+@pytest.mark.parametrize(
+    "argv, run, workdir",
+    [
+        ([], "", "runs/shakespeare"),
+        (["--config=configs/enwik8.py"], "", "runs/enwik8"),
+        (["--config", "configs/enwik8.py"], "", "runs/enwik8"),
+        (["--config=configs/enwik8.py"], "with sinks", "runs/with sinks"),
+        (["--config=configs/default.py", "--config=configs/enwik8.py"], "", "runs/enwik8"),  # the last one counts
+    ],
+)
+def test_the_workdir_is_named_after_the_config_or_the_run(argv, run, workdir):
+    config = default.get_config()
+    config.run = run
+    assert config_lib.default_workdir(argv, config) == Path(workdir)
