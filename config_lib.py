@@ -125,16 +125,17 @@ def parse_flags(
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    """What --config=PATH or --config PATH names."""
-    for i, word in enumerate(argv):
+    """What the last --config=PATH or --config PATH names."""
+    path = None
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word.startswith("--config="):
-            return word.partition("=")[2]
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
+            path = word.partition("=")[2]
+        elif word == "--config":
+            path = following
+    return path
 
 
-def _explain_value(argv: Sequence[str], error: Exception) -> str:
+def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
     known = default.get_config()
     for word in argv:
@@ -150,7 +151,11 @@ def _explain_value(argv: Sequence[str], error: Exception) -> str:
             ok = False
         if not ok:
             return f"config.{key}: expected {_type_name(kind)}, got {text!r}; the default is {known[key]!r}"
-    path = _config_path(argv) or ""
+    path = _config_path(argv)
+    if path is None or (isinstance(error, flags.IllegalFlagValueError) and "config file" not in str(error)):
+        return one_line(error).removeprefix("flag ")
+    while error.__context__ and "config file" in str(error):  # the library wraps what the file raised
+        error = error.__context__
     if not Path(path.split(":")[0]).is_file():
         return f"--config={path}: no such file; see configs/"
     return f"--config={path}: {type(error).__name__}: {one_line(error)}"
@@ -199,6 +204,10 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(f"config.betas: must be two numbers at least 0 and below 1, got {betas}")
     if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
         raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
+    if config.cpu_devices != "auto" and int(config.cpu_devices) > config.batch_size:
+        raise UserError(
+            f"config.cpu_devices: {config.cpu_devices} devices cannot share batch_size {config.batch_size}; use fewer"
+        )
     if config.val_fraction + config.test_fraction >= 1:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
     if not config.epochs and not config.max_steps:

@@ -36,7 +36,7 @@ from transformer.model import (
 from transformer.sampling import Sampling, generate
 from transformer.sharding import batch_sharded, make_mesh, replicated
 from transformer.step import TrainState, init_state, make_eval_step, make_train_step
-from transformer.tokenizer import Tokenizer
+from transformer.tokenizer import Tokenizer, UnknownCharacters
 
 # --- Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -155,6 +155,10 @@ class Trainer:
                 f"{self.data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
             )
         self.tokenizer = self.data.tokenizer
+        try:
+            self.tokenizer.encode(config.sample_prompt)
+        except UnknownCharacters as error:
+            raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.batches = Batches(self.data.train, config.context_len, config.batch_size, config.seed, config.order)
         self.total = total_steps(config, self.batches)
         self.mesh = make_mesh()

@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     config.lr = 3e-4  # peak learning rate of AdamW
     config.muon_lr = 0.02  # peak learning rate of Muon
     config.use_muon = True  # False: AdamW for every parameter
-    config.muon_momentum = 0.95
+    config.muon_momentum = 0.95  # Nesterov
     config.muon_momentum_start = 0.95  # momentum at step 0
     config.muon_momentum_warmup_steps = 0  # real steps from muon_momentum_start to muon_momentum
     config.newton_schulz = "classical"  # coefficients: classical | polar_express

@@ -193,6 +193,22 @@ def test_a_step_with_nothing_good_changes_nothing_but_the_counters(request, trai
     assert well["lr_factor"] == pytest.approx(1 - 3 / TOTAL_STEPS)  # the schedule went on
 
 
+def test_a_finite_loss_does_not_excuse_a_gradient_that_is_not(monkeypatch):
+    def gradient_is_infinite_where_the_batch_is(config, mesh):
+        return lambda params, batch_BT1, key: (
+            jnp.float32(3),
+            jnp.int32(7),
+            {"head.kernel": params["head.kernel"] / batch_BT1[0, 0]},
+        )
+
+    monkeypatch.setattr(step, "make_loss_and_grads", gradient_is_infinite_where_the_batch_is)
+    trainer = Trainer({"head.kernel": jnp.ones((2, 3))}, AT_ONCE)
+    (bad, bad_metrics), (good, good_metrics) = trainer.run([np.zeros_like(batch()), np.ones_like(batch())])
+    assert_same(bad.params, trainer.params)
+    assert (good.params["head.kernel"] < 1).all() and np.isfinite(good.params["head.kernel"]).all()
+    assert (bad_metrics["bad_steps"], good_metrics["bad_steps"]) == (1, 0)
+
+
 # --- Several devices ----------------------------------------------------------------------------------------------
 
 ON_SEVERAL_DEVICES = """
