@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 16
     config.epochs = 0
-    config.max_steps = 1900
-    config.eval_every = 500
-    config.save_every = 500
+    config.max_steps = 1800
+    config.eval_every = 600
+    config.save_every = 600
     return config

@@ -88,6 +88,7 @@ def test_a_signal_at_any_step_saves_that_step(tmp_path, monkeypatch, capsys):
         assert "error" not in output.err
         with Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert checkpoints.latest() == step
+            assert checkpoints.best() == step // 7 * 7  # the last one that was evaluated
     assert main.main(arguments(config, tmp_path)) == 0
     assert_same_run(tmp_path, reference, config)
 

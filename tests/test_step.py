@@ -99,7 +99,7 @@ def batch(seed=0, rows=ROWS):
 def with_masked_end(batch_BT1):
     """As the split's last window: its last targets are missing."""
     masked = batch_BT1.copy()
-    masked[-2:, 2:] = -1
+    masked[-1, 3:] = -1
     return masked
 
 
@@ -228,7 +228,8 @@ def test_two_and_eight_devices_do_what_one_does(in_three):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter: compiles sooner
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     command = [sys.executable, "-c", ON_SEVERAL_DEVICES]
-    done = subprocess.run(command, input=pickle.dumps(in_three.params), env=env, capture_output=True, check=False)
+    params = pickle.dumps(in_three.params)
+    done = subprocess.run(command, input=params, env=env, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     state, metrics = in_three.run(micro_batches(9, masked=True))[-1]
     [want_loss], [want_count] = evaluate(in_three.params, make_mesh(1))
@@ -252,7 +253,7 @@ def test_one_batch_is_learned_by_heart(at_once):
 def test_metrics_are_those_of_the_step(at_once):
     state, metrics = at_once.run([with_masked_end(batch())])[0]
     [loss], [tokens] = evaluate(at_once.params, at_once.mesh)
-    assert tokens == ROWS * T - 2 * 4
+    assert tokens == ROWS * T - 3
     assert metrics["loss"] == pytest.approx(loss / tokens, rel=1e-6)
     assert metrics["lr_factor"] == 1
     rms = lambda leaves: np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in leaves]) ** 2))

@@ -39,12 +39,12 @@ def attend(
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     # The largest score only keeps exp() in range; its gradient cancels exactly.
     top_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-    if sink_N is not None:
-        sink_KG11 = sink_N.astype(jnp.float32).reshape(K, N // K, 1, 1)
+    sink_KG11 = None if sink_N is None else sink_N.astype(jnp.float32).reshape(K, N // K, 1, 1)
+    if sink_KG11 is not None:
         top_BKGT1 = jnp.maximum(top_BKGT1, jax.lax.stop_gradient(sink_KG11))
     weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
     total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
-    if sink_N is not None:
+    if sink_KG11 is not None:
         total_BKGT1 = total_BKGT1 + jnp.exp(sink_KG11 - top_BKGT1)
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
