@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit; the newest and the best stay; what is missing or damaged is one clear line."""
 
 import errno
+import gc
 import json
 from pathlib import Path
 
@@ -107,11 +108,13 @@ def test_what_is_not_there_is_named(tmp_path):
                 read(9)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_weights_of_another_shape_are_refused_in_one_line(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 4)
         with pytest.raises(NoCheckpointError, match=r"^[^\n]*/4: cannot be read [^\n]*$"):
             checkpoints.restore_params(4, PARAMS | {"w": jnp.zeros((2, 4))}, PLACE)
+    gc.collect()  # Orbax drops reads that it has begun, and Python complains when it finds them
 
 
 def test_another_format_is_refused(tmp_path):
