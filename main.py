@@ -7,6 +7,7 @@ python main.py COMMAND --help
 import importlib
 import sys
 
+from runtime.console import Console
 from runtime.errors import ExpectedError, Interrupted
 
 COMMANDS = {
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     except ExpectedError as error:
         if "--debug" in flags:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        Console().print_error(error)
         return error.status
     return 0
 

@@ -188,15 +188,14 @@ class Trainer:
         self.timed_from: tuple[int, float] | None = None  # micro-step and clock after this session's first step
         self.lap_from: int | None = None  # micro-step at the last row
         self.last_loss, self.tracing = math.nan, False
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": config_lib.to_dict(config), **metrics.environment()})
+        settings = config_lib.to_dict(config)
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         self.tracker = make_tracker(
-            config.wandb_enabled,
-            name=workdir.name,
-            config=config_lib.to_dict(config),
-            workdir=workdir,
-            warn=console.warn,
+            config.wandb_enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn
         )
+        if self.tracker.where:
+            console.line(f"wandb       {self.tracker.where}")
 
     @property
     def step(self) -> int:

@@ -1,6 +1,8 @@
 """nanoGPT's character recipe for a CPU, in this project's terms: no sinks, AdamW alone, random windows.
 
 python main.py --config=configs/nanogpt_char_cpu.py
+
+Two minutes on two cores of an Intel Xeon with AVX-512; validation loss 1.9026 (seed 0; nanoGPT itself: 1.8857).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """Tiny shakespeare by characters: the recipe to start with, for a person with two CPU cores.
 
 python main.py --config=configs/shakespeare.py
+
+Two minutes on two cores of an Intel Xeon with AVX-512, start and exact evaluation included; validation loss 1.5550,
+1.5668, 1.5687 (seeds 0, 1, 2) in nats per character.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """The training set-up of the PyTorch original: GPT-2 tokens, context 1024, Muon and AdamW, one epoch in order.
 
 python main.py --config=configs/shakespeare_gpt2.py
+
+37 steps; made for a GPU, where it has not been timed yet (a step takes 32 s on two CPU cores). The first loss to expect
+is ln 50257 = 10.825.
 """
 
 from ml_collections import ConfigDict
