@@ -156,6 +156,8 @@ def _explain_value(argv: Sequence[str], error: BaseException) -> str:
         return one_line(error).removeprefix("flag ")
     while error.__context__ and "config file" in str(error):  # the library wraps what the file raised
         error = error.__context__
+    if isinstance(error, UserError):
+        return str(error)
     if not Path(path.split(":")[0]).is_file():
         return f"--config={path}: no such file; see configs/"
     return f"--config={path}: {type(error).__name__}: {one_line(error)}"

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -20,6 +21,9 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+
+EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
+IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -103,6 +107,28 @@ def load_weights(workdir: Path, model_config: TransformerConfig, sharding: jax.s
         )
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore_params(checkpoints.best(), want, sharding)
+
+
+def meta_to_resume(
+    checkpoints: Checkpoints, config: ConfigDict, workdir: Path
+) -> tuple[int | None, dict[str, Any] | None]:
+    """The newest checkpoint's step and what it says of itself; nothing where there is none.
+
+    Raises:
+      UserError: this config cannot go on from it.
+      NoCheckpointError: it cannot be read.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return None, None
+    meta = checkpoints.meta(latest)
+    if IMPORTED_FROM in meta:
+        raise UserError(
+            f"workdir {workdir}: holds imported weights and no optimizer's state; train from them in another --workdir "
+            f"with --config=configs/finetune.py:{workdir}"
+        )
+    config_lib.check_resume(config_lib.from_dict(meta["config"]), config, workdir)
+    return latest, meta
 
 
 def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tokenizer, ConfigDict, int]:

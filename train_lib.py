@@ -143,10 +143,7 @@ class Trainer:
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
         self.console, self.stop = console, stop
-        latest = checkpoints.latest()
-        meta = None if latest is None else checkpoints.meta(latest)
-        if meta:
-            config_lib.check_resume(config_lib.from_dict(meta["config"]), config, workdir)
+        latest, meta = run_lib.meta_to_resume(checkpoints, config, workdir)
         source = workdir if meta else Path(config.init_from) if config.init_from else None
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         if meta and meta["data_sha256"] != self.data.sha256:

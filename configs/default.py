@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.norm_bias = True  # layernorm has a bias
     config.position = "learned"  # learned | rope | none
     config.rope_theta = 10_000.0  # rotary base
-    config.rope_scaling = "none"  # none | yarn
+    config.rope_scaling = "none"  # none | yarn | llama3 (YaRN with its ramp over turns, not planes)
     config.yarn_factor = 32.0  # how many times longer than yarn_original_context
     config.yarn_original_context = 4096  # tokens
     config.yarn_beta_fast = 32.0  # planes with more turns in the original context stay as they are
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
 
     # --- Data --------------------------------------------------------------------------------------------------
     config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | a text file | a glob of text files
-    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, o200k_base, ...)
+    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part
     config.test_fraction = 0.0  # of the text, for testing: its end
     config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)

@@ -11,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers import finished_run, tiny_config
 
 import config_lib
-from configs import default
+from configs import default, finetune
 from runtime.errors import UserError
 from transformer.model import TransformerConfig
 from transformer.optimizer import OptimizerConfig
@@ -113,12 +114,26 @@ def test_the_tables_name_only_keys_and_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_possible_and_survives_json(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    config = get_config(str(finished_run().workdir)) if name == "finetune" else get_config()
     before = config_lib.to_dict(config)
     config_lib.check(config)
     assert config_lib.to_dict(config) == before
     again = config_lib.from_dict(json.loads(json.dumps(before)))
     assert again == config and [type(again[key]) for key in KEYS] == [type(config[key]) for key in KEYS]
+
+
+def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it():
+    run = finished_run()
+    config, begun_with = finetune.get_config(str(run.workdir)), tiny_config()
+    assert config.init_from == str(run.workdir) and config.tokenizer == begun_with.tokenizer
+    shape = {field.name for field in fields(TransformerConfig)}
+    differing = [key for key in KEYS if config[key] != begun_with[key]]
+    assert not shape & set(differing) and {"lr", "dataset", "batch_size", "save_every", "max_steps"} <= set(differing)
+    with pytest.raises(UserError, match=r"write configs/finetune.py:RUN"):
+        finetune.get_config()
+    with pytest.raises(UserError, match="no/run"):
+        finetune.get_config("no/run")
 
 
 def test_from_dict_fills_in_new_keys_and_refuses_unknown_ones():

@@ -34,7 +34,7 @@ LLAMA = {"norm": "rmsnorm", "position": "rope", "num_kv_heads": 3, "head_dim": 4
 FAMILIES = {
     "original": {},
     "gpt2": {"mlp": "gelu_tanh", "output_init": "scaled", "attention_sink": False, **BIASES},
-    "llama": {"mlp": "swiglu", "tie_embeddings": False, **LLAMA},
+    "llama": {"mlp": "swiglu", "tie_embeddings": False, "rope_scaling": "llama3", **LLAMA},
     "qwen3": {"mlp": "swiglu", "qk_norm": "scaled", "rope_theta": 1e6, **LLAMA},
     "gpt-oss": {
         **LLAMA,
@@ -161,6 +161,7 @@ def test_the_families_use_every_choice_there_is():
         ("num_kv_heads", {"num_kv_heads": 4}),
         ("embedding_dim", {"embedding_dim": 20}),
         ("head_dim", {"head_dim": 5, "position": "rope"}),
+        ("yarn_beta_fast", {"rope_scaling": "llama3", "yarn_beta_fast": 1.0}),
         ("window_pattern", {"window_pattern": "LX"}),
         *((name, {name: "other"}) for name in CHOICES),
     ],

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     *("main", "commands", "train_lib", "run_lib", "config_lib", "configs", "input_pipeline", "runtime", "transformer")
 ]
-INSIDE_TRANSFORMER = [{"sampling", "step"}, {"optimizer"}, {"model"}, {"attention"}, {"sharding", "tokenizer"}]
+INSIDE_TRANSFORMER = [
+    *({"sampling", "step", "interop", "interop_tokenizer"}, {"optimizer", "interop_families"}, {"model"}),
+    *({"attention"}, {"sharding", "tokenizer"}),
+]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),
     *("transformer.model", "transformer.attention", "transformer.optimizer", "transformer.sampling"),
@@ -122,6 +125,12 @@ def test_what_is_read_is_never_run():
             where = f"{name}:{call.lineno}"
             assert getattr(call.func, "id", "") not in ("eval", "exec", "compile"), where
             assert not any(keyword.arg == "allow_pickle" for keyword in call.keywords), where
+
+
+def test_torch_reads_tensors_and_nothing_else():
+    calls = [ast.unparse(call) for source in read_sources().values() for call in calls_of(source)]
+    loads = [call for call in calls if call.startswith("torch.load(")]
+    assert loads and all("weights_only=True" in call for call in loads), loads
 
 
 def test_the_source_can_be_read_in_an_evening():

@@ -144,9 +144,17 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tokenizer):
     assert again.decode(tokenizer.encode(text)) == text
 
 
+def test_an_imported_tokenizer_is_saved_whole():
+    tokenizer = tokenizer_from_dict(IMPORTED)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot, tokenizer.unsampled) == ("imported", 2, 0, (1,))
+    assert tokenizer.to_dict() == IMPORTED
+
+
 def test_fingerprints_tell_vocabularies_apart():
     other = BPE.to_dict() | {"pattern": r"\S|\s"}
-    tokenizers = [CharTokenizer("ab"), CharTokenizer("ba"), ByteTokenizer(), BPE, tokenizer_from_dict(other)]
+    imported = [IMPORTED, IMPORTED | {"eot": None}, IMPORTED | {"vocab_size": 3}]
+    others = map(tokenizer_from_dict, [other, *imported])
+    tokenizers = [CharTokenizer("ab"), CharTokenizer("ba"), ByteTokenizer(), BPE, *others]
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
 
 
@@ -155,6 +163,12 @@ def damaged(**changes):
 
 
 RANKS = BPE.to_dict()["ranks"]
+WORDS = {
+    "version": "1.0",
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    "decoder": {"type": "Fuse"},
+}
+IMPORTED = {"kind": "imported", "json": WORDS, "vocab_size": 2, "eot": 0}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +192,15 @@ RANKS = BPE.to_dict()["ranks"]
         damaged(ranks=RANKS | {"not base64!": 270}),
         damaged(ranks=RANKS | {"aGVsbG8=": 4.5}),
         damaged(ranks=RANKS | {"aGVsbG9v": 7}),
+        {"kind": "imported", "json": WORDS},
+        IMPORTED | {"json": json.dumps(WORDS)},
+        IMPORTED | {"json": {}},
+        IMPORTED | {"json": WORDS | {"decoder": None}},
+        IMPORTED | {"vocab_size": 0},
+        IMPORTED | {"vocab_size": 10**12},
+        IMPORTED | {"vocab_size": 2.5},
+        IMPORTED | {"eot": 1},
+        IMPORTED | {"eot": "a"},
     ],
 )
 def test_nonsense_in_a_saved_tokenizer_is_refused(saved):
@@ -211,5 +234,12 @@ def test_an_unknown_name_is_met_with_a_guess():
         "config.tokenizer: unknown tokenizer 'gtp2'; did you mean gpt2? use char, byte or one of "
     )
     assert "o200k_base" in str(caught.value) and "\n" not in str(caught.value)
-    for name in ("char", "byte", "gpt2", "o200k_base"):
+    for name in ("char", "byte", "gpt2", "o200k_base", "imported"):
         check_tokenizer_name(name)
+
+
+def test_an_imported_tokenizer_cannot_be_built_from_a_text():
+    with pytest.raises(UserError) as caught:
+        build_tokenizer("imported", "text")
+    message = 'config.tokenizer: "imported" comes with a run\'s weights; set config.init_from to it'
+    assert str(caught.value) == message

@@ -85,6 +85,7 @@ class Yarn(NamedTuple):
     Dimensions that turn more than `beta_fast` times within the original context are kept, those that turn fewer than
     `beta_slow` times are slowed by `factor`, and a ramp lies between; `truncate` rounds the ramp's ends to whole
     dimensions. Queries and keys are scaled by `attention_factor`; 0 means the paper's 0.1 ln(factor) + 1.
+    Llama 3 (arXiv:2407.21783) does the same with a ramp over turns instead of dimensions, and scales nothing.
     """
 
     factor: float
@@ -93,6 +94,7 @@ class Yarn(NamedTuple):
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 0.0
+    ramp_over_turns: bool = False
 
 
 def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> tuple[np.ndarray, float]:
@@ -111,6 +113,9 @@ def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> t
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     slowed = np.clip((plane / 2 - low) / max(high - low, 0.001), 0, 1)
+    if yarn.ramp_over_turns:
+        turns = yarn.original_context * frequency / (2 * math.pi)
+        slowed = np.clip((yarn.beta_fast - turns) / (yarn.beta_fast - yarn.beta_slow), 0, 1)
     frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
     return frequency.astype(np.float32), yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1.0
 

@@ -19,7 +19,7 @@ Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "position": ("learned", "rope", "none"),
-    "rope_scaling": ("none", "yarn"),
+    "rope_scaling": ("none", "yarn", "llama3"),
     "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
     "qk_norm": ("none", "scaled", "unscaled"),
     "output_init": ("normal", "scaled", "zero"),
@@ -94,6 +94,8 @@ class TransformerConfig:
             raise ValueError(f"head_dim: must be at least 1, got {self.head_dim}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
+        if self.rope_scaling == "llama3" and self.yarn_beta_fast <= self.yarn_beta_slow:
+            raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
         if set(self.window_pattern) - set("LG") or not self.window_pattern:
             raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
 
@@ -107,7 +109,8 @@ class TransformerConfig:
             self.yarn_beta_fast,
             self.yarn_beta_slow,
             self.yarn_truncate,
-            self.yarn_attention_factor,
+            1.0 if self.rope_scaling == "llama3" else self.yarn_attention_factor,
+            ramp_over_turns=self.rope_scaling == "llama3",
         )
 
     def window(self, layer: int) -> int:

@@ -130,7 +130,7 @@ POLAR_EXPRESS = (
 # Where a matrix lacks rank, rounding leaves A eigenvalues just below 0, which each A <- P A P multiplies by up to a^2:
 # 8 to 10 iterations in a row would blow up.
 GRAM_STEPS = 5
-SAFETY = 1.01  # Polar Express: every row but the last is slackened, so that rounding cannot push it out of range
+SAFETY = 1.01  # Polar Express: it starts lower and each row but the last is slackened, so that rounding stays in range
 
 
 def newton_schulz_rows(kind: str, steps: int) -> list[tuple[float, float, float]]:
@@ -141,7 +141,7 @@ def newton_schulz_rows(kind: str, steps: int) -> list[tuple[float, float, float]
     return [rows[i] if i < len(rows) else POLAR_EXPRESS[-1] for i in range(steps)]
 
 
-def orthogonalize(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> jax.Array:
+def orthogonalize(x_XMN: jax.Array, config: OptimizerConfig) -> jax.Array:
     """Newton-Schulz: push the singular values of each matrix of a stack [X, M, N] towards 1, in float32.
 
     A wide matrix is iterated in Gram form: each iteration multiplies X by a polynomial P of A = X X^T, and P commutes
@@ -150,10 +150,11 @@ def orthogonalize(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> j
     starts again from Q X.
     """
     if x_XMN.shape[1] > x_XMN.shape[2]:
-        return orthogonalize(x_XMN.mT, rows).mT
+        return orthogonalize(x_XMN.mT, config).mT
     x_XMN = x_XMN.astype(jnp.float32)
     norm_X11 = jnp.linalg.norm(x_XMN, axis=(1, 2), keepdims=True)
-    x_XMN = x_XMN / (norm_X11 * SAFETY + 1e-7)
+    x_XMN = x_XMN / (jnp.maximum(norm_X11, 1e-7) if config.newton_schulz == "classical" else norm_X11 * SAFETY + 1e-7)
+    rows = newton_schulz_rows(config.newton_schulz, config.newton_schulz_steps)
     if x_XMN.shape[1] == x_XMN.shape[2]:
         for a, b, c in rows:
             gram_XMM = x_XMN @ x_XMN.mT
@@ -188,7 +189,6 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
     or by 0.2 sqrt(max(in, out)) ("rms": Moonlight, arXiv:2502.16982). Matrices of one shape are orthogonalised in one
     batched call, each on one device of the mesh.
     """
-    rows = newton_schulz_rows(config.newton_schulz, config.newton_schulz_steps)
 
     def init(params):
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -210,7 +210,7 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
             scale = (
                 math.sqrt(max(1, n_out / n_in)) if config.muon_scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
             )
-            done_XMN = scale * orthogonalize(stack_XMN, rows)
+            done_XMN = scale * orthogonalize(stack_XMN, config)
             for j, i in enumerate(members):
                 leaves[i] = done_XMN[j]
         return jax.tree.unflatten(treedef, leaves), MuonState(state.updates + 1, momentum)

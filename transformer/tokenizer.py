@@ -1,4 +1,4 @@
-"""Text to token ids and back, by characters, by bytes, or by any tiktoken encoding.
+"""Text to token ids and back, by characters, by bytes, by any tiktoken encoding, or as an imported model does it.
 
 A tokenizer is made from a name (`build_tokenizer`) or from what `to_dict` gave (`tokenizer_from_dict`), so that a run
 keeps its own vocabulary and needs neither its text nor a download to be read again.
@@ -9,6 +9,7 @@ import codecs
 import difflib
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,12 +17,20 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+import tokenizers
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 # Far above any vocabulary in use; without it one absurd id in a damaged file would make lists of that length.
 MAX_VOCAB_SIZE = 2**21
+
+# What the character stands for that writes each byte in a byte-level vocabulary (GPT-2's): itself if it can be seen,
+# else one of the characters from U+0100 on, in the order of the bytes.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_SHOWN = sorted(set(range(256)) - _VISIBLE)
+BYTE_SYMBOLS = "".join(chr(byte if byte in _VISIBLE else 256 + _SHOWN.index(byte)) for byte in range(256))
+_BYTE_OF = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -45,7 +54,7 @@ class Tokenizer(ABC):
     """What every tokenizer offers.
 
     Attributes:
-        name: "char", "byte" or the tiktoken encoding's name.
+        name: "char", "byte", "imported" or the tiktoken encoding's name.
         vocab_size: V; ids lie in [0, V).
         eot: the id that ends a text, if there is one.
         unsampled: ids that stand for no text (gaps, control tokens other than `eot`) and must never be sampled.
@@ -102,6 +111,10 @@ class CharTokenizer(Tokenizer):
 
     Any code point will do, NUL and lone surrogates too. `replace_unknown` puts a space where a character is unknown,
     a newline if the vocabulary has no space, its first symbol if it has neither.
+
+    Attributes:
+        symbols: the character of each id.
+        replacement: the one that stands for unknown characters.
     """
 
     name = "char"
@@ -117,7 +130,7 @@ class CharTokenizer(Tokenizer):
         # One entry a code point, and one more that stands for all beyond the last: `take` clips to it.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
-        self._replacement = next((self.symbols.index(s) for s in (" ", "\n") if s in self.symbols), 0)
+        self.replacement = next((symbol for symbol in (" ", "\n") if symbol in self.symbols), self.symbols[0])
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -127,7 +140,7 @@ class CharTokenizer(Tokenizer):
             _, first = np.unique(code_points[unknown], return_index=True)
             positions = tuple(sorted(unknown[first].tolist()))
             raise UnknownCharacters("".join(text[p] for p in positions), positions)
-        ids[unknown] = self._replacement
+        ids[unknown] = self._ids[ord(self.replacement)]
         return ids.astype(self.dtype)
 
     def decode(self, ids: TokenIds) -> str:
@@ -194,6 +207,97 @@ class TiktokenTokenizer(Tokenizer):
         }
 
 
+class ImportedTokenizer(Tokenizer):
+    """The tokenizer.json of a model from elsewhere, run by the library tokenizers.
+
+    Special tokens written in a text are plain text (but for a Unigram model, which cannot tell them from others), none
+    are put around it, and lone surrogates become "?". Where the vocabulary lacks a character, the library puts its
+    unknown token or nothing. Where it puts a space before the text, as Llama 2's does, `decode` takes one off again;
+    `decode_bytes`, whose ids may be from the middle of a text, does not.
+
+    Args:
+        content: the parsed tokenizer.json.
+        vocab_size: the model's V, which may exceed the tokenizer's.
+        eot: the id that ends a text, if there is one.
+
+    Raises:
+        ValueError: the library cannot read the content, its tokens are not text on their own (as WordPiece's), or it
+            does not fit `vocab_size` and `eot`.
+    """
+
+    name = "imported"
+
+    def __init__(self, content: dict[str, Any], vocab_size: int, eot: int | None):
+        self._content, self.vocab_size, self.eot = content, vocab_size, eot
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._library.encode("\U0010ffff")  # no vocabulary has it: fails here if what stands for it is missing
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # Exception itself, or where the library panics a class that is none
+            raise ValueError(f"the library tokenizers cannot read it: {one_line(error)}") from None
+        self._library.encode_special_tokens = True
+        vocabulary, added = self._library.get_vocab(), self._library.get_added_tokens_decoder()
+        if not 0 <= max(vocabulary.values(), default=-1) < vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"the tokenizer's {len(vocabulary)} tokens do not fit a vocabulary of {vocab_size}")
+        for token in content.get("added_tokens", []):
+            if vocabulary.get(token["content"]) != token["id"]:
+                raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")
+        if eot is not None and eot not in vocabulary.values():
+            raise ValueError(f"the id {eot}, which should end a text, is none of the tokenizer's")
+        # In the library's words, which have changed over the years.
+        decoder = json.loads(self._library.decoder.__getstate__()) if self._library.decoder else {"type": "none"}
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
+        self._strips_space = any(
+            step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never" for step in steps
+        )
+        text = self._pieces.keys() - {i for i, token in added.items() if token.special} | {eot}
+        self.unsampled = tuple(sorted(set(range(vocab_size)) - text))
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
+        return np.array(self._library.encode(well_formed, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def decode(self, ids: TokenIds) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._strips_space else text
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        try:
+            return b"".join(self._pieces[i] for i in self._checked(ids).tolist())
+        except KeyError as error:
+            raise ValueError(f"a token id stands for no text: {error.args[0]}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "imported", "json": self._content, "vocab_size": self.vocab_size, "eot": self.eot}
+
+
+def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
+    """The bytes that a token stands for under a decoder of these steps, whatever stands before it.
+
+    Raises:
+        ValueError: with one of the steps that depends on what stands before, or is unknown.
+    """
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                plain = added or not _BYTE_OF.keys() >= set(token)  # such tokens are written as they are
+                return token.encode() if plain else bytes(_BYTE_OF[symbol] for symbol in token)
+            case {"type": "ByteFallback"}:
+                if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+                    return bytes.fromhex(token[3:5])
+            case {"type": "Replace", "pattern": {"String": str(mark)}, "content": str(text)}:
+                token = token.replace(mark, text)
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                token = token.replace(mark, " ")
+            case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                pass  # these are about the whole text
+            case _:
+                raise ValueError(f"a tokenizer whose decoder has a step of type {step['type']} is not supported")
+    return token.encode()
+
+
 class TextStream:
     """Turns ids into text as they come, and never gives out half a character."""
 
@@ -212,12 +316,12 @@ class TextStream:
 
 def check_tokenizer_name(name: str) -> None:
     """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
-    names = ["char", "byte", *tiktoken.list_encoding_names()]
+    names = ["char", "byte", "imported", *tiktoken.list_encoding_names()]
     if name not in names:
         guess = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {guess[0]}? " if guess else ""
         raise UserError(
-            f"config.tokenizer: unknown tokenizer {name!r}; {hint}use char, byte or one of {', '.join(names[2:])}"
+            f"config.tokenizer: unknown tokenizer {name!r}; {hint}use char, byte or one of {', '.join(names[3:])}"
         )
 
 
@@ -227,9 +331,11 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
     Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
 
     Raises:
-        UserError: no tokenizer has that name.
+        UserError: no tokenizer has that name, or it is "imported", which has to come from somewhere.
     """
     check_tokenizer_name(name)
+    if name == "imported":
+        raise UserError('config.tokenizer: "imported" comes with a run\'s weights; set config.init_from to it')
     if name == "char":
         return CharTokenizer(sorted(set(text)))
     if name == "byte":
@@ -251,7 +357,11 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
         case {"kind": "tiktoken", "name": str(), "pattern": str(), "ranks": dict(), "special": dict()}:
             encoding = _checked_encoding(saved["name"], saved["pattern"], saved["ranks"], saved["special"])
             return TiktokenTokenizer(encoding)
-    raise ValueError("not a saved tokenizer: kind must be char (with symbols), byte or tiktoken (with its vocabulary)")
+        case {"kind": "imported", "json": dict(content), "vocab_size": int(vocab_size), "eot": int() | None as eot}:
+            return ImportedTokenizer(content, vocab_size, eot)
+    raise ValueError(
+        "not a saved tokenizer: kind must be char (with symbols), byte, or tiktoken or imported (with its vocabulary)"
+    )
 
 
 def _checked_encoding(name: str, pattern: str, ranks: dict[str, int], special: dict[str, int]) -> tiktoken.Encoding:

@@ -1,0 +1,58 @@
+"""Write a trained model for other programs: as a class of transformers, or as one safetensors file with our names."""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+import config_lib
+import run_lib
+from runtime import devices
+from runtime.console import Console
+from runtime.errors import UserError
+from runtime.files import write_json
+from runtime.model_files import WEIGHTS, new_directory, write_safetensors
+from transformer.interop import to_theirs
+from transformer.interop_tokenizer import hf_tokenizer_config, to_tokenizers
+from transformer.model import params_of
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
+    flags.DEFINE_string("out", None, "A new directory for the files.", flag_values=values)
+    flags.DEFINE_enum(
+        "format",
+        "hf",
+        ["hf", "safetensors"],
+        "hf: a directory for transformers' AutoModelForCausalLM; safetensors: any model, with our names.",
+        flag_values=values,
+    )
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("export", __doc__, argv, _define)
+    if not values.out:
+        raise UserError("--out: missing; name a new directory for the files")
+    console = Console()
+    devices.wake_up()
+    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step)
+    params = {name: np.asarray(value) for name, value in params_of(model).items()}
+    with new_directory(Path(values.out)) as out:
+        if values.format == "safetensors":
+            metadata = {"config": config_lib.to_dict(config), "tokenizer": tokenizer.to_dict()}
+            write_safetensors(out / WEIGHTS, params, {"format": run_lib.EXPORT_FORMAT, **metadata})
+        else:
+            try:
+                theirs, weights = to_theirs(model.config, params)
+            except ValueError as error:
+                raise UserError(f"config.{error}; change the setting, or export with --format=safetensors") from error
+            ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": None}
+            write_json(out / "config.json", theirs | ends)
+            write_safetensors(out / WEIGHTS, weights, {"format": "pt"})
+            try:
+                to_tokenizers(tokenizer).save(str(out / "tokenizer.json"))
+                write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))
+            except ValueError as error:
+                console.warn(f"no tokenizer files: {error}")
+    console.line(f"wrote {values.out}")

@@ -1,0 +1,157 @@
+"""Make a run of a model that was saved elsewhere: a directory of transformers' GPT-2, Llama, Qwen3 or gpt-oss class, a
+checkpoint of the PyTorch original (model.pt, metadata.json), or what `export --format=safetensors` wrote."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+import config_lib
+import run_lib
+from configs import default
+from runtime import devices, metrics
+from runtime.checkpoint import Checkpoints
+from runtime.console import Console
+from runtime.errors import UserError, one_line
+from runtime.files import read_json, write_json
+from runtime.guard import WorkdirLock, prepare_workdir
+from runtime.model_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
+from transformer.interop import from_original, from_theirs
+from transformer.interop_tokenizer import from_tokenizers
+from transformer.model import model_of, parameter_counts
+from transformer.tokenizer import Tokenizer, tokenizer_from_dict
+
+Arrays = dict[str, np.ndarray]
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("from", None, "The directory with the model's files.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "The new run's directory.", flag_values=values)
+    flags.DEFINE_string(
+        "tokenizer", None, "char, byte or a tiktoken encoding, where the files hold none.", flag_values=values
+    )
+    flags.DEFINE_string("dataset", None, "The text to evaluate on; char takes its alphabet.", flag_values=values)
+    flags.DEFINE_integer("context_len", None, "A shorter context than the model has.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("import", __doc__, argv, _define)
+    source = values["from"].value
+    if not source or not values.workdir:
+        raise UserError("--from and --workdir: both are needed: where the model lies, and where the run shall be")
+    console = Console()
+    devices.wake_up()
+    config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
+    if values.context_len is not None:
+        config, params = shorten(config, params, values.context_len)
+    model_config = run_lib.model_config_of(config, tokenizer.vocab_size)
+    workdir = prepare_workdir(values.workdir)
+    with WorkdirLock(workdir, console.warn):
+        if left := [entry.name for entry in workdir.iterdir() if entry.name != ".lock"]:
+            raise UserError(f"--workdir={workdir}: holds {min(left)} already; name a new directory")
+        settings = config_lib.to_dict(config)
+        with Checkpoints(workdir) as checkpoints:
+            meta = {"config": settings, run_lib.IMPORTED_FROM: str(source)}
+            rest = {"micro_step": np.zeros((), np.int32)}  # no optimizer has been at work
+            checkpoints.save(0, params, rest, meta, None)
+        write_json(workdir / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
+    counts = parameter_counts(model_config)
+    console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
+
+
+def read_model(
+    source: Path, tokenizer: str | None, dataset: str | None, say: Callable[[str], None]
+) -> tuple[ConfigDict, Arrays, Tokenizer]:
+    """A run's config, parameters and tokenizer from whatever lies in `source`.
+
+    Raises:
+      UserError: there is no model, or it does not fit; names what.
+    """
+    weights, metadata = source / WEIGHTS, read_metadata(source / WEIGHTS)
+    try:
+        if metadata.get("format") == run_lib.EXPORT_FORMAT:
+            return _from_export(weights, metadata, dataset)
+        if (source / "config.json").exists():
+            theirs = read_json(source / "config.json")
+            if not isinstance(theirs, dict):
+                raise ValueError("config.json: holds no object")
+            model_config, params = from_theirs(theirs, read_weights(source))
+        elif (source / "model.pt").exists():
+            theirs = _flat(read_json(source / "metadata.json")) if (source / "metadata.json").exists() else {}
+            model_config, params = from_original(read_torch(source / "model.pt"), theirs)
+            tokenizer = tokenizer or theirs.get("tokenizer")
+        else:
+            raise UserError(f"--from={source}: holds no config.json with {WEIGHTS}, and no model.pt; name a directory")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--from={source}: {one_line(error)}; this model cannot be imported") from error
+    config = default.get_config()
+    config.update({name: value for name, value in dataclasses.asdict(model_config).items() if name in config})
+    config.update({"dtype": "auto"} | ({"dataset": dataset} if dataset else {}))
+    vocabulary = _tokenizer(source, tokenizer, config, model_config.vocab_size, theirs.get("eos_token_id"), say)
+    config.tokenizer = vocabulary.name
+    config_lib.check(config)
+    return config, params, vocabulary
+
+
+def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[ConfigDict, Arrays]:
+    """The same model with a shorter context.
+
+    Raises:
+      UserError: it would be longer, or empty.
+    """
+    if not 1 <= context_len <= config.context_len:
+        raise UserError(f"--context_len: must be from 1 to the model's {config.context_len}, got {context_len}")
+    config.context_len = context_len
+    return config, {
+        name: value[:context_len] if name == "positions.embedding" else value for name, value in params.items()
+    }
+
+
+def _from_export(
+    weights: Path, metadata: Mapping[str, str], dataset: str | None
+) -> tuple[ConfigDict, Arrays, Tokenizer]:
+    config = config_lib.from_dict(json.loads(metadata["config"]))
+    tokenizer = tokenizer_from_dict(json.loads(metadata["tokenizer"]))
+    if dataset:
+        config.dataset = dataset
+    params = read_safetensors(weights)[0]
+    model_of(run_lib.model_config_of(config, tokenizer.vocab_size), params)  # checks names and shapes
+    return config, params, tokenizer
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    """The innermost keys of nested objects."""
+    found: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
+        found |= _flat(item) if isinstance(item, dict) else {key: item}
+    return found
+
+
+def _tokenizer(
+    source: Path, name: str | None, config: ConfigDict, vocab_size: int, eot: Any, say: Callable[[str], None]
+) -> Tokenizer:
+    """The one in the files, or the one named."""
+    file = source / "tokenizer.json"
+    if name is None and not file.exists():
+        raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
+    if name is None:
+        eot = eot[0] if isinstance(eot, list) and eot else eot
+        try:
+            known = isinstance(eot, int) and 0 <= eot < vocab_size
+            return from_tokenizers(file.read_text(encoding="utf-8"), vocab_size, eot if known else None)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
+    config.tokenizer = name
+    tokenizer = run_lib.load_data(config, say).tokenizer
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; name the one it was "
+            "trained with (char takes its characters from --dataset)"
+        )
+    return tokenizer

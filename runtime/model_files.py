@@ -1,0 +1,113 @@
+"""Weights in files that other programs read and write: safetensors, and PyTorch checkpoints (reading only)."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from runtime.errors import StorageError, UserError, one_line
+from runtime.files import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights that are cut into several files
+
+
+def read_weights(directory: Path) -> dict[str, np.ndarray]:
+    """All arrays of a directory's safetensors files, as float32.
+
+    Raises:
+      UserError: there are none, or one is damaged.
+    """
+    if not (directory / INDEX).exists():
+        return read_safetensors(directory / WEIGHTS)[0]
+    index = read_json(directory / INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise UserError(f"{directory / INDEX}: holds no weight_map; fetch it again")
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted(set(map(str, index["weight_map"].values()))):
+        arrays |= read_safetensors(directory / Path(name).name)[0]
+    return arrays
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of one file, as float32, and its metadata.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="flax") as file:  # numpy alone has no bfloat16
+            names = list(file.keys())
+            return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); give a directory with {WEIGHTS}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where there is no such file.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch or export it again") from error
+
+
+def read_torch(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that PyTorch saved, as float32. Nothing but tensors is unpickled.
+
+    Raises:
+      UserError: there is no PyTorch, or the file is missing, damaged, or holds something else.
+    """
+    try:
+        import torch  # only here, and only when asked for
+    except ImportError:
+        raise UserError(f"{path}: reading it needs PyTorch; pip install torch") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as tensors alone ({one_line(error)}); save a state_dict") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{path}: holds no state_dict of tensors; save model.state_dict()")
+    return {name: value.detach().float().numpy() for name, value in state.items()}
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, that becomes `path` when all is written: at no moment is a half of it there.
+
+    Raises:
+      UserError: something is there already.
+      StorageError: the disk did not take it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--out={path}: already exists; name a new directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            made.mkdir()
+            yield made
+            os.replace(made, path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"--out={path}: {one_line(error)}; make room, or name another directory") from error
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Arrays and metadata, whose values become JSON unless they are text."""
+    save_file(dict(arrays), path, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+    path.chmod(0o644)  # the library lets only the owner read

@@ -1,0 +1,77 @@
+"""How parity is measured, and the table of it that every run of these tests ends with."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+Rows = dict[tuple[str, str], tuple[float, float]]  # implementation, what was compared -> largest difference, limit
+ROWS = pytest.StashKey[Rows]()
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Relative L2: |ours - theirs| / |theirs|, over all entries, in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.fixture
+def agree(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """(implementation, what, ours, theirs, limit): relative L2 of each tensor is at most `limit`; noted for the table.
+
+    `ours` and `theirs` are arrays, or dicts of arrays with the same names.
+    """
+    rows = pytestconfig.stash.setdefault(ROWS, {})
+
+    def check(implementation: str, what: str, ours: Any, theirs: Any, limit: float) -> None:
+        if not isinstance(theirs, Mapping):
+            ours, theirs = {what: ours}, {what: theirs}
+        assert theirs and ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+        found = {name: difference(ours[name], theirs[name]) for name in theirs}
+        assert all(value <= limit for value in found.values()), {n: v for n, v in found.items() if not v <= limit}
+        largest, loosest = rows.get((implementation, what), (0.0, 0.0))
+        rows[implementation, what] = max(largest, *found.values()), max(loosest, limit)
+
+    return check
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small products in torch gain nothing from more, and on a busy machine its threads wait for each other."""
+    import torch  # here, so that the other tests run without it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def muon_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torch.optim.Muon but its Newton-Schulz iteration, which rounds to bfloat16."""
+
+    def newton_schulz(grad: Any, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+        a, b, c = coefficients
+        tall = grad.shape[0] > grad.shape[1]
+        x_MN = grad.mT if tall else grad
+        x_MN = x_MN / x_MN.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram_MM = x_MN @ x_MN.mT
+            x_MN = a * x_MN + b * gram_MM @ x_MN + c * gram_MM @ gram_MM @ x_MN
+        return x_MN.mT if tall else x_MN
+
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    by_implementation: dict[str, list[str]] = {}
+    for (implementation, what), (largest, limit) in sorted(config.stash.get(ROWS, {}).items()):
+        by_implementation.setdefault(implementation, []).append(f"{what} {largest:.1e} ({limit:.0e})")
+    if by_implementation:
+        terminalreporter.section("parity")
+        terminalreporter.write_line("| against | largest relative difference (allowed) |")
+        terminalreporter.write_line("|---|---|")
+    for implementation, cells in by_implementation.items():
+        terminalreporter.write_line(f"| {implementation} | {', '.join(cells)} |")

@@ -1,0 +1,217 @@
+"""Models that leave: what `export` writes is to transformers the same model, and to `import` the same bits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from helpers import TINY, assert_one_line, assert_same_bits, make_text, tiny_config
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from travel import LIMIT, call, eval_loss, greedy, logits_of, make_run, refuse, torch_logits, weights_of
+
+import main
+import run_lib
+from configs import shakespeare
+from transformer.interop import to_theirs
+from transformer.model import TransformerConfig
+from transformer.sampling import Sampling, generate
+from transformer.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
+
+RANKS = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b"ll": 257, b"er": 258}
+TIKTOKEN = TiktokenTokenizer(
+    tiktoken.Encoding("tiny", pat_str=r"\S+|\s+", mergeable_ranks=RANKS, special_tokens={END_OF_TEXT: 259})
+)
+CHAR = CharTokenizer(sorted(set(make_text())))
+
+PROMPT, NUM_TOKENS = "The miller paints\na heron at 5.", 40
+SIZES = {"num_blocks": 2, "num_heads": 6, "embedding_dim": 24, "mlp_dim": 40, "context_len": 72}
+GPT2 = SIZES | {"attention_sink": False}
+LLAMA = SIZES | {"attention_sink": False, "norm": "rmsnorm", "norm_eps": 1e-6, "position": "rope", "mlp": "swiglu"}
+LLAMA |= {"num_kv_heads": 2, "head_dim": 10, "mlp_bias": False, "tie_embeddings": False, "rope_theta": 500.0}
+QWEN3 = LLAMA | {"qk_norm": "unscaled", "sliding_window": 5, "window_pattern": "LG"}
+GPT_OSS = QWEN3 | {"qk_norm": "none", "attention_sink": True, "mlp": "swiglu_clamped", "rope_scaling": "yarn"}
+GPT_OSS |= {"yarn_factor": 4.0, "yarn_original_context": 18, "yarn_truncate": False, "yarn_attention_factor": 1.2}
+LLAMA3 = {"rope_scaling": "llama3", "yarn_factor": 8.0, "yarn_original_context": 64, "yarn_beta_fast": 4.0}
+PLAIN = {"sliding_window": 0, "rope_scaling": "none", "mlp_bias": True, "tie_embeddings": True}
+SHAPES = {
+    "GPT-2": (GPT2, TIKTOKEN),
+    "Llama": (LLAMA | LLAMA3, ByteTokenizer()),
+    "Qwen3": (QWEN3, CHAR),
+    "gpt-oss": (GPT_OSS, TIKTOKEN),
+    "gpt-oss without windows": (GPT_OSS | PLAIN, CHAR),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, random_params):
+    """Name of a shape -> a run of it and what `export` wrote, made once."""
+    made = {}
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            changes, tokenizer = SHAPES[name]
+            config = tiny_config(**changes)
+            params = random_params(run_lib.model_config_of(config, tokenizer.vocab_size), seed=1)
+            if name == "GPT-2":  # whose text ends by itself
+                params["embedding.embedding"] *= 1 + (np.arange(tokenizer.vocab_size) == tokenizer.eot)[:, None]
+            directory = tmp_path_factory.mktemp("exported")
+            made[name] = make_run(directory / "run", config, tokenizer, params), directory / "out"
+            assert main.main(["export", f"--workdir={directory / 'run'}", f"--out={directory / 'out'}"]) == 0
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_computes_and_writes_the_same(name, exported, agree):
+    workdir, out = exported(name)
+    model, tokenizer, _, _ = run_lib.load_model(workdir)
+    theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+
+    tokens_BT = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (3, 67))
+    names = f"transformers.AutoModelForCausalLM, exported {name}", "logits"
+    agree(*names, logits_of(model, tokens_BT), torch_logits(theirs, tokens_BT), LIMIT)
+
+    their_tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = their_tokenizer(PROMPT, return_tensors="pt")
+    assert ids["input_ids"][0].tolist() == tokenizer.encode(PROMPT).tolist()
+    text = generate(model, tokenizer, [PROMPT], NUM_TOKENS, Sampling(temperature=0))[0]
+    their_ids = theirs.generate(**ids, max_new_tokens=NUM_TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert their_tokenizer.decode(their_ids, skip_special_tokens=True) == text
+    assert (1 < len(their_ids) < NUM_TOKENS) == (name == "GPT-2")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_reads_what_was_written(name, exported):
+    _, out = exported(name)
+    written, read = json.loads((out / "config.json").read_text()), AutoConfig.from_pretrained(out)
+    assert {key: read.to_dict().get(key) for key in written} == written
+    eot = SHAPES[name][1].eot
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (eot, eot, None)
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == eot
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_exported_model_comes_back_with_the_same_bits_and_words(name, exported, tmp_path, capsys):
+    (workdir, out), again, out_again = exported(name), tmp_path / "again", tmp_path / "out again"
+    call(capsys, "import", f"--from={out}", f"--workdir={again}")
+    before, after = weights_of(workdir), weights_of(again)
+    filled_in = {key: after.pop(key) for key in after.keys() - before.keys()}
+    assert_same_bits(after, before)
+    assert all(np.all(value == key.endswith("scale")) for key, value in filled_in.items())
+    if name == "Llama":
+        assert not filled_in
+        assert greedy(capsys, again, PROMPT, NUM_TOKENS) == greedy(capsys, workdir, PROMPT, NUM_TOKENS)
+    call(capsys, "export", f"--workdir={again}", f"--out={out_again}")
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert [file for file in files if (out / file).read_bytes() != (out_again / file).read_bytes()] == []
+
+
+# --- A model that no class holds ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def our_own(tmp_path_factory, random_params) -> Path:
+    """A run of a shape that is only ours."""
+    config = shakespeare.get_config()
+    tiny = tiny_config(logit_softcap=7.0)
+    config.update({key: tiny[key] for key in (*TINY, "logit_softcap", "dataset", "data_dir")})
+    params = random_params(run_lib.model_config_of(config, CHAR.vocab_size))
+    return make_run(tmp_path_factory.mktemp("runs") / "run", config, CHAR, params)
+
+
+def test_any_model_travels_as_safetensors_and_comes_back_with_the_same_bits(our_own, tmp_path, capsys):
+    out, again = tmp_path / "out", tmp_path / "again"
+    call(capsys, "export", f"--workdir={our_own}", f"--out={out}", "--format=safetensors")
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    call(capsys, "import", f"--from={out}", f"--workdir={again}")
+    assert_same_bits(weights_of(again), weights_of(our_own))
+    assert run_lib.read_config(again) == run_lib.read_config(our_own)
+    assert run_lib.load_tokenizer(again).fingerprint == CHAR.fingerprint
+    assert eval_loss(capsys, again) == eval_loss(capsys, our_own)
+
+
+def test_a_model_that_no_class_holds_is_refused_and_leaves_nothing(our_own, tmp_path, capsys):
+    argv = ["export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}"]
+    refuse(capsys, argv, "error: config.qk_norm: ", "mlp 'relu2'", "logit_softcap 7.0", "--format=safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "base, changes",
+    [
+        (GPT2, {"num_kv_heads": 2}),
+        (GPT2, {"head_dim": 10}),
+        (GPT2, {"norm": "rmsnorm"}),
+        (GPT2, {"mlp": "swiglu"}),
+        (GPT2, {"qk_norm": "scaled"}),
+        (GPT2, {"sliding_window": 5}),
+        (GPT2, {"logit_softcap": 7.0}),
+        (LLAMA, {"norm": "layernorm"}),
+        (LLAMA, {"position": "none"}),
+        (LLAMA, {"mlp": "gelu"}),
+        (LLAMA, {"mlp": "swiglu_clamped"}),
+        (LLAMA, {"sliding_window": 5}),
+        (LLAMA, {"logit_softcap": 7.0}),
+        (LLAMA, {"num_heads": 10}),
+        (QWEN3, {"norm": "layernorm"}),
+        (QWEN3, {"position": "none"}),
+        (QWEN3, {"mlp": "relu2"}),
+        (QWEN3, {"mlp_bias": True}),
+        (QWEN3, {"logit_softcap": 7.0}),
+        (GPT_OSS, {"norm": "layernorm"}),
+        (GPT_OSS, {"position": "none"}),
+        (GPT_OSS, {"position": "learned"}),
+        (GPT_OSS, {"mlp": "relu2"}),
+        (GPT_OSS, {"mlp": "swiglu"}),
+        (GPT_OSS, {"qk_norm": "scaled"}),
+        (GPT_OSS, {"qk_norm": "unscaled"}),
+        (GPT_OSS, {"logit_softcap": 7.0}),
+    ],
+    ids=str,
+)
+def test_the_setting_that_stands_in_the_way_is_named(base, changes):
+    config = TransformerConfig(vocab_size=50, **base | changes)
+    ((name, value),) = changes.items()
+    with pytest.raises(
+        ValueError, match=rf"^{name}: no class of transformers has {name} {value!r}; the nearest, \w+, has "
+    ):
+        to_theirs(config, {})
+
+
+# --- Where to -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_never_overwritten(our_own, tmp_path, capsys):
+    export = ["export", f"--workdir={our_own}", "--format=safetensors"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "full"):
+        refuse(capsys, [*export, f"--out={tmp_path / name}"], f"--out={tmp_path / name}: already exists")
+    refuse(capsys, [*export, f"--out={tmp_path / 'file' / 'out'}"], f"--out={tmp_path / 'file' / 'out'}: ", status=5)
+    refuse(capsys, export, "--out: missing")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "file", "full"]
+    call(capsys, *export, f"--out={tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [(OSError(28, "No space left on device"), 5), (SafetensorError("full"), 5), (KeyboardInterrupt(), 130)],
+)
+def test_an_export_that_is_cut_short_leaves_nothing(error, status, our_own, tmp_path, capsys, monkeypatch):
+    def half(arrays, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("runtime.model_files.save_file", half)
+    argv = ["export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}", "--format=safetensors"]
+    assert main.main(argv) == status
+    assert list(tmp_path.iterdir()) == []
+    if status == 5:
+        assert_one_line(capsys.readouterr().err, f"--out={tmp_path / 'out'}: ", str(error))

@@ -1,0 +1,210 @@
+"""Models that arrive: what transformers saved becomes a run with the same bits and the same losses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SCRATCH, arguments, assert_same_bits, rows
+from stock import CONTEXT, STOCK, YARN, V, arrays, stock
+from transformers import AutoModelForCausalLM
+from travel import (
+    LIMIT,
+    call,
+    edit_config,
+    edit_weights,
+    eval_loss,
+    greedy,
+    read_model,
+    refuse,
+    save,
+    text_file,
+    torch_loss,
+    val_batches,
+    weights_of,
+)
+
+import main
+import run_lib
+from configs import finetune
+from input_pipeline import Batches
+from transformer.interop import join_weights
+from transformer.interop_families import FAMILIES
+
+TEXT = text_file()
+GPT2, LLAMA, QWEN3, GPT_OSS = STOCK
+
+
+@pytest.fixture(autouse=True)
+def encoded_texts_lie_in_scratch(monkeypatch) -> None:
+    monkeypatch.setattr(run_lib, "data_dir_of", lambda config: SCRATCH / "data")
+
+
+@pytest.fixture(scope="module")
+def llama() -> torch.nn.Module:
+    return stock(LLAMA, {"eos_token_id": None, "num_hidden_layers": 2})
+
+
+@pytest.fixture(scope="module")
+def llama_run(llama, tmp_path_factory) -> Path:
+    """A run of it. Nobody changes its directory."""
+    directory = tmp_path_factory.mktemp("llama")
+    flags = f"--from={save(directory / 'saved', llama)}", f"--workdir={directory / 'run'}", f"--dataset={TEXT}"
+    assert main.main(["import", *flags]) == 0
+    return directory / "run"
+
+
+@pytest.mark.parametrize("architecture", STOCK)
+@pytest.mark.parametrize(
+    "tied, dtype, size",
+    [(True, torch.float32, "9KB"), (False, torch.bfloat16, "1GB")],
+    ids=["sharded", "bfloat16"],
+)
+def test_a_model_becomes_a_run(architecture, tied, dtype, size, tmp_path, capsys, agree):
+    model = stock(architecture, {"tie_word_embeddings": tied}).to(dtype)
+    saved, workdir = save(tmp_path / "saved", model, max_shard_size=size), tmp_path / "run"
+    assert (len(list(saved.glob("*.safetensors"))) > 1) == (size == "9KB")
+    call(capsys, "import", f"--from={saved}", f"--workdir={workdir}", f"--dataset={TEXT}")
+    config, family = run_lib.load_model(workdir)[0].config, FAMILIES[model.config.model_type]
+    assert config.tie_embeddings == tied
+    ours, theirs = join_weights(family.rules, config, weights_of(workdir)), arrays(model.float().state_dict())
+    nothing_of_ours = {name for name in theirs if "router" in name or (tied and name == "lm_head.weight")}
+    assert_same_bits(ours, {name: value for name, value in theirs.items() if name not in nothing_of_ours})
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    names = f"transformers {architecture}, imported", "validation loss"
+    agree(*names, eval_loss(capsys, workdir), torch_loss(model, val_batches(workdir)), LIMIT)
+
+
+# --- Older files ----------------------------------------------------------------------------------------------------
+
+
+def without_defaults(directory: Path) -> None:
+    """Only what the class would not assume by itself."""
+    written = json.loads((directory / "config.json").read_text())
+    default = type(stock(written["architectures"][0], {}).config)().to_dict()
+    kept = {
+        key: value
+        for key, value in written.items()
+        if key in ("model_type", "eos_token_id") or value != default.get(key)
+    }
+    (directory / "config.json").write_text(json.dumps(kept))
+
+
+def rope_at_the_top(directory: Path) -> None:
+    scaling = YARN | {"type": YARN["rope_type"]}
+    theta = scaling.pop("rope_theta")
+    del scaling["rope_type"]
+    edit_config(directory, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+
+
+def without_layer_types(directory: Path) -> None:
+    edit_config(directory, layer_types=None)
+
+
+def gpt2_without_head(directory: Path) -> None:
+    mask = np.tril(np.ones((1, 1, CONTEXT, CONTEXT), np.float32))
+    buffers = {f"h.{n}.attn.{name}": mask for n in range(2) for name in ("bias", "masked_bias")}
+    edit_weights(directory, lambda old: {name.removeprefix("transformer."): old[name] for name in old} | buffers)
+
+
+def llama_with_buffers(directory: Path) -> None:
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32) for n in range(3)}
+    edit_weights(directory, lambda old: old | buffers)
+
+
+def tied_with_a_head(directory: Path) -> None:
+    edit_weights(directory, lambda old: old | {"lm_head.weight": old["model.embed_tokens.weight"]})
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, age",
+    [
+        (GPT2, {}, gpt2_without_head),
+        *((architecture, {}, without_defaults) for architecture in (GPT2, LLAMA, QWEN3)),
+        (GPT_OSS, {"rope_parameters": YARN}, without_defaults),
+        (LLAMA, {"rope_parameters": YARN}, rope_at_the_top),
+        (GPT_OSS, {"rope_parameters": YARN}, rope_at_the_top),
+        (LLAMA, {}, llama_with_buffers),
+        (LLAMA, {"tie_word_embeddings": True}, tied_with_a_head),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, without_layer_types),
+        (GPT_OSS, {}, without_layer_types),
+    ],
+)
+def test_older_files_are_the_same_model(architecture, changes, age, tmp_path):
+    model = stock(architecture, changes)
+    new, old = save(tmp_path / "new", model), save(tmp_path / "old", model)
+    age(old)
+    assert any((old / name).read_bytes() != (new / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    (want, want_params, _), (have, have_params, _) = read_model(new), read_model(old)
+    assert have == want
+    assert_same_bits(have_params, want_params)
+
+
+# --- Tokenizer and context ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eos, eot", [(None, None), (3, 3), ([5, 7], 5), ([], None), (V, None)])
+def test_the_end_of_a_text_is_the_first_that_config_json_names(eos, eot, llama, tmp_path):
+    saved = save(tmp_path / "saved", llama)
+    edit_config(saved, eos_token_id=eos)
+    tokenizer = read_model(saved)[2]
+    assert (tokenizer.eot, tokenizer.name) == (eot, "char" if eot is None else "imported")
+    assert tokenizer.encode("CAB").tolist() == [3, 1, 2]
+
+
+def test_files_without_a_tokenizer_need_the_name_of_one_that_fits(tmp_path, capsys):
+    stock(LLAMA, {"vocab_size": 256}).save_pretrained(tmp_path / "saved")
+    argv = ["import", f"--from={tmp_path / 'saved'}", f"--workdir={tmp_path / 'run'}", f"--dataset={TEXT}"]
+    refuse(capsys, argv, "--tokenizer: ", "no tokenizer.json")
+    refuse(capsys, [*argv, "--tokenizer=char"], "--tokenizer=char: has 37 tokens, the model 256")
+    refuse(capsys, [*argv, "--tokenizer=chat"], "unknown tokenizer 'chat'", "did you mean char?")
+    assert not (tmp_path / "run").exists()
+    call(capsys, *argv, "--tokenizer=byte")
+    assert run_lib.load_tokenizer(tmp_path / "run").name == run_lib.read_config(tmp_path / "run").tokenizer == "byte"
+
+
+def test_a_context_can_be_cut_and_not_stretched(tmp_path, capsys):
+    saved, workdir = save(tmp_path / "saved", stock(GPT2, {})), tmp_path / "run"
+    argv = ["import", f"--from={saved}", f"--workdir={workdir}", f"--dataset={TEXT}"]
+    for length in (0, CONTEXT + 1):
+        refuse(capsys, [*argv, f"--context_len={length}"], f"--context_len: must be from 1 to the model's {CONTEXT}")
+    assert not workdir.exists()
+    call(capsys, *argv, "--context_len=7")
+    whole, cut = read_model(saved)[1], weights_of(workdir)
+    assert run_lib.read_config(workdir).context_len == 7
+    assert_same_bits(cut, whole | {"positions.embedding": whole["positions.embedding"][:7]})
+
+
+# --- An imported run is a run ---------------------------------------------------------------------------------------
+
+
+def test_it_writes_text(llama_run, capsys):
+    assert len(greedy(capsys, llama_run, "BAC", 20)) == len("BAC") + 20 + len("\n")
+
+
+@pytest.mark.parametrize("way", ["finetune", "init_from"])
+def test_training_goes_on_from_its_weights(way, llama, llama_run, tmp_path, capsys, agree):
+    workdir, config = tmp_path / "run", finetune.get_config(str(llama_run))
+    changes = {"dataset": str(TEXT), "order": "sequential", "max_steps": 12, "lr": 0.001, "log_every": 1}
+    changes |= {"sample_tokens": 0, "cpu_devices": "1"}
+    config.update(changes)
+    if way == "init_from":
+        argv = arguments(config, workdir)
+    else:
+        argv = [f"--config={ROOT / 'configs' / 'finetune.py'}:{llama_run}", f"--workdir={workdir}"]
+        argv += [f"--config.{key}={value}" for key, value in changes.items()]
+    call(capsys, *argv)
+    data, logged = run_lib.load_data(config, print, run_lib.load_tokenizer(llama_run)), rows(workdir)
+    first_batch = Batches(data.train, CONTEXT, config.batch_size, config.seed, config.order)(0)
+    names = "transformers LlamaForCausalLM, fine-tuned here", "first loss"
+    agree(*names, logged[0]["loss"], torch_loss(llama, [first_batch]), LIMIT)
+    assert len(logged) == 12 and logged[-1]["val_loss"] < torch_loss(llama, val_batches(llama_run)) - 0.1
+
+
+def test_training_inside_it_is_refused(llama_run, capsys):
+    files = lambda: {path: path.stat().st_mtime_ns for path in llama_run.rglob("*") if path.name != ".lock"}
+    before = files()
+    argv = [f"--config={ROOT / 'configs' / 'finetune.py'}:{llama_run}", f"--workdir={llama_run}"]
+    refuse(capsys, [*argv, "--config.cpu_devices=1"], f"workdir {llama_run}: holds imported weights", "another")
+    assert files() == before
