@@ -14,10 +14,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from runtime.fetch import tiktoken_cache
+from runtime.fetch import dataset_path, tiktoken_cache
 from transformer.interop_tokenizer import from_tokenizers, hf_tokenizer_config, to_tokenizers
 from transformer.tokenizer import (
     ByteTokenizer,
@@ -54,9 +54,8 @@ def learn(text: str, pattern: str, special: dict[str, int]) -> TiktokenTokenizer
             else:
                 joined.append(part)
         parts = joined
-    return TiktokenTokenizer(
-        tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    )
+    encoding = tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return TiktokenTokenizer(encoding)
 
 
 @cache
@@ -94,8 +93,7 @@ def test_a_character_vocabulary_keeps_its_ids_and_every_space(text):
 @pytest.mark.parametrize("symbols", ["ab \n", "ab\n", "ba"])
 def test_unknown_characters_are_replaced_as_ours_are_on_demand(symbols):
     ours = CharTokenizer(symbols)
-    text = "aé😀b"
-    assert encode(to_tokenizers(ours), text) == ours.encode(text, replace_unknown=True).tolist()
+    assert encode(to_tokenizers(ours), "aé😀b") == ours.encode("aé😀b", replace_unknown=True).tolist()
 
 
 @given(texts, st.binary())
@@ -113,8 +111,7 @@ def test_the_patterns_of_tiktoken_cut_alike(name, text):
     ours, library = learned(name)
     for each in (NASTY, text):
         ids = ours.encode(each).tolist()
-        assert encode(library, each) == ids
-        assert decode(library, ids) == each
+        assert (encode(library, each), decode(library, ids)) == (ids, each)
 
 
 @given(st.permutations(["ab", "ba", "aab", "abb", "bab", "aba", "abab", "bbb", "aabba"]), st.text("ab ", max_size=30))
@@ -122,7 +119,9 @@ def test_the_patterns_of_tiktoken_cut_alike(name, text):
 def test_any_ranks_merge_alike_whether_merging_reaches_every_token_or_not(order, text):
     ranks = BYTES | {piece.encode(): 256 + i for i, piece in enumerate(order)}
     encoding = tiktoken.Encoding("any", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-    assert encode(to_tokenizers(TiktokenTokenizer(encoding)), text) == encoding.encode(text)
+    library = to_tokenizers(TiktokenTokenizer(encoding))
+    for each in (text, " ".join(order), "".join(order)):
+        assert encode(library, each) == encoding.encode(each)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_transformers_reads_the_same_tokenizer(ours, model_type, tmp_path):
         ids = ours.encode(text).tolist()
         assert theirs(text) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
         assert theirs.decode(ids) == text
-    assert theirs.eos_token_id == ours.eot
+    assert (theirs.eos_token_id, theirs.clean_up_tokenization_spaces) == (ours.eot, False)
 
 
 @pytest.mark.slow
@@ -198,7 +197,7 @@ def test_whole_vocabularies_give_the_ids_of_tiktoken(name, monkeypatch):
     imported = from_tokenizers(text, ours.vocab_size, ours.eot)
     rng = np.random.default_rng(0)
     mixed = "".join(rng.choice(FRAGMENTS, 100_000))
-    for each in ((ROOT / "data" / "tiny_shakespeare.txt").read_text(), NASTY, mixed):
+    for each in (dataset_path("tiny_shakespeare", ROOT / "data").read_text(), NASTY, mixed):
         np.testing.assert_array_equal(imported.encode(each), ours.encode(each))
         assert imported.decode(ours.encode(each)) == each
     assert imported.unsampled == ours.unsampled
@@ -233,6 +232,7 @@ def sentencepiece(kind: str) -> tokenizers.Tokenizer:
         spaces, strip = decoders.Metaspace(prepend_scheme="first"), []
     library.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), *strip])
     library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return library
 
 
@@ -279,12 +279,14 @@ def test_every_token_of_a_byte_level_vocabulary_has_its_bytes():
     assert imported.unsampled == (*BPE.unsampled, *range(284, 300))
 
 
-def test_a_token_added_to_a_byte_level_vocabulary_is_the_text_it_shows():
-    library = to_tokenizers(ByteTokenizer())
+def test_a_token_that_does_not_spell_bytes_is_the_text_it_shows():
+    content = json.loads(to_tokenizers(ByteTokenizer()).to_str())
+    content["model"]["vocab"]["é ☃"] = 256
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
     library.add_tokens(["naïve"])
-    imported = from_tokenizers(library.to_str(), 259, None)
-    assert imported.encode("a naïve").tolist() == [97, 32, 256] and imported.decode([32, 256]) == " naïve"
-    assert imported.unsampled == (257, 258)
+    imported = from_tokenizers(library.to_str(), 260, None)
+    assert imported.encode("a naïve").tolist() == [97, 32, 257] and imported.decode([256, 257]) == "é ☃naïve"
+    assert imported.unsampled == (258, 259)
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
@@ -364,7 +366,6 @@ def changed(model: dict | None = None, **others) -> str:
     ("text", "vocab_size", "eot", "why"),
     [
         ("", 300, 2, "not JSON"),
-        ("{" * 100_000, 300, 2, "not JSON"),
         ("[" * 100_000, 300, 2, "not JSON"),
         ("[]", 300, 2, "not a list"),
         ("{}", 300, 2, "cannot read it: Model missing"),
@@ -380,7 +381,6 @@ def changed(model: dict | None = None, **others) -> str:
         (changed(), 269, 2, "270 tokens do not fit a vocabulary of 269"),
         (changed(), 2**21 + 1, 2, "do not fit"),
         (changed(), 300, 270, "the id 270"),
-        (changed(), 300, -1, "the id -1"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(text, vocab_size, eot, why):

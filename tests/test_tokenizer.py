@@ -197,10 +197,10 @@ IMPORTED = {"kind": "imported", "json": WORDS, "vocab_size": 2, "eot": 0}
         IMPORTED | {"json": {}},
         IMPORTED | {"json": WORDS | {"decoder": None}},
         IMPORTED | {"vocab_size": 0},
-        IMPORTED | {"vocab_size": 10**12},
+        IMPORTED | {"vocab_size": 2**21 + 1},
         IMPORTED | {"vocab_size": 2.5},
         IMPORTED | {"eot": 1},
-        IMPORTED | {"eot": "a"},
+        IMPORTED | {"eot": 0.0},
     ],
 )
 def test_nonsense_in_a_saved_tokenizer_is_refused(saved):

@@ -49,8 +49,10 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json, beside which `transformers.AutoTokenizer` reads tokenizer.json."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # else " ." would be decoded as "."
-        "model_input_names": ["input_ids", "attention_mask"],  # else 4.x has GPT-2 add token_type_ids' embedding
+        # The last two are the defaults of version 5. In 4, some made " ." of a text ".", and gave GPT-2 token types,
+        # which it adds to its embeddings.
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.eot is not None:
         config["eos_token"] = tokenizer.decode([tokenizer.eot])

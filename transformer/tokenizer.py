@@ -25,11 +25,11 @@ END_OF_TEXT = "<|endoftext|>"
 # Far above any vocabulary in use; without it one absurd id in a damaged file would make lists of that length.
 MAX_VOCAB_SIZE = 2**21
 
-# What the character stands for that writes each byte in a byte-level vocabulary (GPT-2's): itself if it can be seen,
-# else one of the characters from U+0100 on, in the order of the bytes.
+# The character that writes each byte in a byte-level vocabulary (GPT-2's): the byte's own where that can be seen, else
+# the next one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_SHOWN = sorted(set(range(256)) - _VISIBLE)
-BYTE_SYMBOLS = "".join(chr(byte if byte in _VISIBLE else 256 + _SHOWN.index(byte)) for byte in range(256))
+_HIDDEN = sorted(set(range(256)) - _VISIBLE)
+BYTE_SYMBOLS = "".join(chr(byte if byte in _VISIBLE else 256 + _HIDDEN.index(byte)) for byte in range(256))
 _BYTE_OF = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 TokenIds = Sequence[int] | np.ndarray
@@ -234,7 +234,7 @@ class ImportedTokenizer(Tokenizer):
             self._library.encode("\U0010ffff")  # no vocabulary has it: fails here if what stands for it is missing
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # Exception itself, or where the library panics a class that is none
+        except BaseException as error:  # Exception, or where the library panics, one that is none
             raise ValueError(f"the library tokenizers cannot read it: {one_line(error)}") from None
         self._library.encode_special_tokens = True
         vocabulary, added = self._library.get_vocab(), self._library.get_added_tokens_decoder()
@@ -245,8 +245,9 @@ class ImportedTokenizer(Tokenizer):
                 raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")
         if eot is not None and eot not in vocabulary.values():
             raise ValueError(f"the id {eot}, which should end a text, is none of the tokenizer's")
-        # In the library's words, which have changed over the years.
-        decoder = json.loads(self._library.decoder.__getstate__()) if self._library.decoder else {"type": "none"}
+        decoder: dict[str, Any] = {"type": "none"}
+        if self._library.decoder:  # in the library's words: those of a file depend on its age
+            decoder = json.loads(self._library.decoder.__getstate__())
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
         self._strips_space = any(

@@ -83,19 +83,13 @@ def without_defaults(directory: Path) -> None:
     """Only what the class would not assume by itself."""
     written = json.loads((directory / "config.json").read_text())
     default = type(stock(written["architectures"][0], {}).config)().to_dict()
-    kept = {
-        key: value
-        for key, value in written.items()
-        if key in ("model_type", "eos_token_id") or value != default.get(key)
-    }
-    (directory / "config.json").write_text(json.dumps(kept))
+    needed = {key for key in written if key in ("model_type", "eos_token_id") or written[key] != default.get(key)}
+    edit_config(directory, **dict.fromkeys(written.keys() - needed))
 
 
 def rope_at_the_top(directory: Path) -> None:
-    scaling = YARN | {"type": YARN["rope_type"]}
-    theta = scaling.pop("rope_theta")
-    del scaling["rope_type"]
-    edit_config(directory, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+    scaling = {"type" if key == "rope_type" else key: YARN[key] for key in YARN.keys() - {"rope_theta"}}
+    edit_config(directory, rope_parameters=None, rope_theta=YARN["rope_theta"], rope_scaling=scaling)
 
 
 def without_layer_types(directory: Path) -> None:
