@@ -72,7 +72,7 @@ def test_transformers_computes_and_writes_the_same(name, exported, agree):
     assert not any(report.values()), report
 
     tokens_BT = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (3, 67))
-    names = f"transformers.AutoModelForCausalLM, exported {name}", "logits"
+    names = f"transformers {type(theirs).__name__}", "logits of our export"
     agree(*names, logits_of(model, tokens_BT), torch_logits(theirs, tokens_BT), LIMIT)
 
     their_tokenizer = AutoTokenizer.from_pretrained(out)
@@ -141,45 +141,25 @@ def test_a_model_that_no_class_holds_is_refused_and_leaves_nothing(our_own, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+IN_THE_WAY = {
+    "GPT-2": [("num_kv_heads", 2), ("head_dim", 10), ("norm", "rmsnorm"), ("mlp", "swiglu"), ("qk_norm", "scaled")]
+    + [("sliding_window", 5), ("logit_softcap", 7.0)],
+    "Llama": [("num_heads", 10), ("norm", "layernorm"), ("position", "none"), ("mlp", "gelu"), ("mlp", "relu2")]
+    + [("mlp", "swiglu_clamped"), ("sliding_window", 5), ("logit_softcap", 7.0)],
+    "Qwen3": [("norm", "layernorm"), ("position", "none"), ("mlp", "relu2"), ("mlp_bias", True)]
+    + [("logit_softcap", 7.0)],
+    "gpt-oss": [("norm", "layernorm"), ("position", "none"), ("position", "learned"), ("mlp", "relu2")]
+    + [("mlp", "swiglu"), ("qk_norm", "scaled"), ("qk_norm", "unscaled"), ("logit_softcap", 7.0)],
+}
+
+
 @pytest.mark.parametrize(
-    "base, changes",
-    [
-        (GPT2, {"num_kv_heads": 2}),
-        (GPT2, {"head_dim": 10}),
-        (GPT2, {"norm": "rmsnorm"}),
-        (GPT2, {"mlp": "swiglu"}),
-        (GPT2, {"qk_norm": "scaled"}),
-        (GPT2, {"sliding_window": 5}),
-        (GPT2, {"logit_softcap": 7.0}),
-        (LLAMA, {"norm": "layernorm"}),
-        (LLAMA, {"position": "none"}),
-        (LLAMA, {"mlp": "gelu"}),
-        (LLAMA, {"mlp": "swiglu_clamped"}),
-        (LLAMA, {"sliding_window": 5}),
-        (LLAMA, {"logit_softcap": 7.0}),
-        (LLAMA, {"num_heads": 10}),
-        (QWEN3, {"norm": "layernorm"}),
-        (QWEN3, {"position": "none"}),
-        (QWEN3, {"mlp": "relu2"}),
-        (QWEN3, {"mlp_bias": True}),
-        (QWEN3, {"logit_softcap": 7.0}),
-        (GPT_OSS, {"norm": "layernorm"}),
-        (GPT_OSS, {"position": "none"}),
-        (GPT_OSS, {"position": "learned"}),
-        (GPT_OSS, {"mlp": "relu2"}),
-        (GPT_OSS, {"mlp": "swiglu"}),
-        (GPT_OSS, {"qk_norm": "scaled"}),
-        (GPT_OSS, {"qk_norm": "unscaled"}),
-        (GPT_OSS, {"logit_softcap": 7.0}),
-    ],
-    ids=str,
+    "shape, name, value", [(shape, *setting) for shape in IN_THE_WAY for setting in IN_THE_WAY[shape]]
 )
-def test_the_setting_that_stands_in_the_way_is_named(base, changes):
-    config = TransformerConfig(vocab_size=50, **base | changes)
-    ((name, value),) = changes.items()
-    with pytest.raises(
-        ValueError, match=rf"^{name}: no class of transformers has {name} {value!r}; the nearest, \w+, has "
-    ):
+def test_the_setting_that_stands_in_the_way_is_named(shape, name, value):
+    config = TransformerConfig(vocab_size=50, **SHAPES[shape][0] | {name: value})
+    message = rf"^{name}: no class of transformers has {name} {value!r}; the nearest, \w+, has {name} "
+    with pytest.raises(ValueError, match=message):
         to_theirs(config, {})
 
 

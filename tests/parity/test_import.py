@@ -72,7 +72,7 @@ def test_a_model_becomes_a_run(architecture, tied, dtype, size, tmp_path, capsys
     nothing_of_ours = {name for name in theirs if "router" in name or (tied and name == "lm_head.weight")}
     assert_same_bits(ours, {name: value for name, value in theirs.items() if name not in nothing_of_ours})
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    names = f"transformers {architecture}, imported", "validation loss"
+    names = f"transformers {architecture}", "validation loss, imported"
     agree(*names, eval_loss(capsys, workdir), torch_loss(model, val_batches(workdir)), LIMIT)
 
 
@@ -191,7 +191,7 @@ def test_training_goes_on_from_its_weights(way, llama, llama_run, tmp_path, caps
     call(capsys, *argv)
     data, logged = run_lib.load_data(config, print, run_lib.load_tokenizer(llama_run)), rows(workdir)
     first_batch = Batches(data.train, CONTEXT, config.batch_size, config.seed, config.order)(0)
-    names = "transformers LlamaForCausalLM, fine-tuned here", "first loss"
+    names = "transformers LlamaForCausalLM", "first loss of a fine-tuning"
     agree(*names, logged[0]["loss"], torch_loss(llama, [first_batch]), LIMIT)
     assert len(logged) == 12 and logged[-1]["val_loss"] < torch_loss(llama, val_batches(llama_run)) - 0.1
 

@@ -45,7 +45,8 @@ def importing(tmp_path):
 def same_logits(agree, workdir: Path, model: torch.nn.Module) -> None:
     tokens_BT = np.random.default_rng(0).integers(0, V, (3, CONTEXT))
     ours, tokenizer, _, _ = run_lib.load_model(workdir)
-    agree("the PyTorch original, imported", "logits", logits_of(ours, tokens_BT), torch_logits(model, tokens_BT), LIMIT)
+    names = "the PyTorch original", "logits, imported"
+    agree(*names, logits_of(ours, tokens_BT), torch_logits(model, tokens_BT), LIMIT)
     assert tokenizer.fingerprint == CHAR.fingerprint
 
 
