@@ -74,4 +74,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("| against | largest relative difference (allowed) |")
         terminalreporter.write_line("|---|---|")
     for implementation, cells in by_implementation.items():
-        terminalreporter.write_line(f"| {implementation} | {', '.join(cells)} |")
+        terminalreporter.write_line(f"| {implementation} | {'; '.join(cells)} |")

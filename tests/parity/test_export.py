@@ -1,5 +1,6 @@
 """Models that leave: what `export` writes is to transformers the same model, and to `import` the same bits."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from travel import LIMIT, call, eval_loss, greedy, logits_of, make_run, refuse, torch_logits, weights_of
 
+import config_lib
 import main
 import run_lib
-from configs import shakespeare
-from transformer.interop import to_theirs
+from configs import shakespeare, shakespeare_gptoss
+from transformer.interop import from_theirs, to_theirs
 from transformer.model import TransformerConfig
 from transformer.sampling import Sampling, generate
 from transformer.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
@@ -109,6 +111,13 @@ def test_an_exported_model_comes_back_with_the_same_bits_and_words(name, exporte
     files = sorted(path.name for path in out.iterdir())
     assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert [file for file in files if (out / file).read_bytes() != (out_again / file).read_bytes()] == []
+
+
+def test_the_recipe_in_the_shape_of_gpt_oss_can_leave(random_params):
+    config = config_lib.transformer_config(shakespeare_gptoss.get_config(), vocab_size=65, dtype="float32")
+    theirs, weights = to_theirs(config, random_params(config))
+    assert theirs["architectures"] == ["GptOssForCausalLM"]
+    assert from_theirs(theirs, weights)[0] == dataclasses.replace(config, output_init="normal")
 
 
 # --- A model that no class holds ------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_model_becomes_a_run(architecture, tied, dtype, size, tmp_path, capsys
     assert (len(list(saved.glob("*.safetensors"))) > 1) == (size == "9KB")
     call(capsys, "import", f"--from={saved}", f"--workdir={workdir}", f"--dataset={TEXT}")
     config, family = run_lib.load_model(workdir)[0].config, FAMILIES[model.config.model_type]
-    assert config.tie_embeddings == tied
+    assert config.tie_embeddings == tied and run_lib.read_config(workdir).dataset == str(TEXT)
     ours, theirs = join_weights(family.rules, config, weights_of(workdir)), arrays(model.float().state_dict())
     nothing_of_ours = {name for name in theirs if "router" in name or (tied and name == "lm_head.weight")}
     assert_same_bits(ours, {name: value for name, value in theirs.items() if name not in nothing_of_ours})
