@@ -99,7 +99,7 @@ def load_dataset(
     if not any(files) or not text:
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
-        vocabulary = _new_tokenizer(tokenizer, text, data_dir, say)
+        vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
 
     # In binary, 1 - 0.05 - 0.05 of a hundred million would be one short of ninety.
     val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
@@ -156,7 +156,8 @@ def _decode(path: Path, data: bytes) -> str:
         raise UserError(f"config.dataset: {problem}; convert it, or set config.tokenizer=byte") from None
 
 
-def _new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
+def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
+    """A tokenizer by name; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
     if isinstance(text, bytes):
         return build_tokenizer("byte", "")
     if name == "char":

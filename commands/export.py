@@ -47,11 +47,12 @@ def main(argv: list[str]) -> None:
                 theirs, weights = to_theirs(model.config, params)
             except ValueError as error:
                 raise UserError(f"config.{error}; change the setting, or export with --format=safetensors") from error
-            ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": None}
+            start = tokenizer.eot if theirs["model_type"] == "gpt2" else None  # where one token serves for both
+            ends = {"bos_token_id": start, "eos_token_id": tokenizer.eot, "pad_token_id": None}
             write_json(out / "config.json", theirs | ends)
             write_safetensors(out / WEIGHTS, weights, {"format": "pt"})
             try:
-                to_tokenizers(tokenizer).save(str(out / "tokenizer.json"))
+                (out / "tokenizer.json").write_text(to_tokenizers(tokenizer).to_str(pretty=True), encoding="utf-8")
                 write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))
             except ValueError as error:
                 console.warn(f"no tokenizer files: {error}")

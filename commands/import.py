@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import config_lib
 import run_lib
 from configs import default
+from input_pipeline import new_tokenizer
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
 from runtime.console import Console
@@ -24,9 +25,11 @@ from runtime.model_files import WEIGHTS, read_metadata, read_safetensors, read_t
 from transformer.interop import from_original, from_theirs
 from transformer.interop_tokenizer import from_tokenizers
 from transformer.model import model_of, parameter_counts
-from transformer.tokenizer import Tokenizer, tokenizer_from_dict
+from transformer.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 
 Arrays = dict[str, np.ndarray]
+
+LONG_CONTEXT = 8192  # tokens; with more than that a key/value cache is worth a word
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -63,6 +66,10 @@ def main(argv: list[str]) -> None:
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
     counts = parameter_counts(model_config)
     console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
+    if config.context_len > LONG_CONTEXT:
+        console.line(
+            f"its context is {config.context_len:,} tokens, for which `sample` keeps room; --context_len cuts it"
+        )
 
 
 def read_model(
@@ -76,6 +83,8 @@ def read_model(
     weights, metadata = source / WEIGHTS, read_metadata(source / WEIGHTS)
     try:
         if metadata.get("format") == run_lib.EXPORT_FORMAT:
+            if tokenizer:
+                raise UserError(f"--tokenizer: {source} holds the model's own; leave the flag out")
             return _from_export(weights, metadata, dataset)
         if (source / "config.json").exists():
             theirs = read_json(source / "config.json")
@@ -134,21 +143,28 @@ def _flat(value: Any) -> dict[str, Any]:
 
 
 def _tokenizer(
-    source: Path, name: str | None, config: ConfigDict, vocab_size: int, eot: Any, say: Callable[[str], None]
+    source: Path, name: str | None, config: ConfigDict, vocab_size: int, eos: Any, say: Callable[[str], None]
 ) -> Tokenizer:
     """The one in the files, or the one named."""
-    file = source / "tokenizer.json"
+    file, name = source / "tokenizer.json", None if name == "imported" else name
     if name is None and not file.exists():
         raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
     if name is None:
-        eot = eot[0] if isinstance(eot, list) and eot else eot
+        ends = eos if isinstance(eos, list) else [eos]
+        known = [end for end in ends if isinstance(end, int) and 0 <= end < vocab_size]
+        if len(known) > 1:
+            say(f"of its ends of a text, {known}, only the first ends one here; the others are never sampled")
         try:
-            known = isinstance(eot, int) and 0 <= eot < vocab_size
-            return from_tokenizers(file.read_text(encoding="utf-8"), vocab_size, eot if known else None)
+            return from_tokenizers(file.read_text(encoding="utf-8"), vocab_size, known[0] if known else None)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
-    config.tokenizer = name
-    tokenizer = run_lib.load_data(config, say).tokenizer
+    check_tokenizer_name(name)
+    if name == "char":  # its alphabet is the text's
+        config = config.copy_and_resolve_references()
+        config.update({"tokenizer": name, "context_len": 1})
+        tokenizer = run_lib.load_data(config, say).tokenizer
+    else:
+        tokenizer = new_tokenizer(name, b"" if name == "byte" else "", run_lib.data_dir_of(config), say)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; name the one it was "

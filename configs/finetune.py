@@ -21,7 +21,9 @@ def get_config(run: str = "") -> ConfigDict:
     if not run:
         raise UserError("--config=configs/finetune.py: needs a run to start from; write configs/finetune.py:RUN")
     config = default.get_config()
-    settings = read_json(Path(run) / "config.json")["config"]
+    settings = read_json(Path(run) / "config.json").get("config")
+    if settings is None:
+        raise UserError(f"{run}: is no run's directory; make one of it with python main.py import --from={run} first")
     shape = {field.name for field in fields(TransformerConfig)}
     config.update({key: value for key, value in settings.items() if key in shape | {"tokenizer"}})
     config.init_from = run

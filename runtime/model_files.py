@@ -43,11 +43,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
       UserError: it is missing or damaged.
     """
     try:
-        with safe_open(path, framework="flax") as file:  # numpy alone has no bfloat16
+        with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); give a directory with {WEIGHTS}") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again, as safetensors") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

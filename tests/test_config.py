@@ -123,7 +123,7 @@ def test_every_config_is_possible_and_survives_json(name):
     assert again == config and [type(again[key]) for key in KEYS] == [type(config[key]) for key in KEYS]
 
 
-def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it():
+def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it(tmp_path):
     run = finished_run()
     config, begun_with = finetune.get_config(str(run.workdir)), tiny_config()
     assert config.init_from == str(run.workdir) and config.tokenizer == begun_with.tokenizer
@@ -134,6 +134,9 @@ def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it():
         finetune.get_config()
     with pytest.raises(UserError, match="no/run"):
         finetune.get_config("no/run")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=f"python main.py import --from={tmp_path}"):
+        finetune.get_config(str(tmp_path))
 
 
 def test_from_dict_fills_in_new_keys_and_refuses_unknown_ones():

@@ -108,14 +108,16 @@ def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> t
         """The (fractional) plane that turns this many times within the original context."""
         return head_dim * math.log(yarn.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = plane_turning(yarn.beta_fast), plane_turning(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    slowed = np.clip((plane / 2 - low) / max(high - low, 0.001), 0, 1)
     if yarn.ramp_over_turns:
         turns = yarn.original_context * frequency / (2 * math.pi)
-        slowed = np.clip((yarn.beta_fast - turns) / (yarn.beta_fast - yarn.beta_slow), 0, 1)
+        ramp = (yarn.beta_fast - turns) / (yarn.beta_fast - yarn.beta_slow)
+    else:
+        low, high = plane_turning(yarn.beta_fast), plane_turning(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (plane / 2 - low) / max(high - low, 0.001)
+    slowed = np.clip(ramp, 0, 1)
     frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
     return frequency.astype(np.float32), yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1.0
 

@@ -103,12 +103,14 @@ def _rope_to(config: TransformerConfig) -> dict[str, Any]:
     return rope
 
 
-def _rope_from(theirs: Mapping[str, Any], theta: float, context_len: int) -> dict[str, Any]:
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> dict[str, Any]:
     """From `rope_parameters`, or from `rope_theta` and `rope_scaling`, as files before transformers 5 have it."""
-    rope = theirs.get("rope_parameters") or {
-        "rope_theta": theirs.get("rope_theta"),
-        **(theirs.get("rope_scaling") or {}),
-    }
+    rope = _first(theirs.get("rope_parameters"), theirs.get("rope_scaling"), family.rope)
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -117,21 +119,21 @@ def _rope_from(theirs: Mapping[str, Any], theta: float, context_len: int) -> dic
     for key in ("partial_rotary_factor", "mscale", "mscale_all_dim"):
         if rope.get(key, theirs.get(key)) not in (None, 1, 1.0):
             raise ValueError(f"{key}: must be 1, got {rope.get(key, theirs.get(key))}")
-    settings: dict[str, Any] = {"rope_theta": rope.get("rope_theta") or theta}
+    settings = {"rope_theta": _first(rope.get("rope_theta"), theirs.get("rope_theta"), family.theta)}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or context_len
         fast, slow = ("beta_fast", "beta_slow") if kind == "yarn" else ("high_freq_factor", "low_freq_factor")
         settings |= {
             "rope_scaling": kind,
             "yarn_original_context": original,
-            "yarn_factor": rope.get("factor") or context_len / original,
-            "yarn_beta_fast": rope.get(fast) or 32.0,
-            "yarn_beta_slow": rope.get(slow) or 1.0,
+            "yarn_factor": _first(rope.get("factor"), context_len / original),
+            "yarn_beta_fast": _first(rope.get(fast), 32.0),
+            "yarn_beta_slow": _first(rope.get(slow), 1.0),
         }
     if kind == "yarn":
         settings |= {
             "yarn_truncate": rope.get("truncate", True),
-            "yarn_attention_factor": rope.get("attention_factor") or 0.0,
+            "yarn_attention_factor": _first(rope.get("attention_factor"), 0.0),
         }
     return settings
 
@@ -147,7 +149,8 @@ def _windows_to(family: Family, config: TransformerConfig) -> dict[str, Any]:
 
 
 def _windows_from(family: Family, theirs: Mapping[str, Any], num_blocks: int) -> dict[str, Any]:
-    if (family is QWEN3 and not theirs.get("use_sliding_window")) or not theirs.get("sliding_window", 128):
+    window = theirs.get("sliding_window", 4096 if family is QWEN3 else 128)
+    if (family is QWEN3 and not theirs.get("use_sliding_window")) or not window:
         return {}
     kinds = theirs.get("layer_types")
     if not kinds and family is QWEN3:
@@ -156,11 +159,13 @@ def _windows_from(family: Family, theirs: Mapping[str, Any], num_blocks: int) ->
     letters = {"sliding_attention": "L", "full_attention": "G"}
     if unknown := [kind for kind in kinds or () if kind not in letters]:
         raise ValueError(f"layer_types: must be of {', '.join(letters)}, got {unknown[0]!r}")
+    if kinds and len(kinds) != num_blocks:
+        raise ValueError(f"layer_types: {len(kinds)} of them for {num_blocks} layers")
     pattern = "".join(letters[kind] for kind in kinds) if kinds else "LG"
     if "L" not in pattern:
         return {}
     shortest = next(p for p in range(1, len(pattern) + 1) if (pattern[:p] * len(pattern))[: len(pattern)] == pattern)
-    return {"sliding_window": theirs.get("sliding_window", 128), "window_pattern": pattern[:shortest]}
+    return {"sliding_window": window, "window_pattern": pattern[:shortest]}
 
 
 # --- Whole models -------------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
     Raises:
       ValueError: `<key>: <what we cannot hold>`.
     """
-    family = FAMILIES.get(theirs.get("model_type", ""))
+    family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
         raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
     if theirs.get("quantization_config"):
@@ -197,7 +202,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
         if theirs.get(key, default) != value:
             raise ValueError(f"{key}: must be {value}, got {theirs.get(key, default)!r}")
     activation = theirs.get(family.activation_key, next(iter(family.activations)))
-    if activation not in family.activations:
+    if not isinstance(activation, str) or activation not in family.activations:
         raise ValueError(f"{family.activation_key}: must be one of {', '.join(family.activations)}, got {activation!r}")
     keys = {ours: key for ours, (key, _) in family.settings.items()}
     given = {ours: theirs.get(key) for ours, key in keys.items()}
@@ -206,7 +211,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
     if family is GPT2:
         settings.setdefault("mlp_dim", 4 * settings["embedding_dim"])
     else:
-        settings |= _typed(_rope_from(theirs, family.theta, settings["context_len"]), {})
+        settings |= _typed(_rope_from(family, theirs, settings["context_len"]), {})
         if "sliding_window" not in family.fixed:
             settings |= _typed(_windows_from(family, theirs, settings["num_blocks"]), {})
     return TransformerConfig(**{**family.fixed, "mlp": family.activations[activation], **settings})

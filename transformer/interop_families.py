@@ -60,6 +60,7 @@ class Family:
       fixed: our settings that the class cannot have otherwise.
       demands: their key -> the value (and default) without which we could not hold the model.
       activations: their name of the activation -> our `mlp`; the first is their default.
+      theta, rope: the rotary base and scaling where config.json has none.
       constants: arrays of theirs that hold nothing of ours; written, and ignored when read.
     """
 
@@ -72,6 +73,7 @@ class Family:
     activation_key: str = "hidden_act"
     demands: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     theta: float = 10_000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)
     constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
 
 
@@ -212,6 +214,7 @@ GPT_OSS = Family(
         "swiglu_alpha": (1.702, 1.702),
     },
     theta=150_000.0,
+    rope={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
     constants=lambda config: {  # a router over one expert gives it weight 1, whatever its own weights are
         f"model.layers.{n}.mlp.router.{part}": np.zeros(shape, np.float32)
         for n in range(config.num_blocks)

@@ -24,9 +24,10 @@ from transformer.tokenizer import (
 def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
-    Ids and decoded text are the same for every text, with two exceptions: what `char` does not know becomes what
-    `encode(text, replace_unknown=True)` makes of it, and special tokens written in a text become their ids, unless
-    `encode_special_tokens` is set on the result.
+    Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
+    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids, unless
+    `encode_special_tokens` is set on the result; and an imported one may put its own around a text, unless
+    `add_special_tokens` is false.
 
     Raises:
         ValueError: the vocabulary cannot be written in that format.

@@ -92,7 +92,8 @@ def test_transformers_reads_what_was_written(name, exported):
     written, read = json.loads((out / "config.json").read_text()), AutoConfig.from_pretrained(out)
     assert {key: read.to_dict().get(key) for key in written} == written
     eot = SHAPES[name][1].eot
-    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (eot, eot, None)
+    start = eot if name == "GPT-2" else None  # the others have a token of its own for it, or none
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (start, eot, None)
     assert AutoTokenizer.from_pretrained(out).eos_token_id == eot
 
 

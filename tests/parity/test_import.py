@@ -92,6 +92,19 @@ def rope_at_the_top(directory: Path) -> None:
     edit_config(directory, rope_parameters=None, rope_theta=YARN["rope_theta"], rope_scaling=scaling)
 
 
+def theta_beside_the_rest(directory: Path) -> None:
+    rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    edit_config(directory, rope_theta=rope.pop("rope_theta"), rope_parameters=rope)
+
+
+def without_rope(directory: Path) -> None:
+    edit_config(directory, rope_parameters=None)
+
+
+def without_window(directory: Path) -> None:
+    edit_config(directory, sliding_window=None)
+
+
 def without_layer_types(directory: Path) -> None:
     edit_config(directory, layer_types=None)
 
@@ -119,6 +132,10 @@ def tied_with_a_head(directory: Path) -> None:
         (GPT_OSS, {"rope_parameters": YARN}, without_defaults),
         (LLAMA, {"rope_parameters": YARN}, rope_at_the_top),
         (GPT_OSS, {"rope_parameters": YARN}, rope_at_the_top),
+        (LLAMA, {"rope_parameters": YARN}, theta_beside_the_rest),
+        (GPT_OSS, {}, without_rope),
+        (LLAMA, {}, without_rope),
+        (QWEN3, {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, without_window),
         (LLAMA, {}, llama_with_buffers),
         (LLAMA, {"tie_word_embeddings": True}, tied_with_a_head),
         (QWEN3, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, without_layer_types),
@@ -139,10 +156,11 @@ def test_older_files_are_the_same_model(architecture, changes, age, tmp_path):
 
 
 @pytest.mark.parametrize("eos, eot", [(None, None), (3, 3), ([5, 7], 5), ([], None), (V, None)])
-def test_the_end_of_a_text_is_the_first_that_config_json_names(eos, eot, llama, tmp_path):
+def test_the_end_of_a_text_is_the_first_that_config_json_names(eos, eot, llama, tmp_path, capsys):
     saved = save(tmp_path / "saved", llama)
     edit_config(saved, eos_token_id=eos)
     tokenizer = read_model(saved)[2]
+    assert ("only the first ends one here" in capsys.readouterr().out) == (eos == [5, 7])
     assert (tokenizer.eot, tokenizer.name) == (eot, "char" if eot is None else "imported")
     assert tokenizer.encode("CAB").tolist() == [3, 1, 2]
 
