@@ -2,7 +2,8 @@
 
 python main.py --config=configs/nanogpt_char_cpu.py
 
-Two minutes on two cores of an Intel Xeon with AVX-512; validation loss 1.9026 (seed 0; nanoGPT itself: 1.8857).
+Two minutes on two cores of an Intel Xeon with AVX-512; validation loss 1.9026 (seed 0), and the same in PyTorch
+from the same weights on the same batches. (nanoGPT itself estimates 1.8857 from 20 random batches.)
 """
 
 from ml_collections import ConfigDict
