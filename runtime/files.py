@@ -18,7 +18,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); is {path.parent} a run's directory?") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); is {path.parent} the right directory?") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import SCRATCH
+
+import run_lib
 
 Rows = dict[tuple[str, str], tuple[float, float]]  # implementation, what was compared -> largest difference, limit
 ROWS = pytest.StashKey[Rows]()
@@ -35,6 +38,12 @@ def agree(pytestconfig: pytest.Config) -> Callable[..., None]:
         rows[implementation, what] = max(largest, *found.values()), max(loosest, limit)
 
     return check
+
+
+@pytest.fixture
+def encoded_texts_lie_in_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An imported run looks for its data where the program lies."""
+    monkeypatch.setattr(run_lib, "data_dir_of", lambda config: SCRATCH / "data")
 
 
 @pytest.fixture

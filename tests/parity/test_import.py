@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRATCH, arguments, assert_same_bits, rows
+from helpers import ROOT, arguments, assert_same_bits, rows
 from stock import CONTEXT, STOCK, YARN, V, arrays, stock
 from transformers import AutoModelForCausalLM
 from travel import (
@@ -32,13 +32,10 @@ from input_pipeline import Batches
 from transformer.interop import join_weights
 from transformer.interop_families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("encoded_texts_lie_in_scratch")
+
 TEXT = text_file()
 GPT2, LLAMA, QWEN3, GPT_OSS = STOCK
-
-
-@pytest.fixture(autouse=True)
-def encoded_texts_lie_in_scratch(monkeypatch) -> None:
-    monkeypatch.setattr(run_lib, "data_dir_of", lambda config: SCRATCH / "data")
 
 
 @pytest.fixture(scope="module")

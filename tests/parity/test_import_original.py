@@ -7,22 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SCRATCH, assert_same_bits
+from helpers import assert_same_bits
 from original import Original, randomised
 from stock import CONTEXT, V
 from travel import CHAR, LIMIT, call, logits_of, refuse, text_file, torch_logits, weights_of
 
 import run_lib
 
+pytestmark = pytest.mark.usefixtures("encoded_texts_lie_in_scratch")
+
 SHAPE = {"num_blocks": 2, "num_heads": 5, "embedding_dim": 20, "mlp_dim": 28}
 METADATA = {"vocab_size": V, "context_len": CONTEXT, **SHAPE, "tokenizer": "char", "lr": 0.02}
 NESTED = {"step": 9, "config": {"model": SHAPE, "data": {"tokenizer": "char"}}}
 SINK = "Attention_Layers.sink_scalar"
-
-
-@pytest.fixture(autouse=True)
-def encoded_texts_lie_in_scratch(monkeypatch) -> None:
-    monkeypatch.setattr(run_lib, "data_dir_of", lambda config: SCRATCH / "data")
 
 
 @pytest.fixture(scope="module")
