@@ -15,6 +15,7 @@ from configs import default
 from input_pipeline import ORDERS
 from runtime.errors import UserError, one_line
 from transformer import optimizer as optimizer_lib
+from transformer.flash import obstacle
 from transformer.model import CHOICES as MODEL_CHOICES
 from transformer.model import TransformerConfig
 from transformer.optimizer import OptimizerConfig
@@ -64,7 +65,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
-    *("save_every", "keep", "data_dir", "init_from"),
+    *("save_every", "keep", "data_dir", "init_from", "attention_kernel"),
 }
 
 
@@ -227,15 +228,19 @@ def _check_together(config: ConfigDict) -> None:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """The batch must split evenly over the devices.
+    """The batch must split evenly over the devices, and they must have the attention kernel.
 
     Raises:
-      UserError: it does not; names the nearest sizes that do.
+      UserError: it does not, and which sizes do; they have not, and why.
     """
     if config.batch_size % num_devices:
         below = config.batch_size // num_devices * num_devices
         near = f"{below} or {below + num_devices}" if below else f"{num_devices}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {num_devices} devices; use {near}")
+    model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
+    sizes = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
+    if problem := obstacle(model.attention_kernel, *sizes, model.dtype):
+        raise UserError(f"config.attention_kernel: {problem}")
 
 
 # --- From config to what the layers below take --------------------------------------------------------------------

@@ -14,7 +14,8 @@ from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
-from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of, parameter_counts
+from transformer.cost import parameter_counts
+from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
 from transformer.tokenizer import Tokenizer, tokenizer_from_dict
 
 CONFIG_FILE = "config.json"

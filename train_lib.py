@@ -25,11 +25,11 @@ from runtime.guard import StopSignals, WorkdirLock, prepare_workdir
 from runtime.plots import plot_loss
 from runtime.trackers import make_tracker
 from transformer import optimizer as optimizer_lib
+from transformer.cost import flops_per_token
 from transformer.model import (
     Params,
     Transformer,
     TransformerConfig,
-    flops_per_token,
     init_params,
     model_of,
 )

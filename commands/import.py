@@ -22,10 +22,11 @@ from runtime.errors import UserError, one_line
 from runtime.files import read_json, write_json
 from runtime.guard import WorkdirLock, prepare_workdir
 from runtime.model_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
+from transformer.cost import parameter_counts
 from transformer.interop import from_original, from_theirs
 from transformer.interop_families import Arrays
 from transformer.interop_tokenizer import from_tokenizers
-from transformer.model import model_of, parameter_counts
+from transformer.model import model_of
 from transformer.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 
 LONG_CONTEXT = 8192  # tokens; with more than that a key/value cache is worth a word

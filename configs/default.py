@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
     config.seed = 0  # of initial weights, data order and dropout
     config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
+    config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
     config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient

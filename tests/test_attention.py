@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, visible
+from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, rotation, visible
 
 B, T, N, K, H = 2, 5, 6, 3, 4
 
@@ -79,7 +79,7 @@ def rotated(x_TH, position_T):
     """Vectors of one head, H = 8, at the given positions; theta is 100."""
     frequency, scale = rope_frequencies(8, 100.0)
     x_BTNH = np.float32(x_TH)[None, :, None]
-    return np.array(jax.jit(rotate)(x_BTNH, np.array([position_T]), frequency, scale))[0, :, 0]
+    return np.array(jax.jit(rotate)(x_BTNH, rotation(np.array([position_T]), frequency, scale)))[0, :, 0]
 
 
 def test_rotate_turns_each_plane_as_a_complex_number():
@@ -105,7 +105,7 @@ def test_products_of_rotated_vectors_depend_on_the_distance_alone_and_norms_not_
 def test_rotate_scales_and_keeps_the_dtype():
     x = jnp.asarray(normal(1, 3, 2, 8), jnp.bfloat16)
     frequency, _ = rope_frequencies(8, 100.0)
-    turned = rotate(x, jnp.arange(3)[None], frequency, 1.5)
+    turned = rotate(x, rotation(jnp.arange(3)[None], frequency, 1.5))
     assert turned.dtype == jnp.bfloat16
     norm = lambda y: np.linalg.norm(np.asarray(y, np.float32), axis=-1)
     np.testing.assert_allclose(norm(turned), 1.5 * norm(x), rtol=2**-7)

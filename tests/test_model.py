@@ -11,15 +11,14 @@ import pytest
 from flax import nnx
 
 from transformer.attention import rope_frequencies
+from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import (
     CHOICES,
     Transformer,
     TransformerConfig,
-    flops_per_token,
     init_params,
     loss_sum,
     model_of,
-    parameter_counts,
     params_of,
 )
 
@@ -151,7 +150,8 @@ def test_a_family_is_a_table_of_settings_and_computes_what_they_say(random_param
 
 def test_the_families_use_every_choice_there_is():
     used = {name: {getattr(with_(**settings), name) for settings in FAMILIES.values()} for name in CHOICES}
-    assert used == {name: set(values) for name, values in CHOICES.items()}
+    kernels = {"attention_kernel": {"auto"}}  # compared with each other in tests/parity/test_attention_forms.py
+    assert used == {name: set(values) for name, values in CHOICES.items()} | kernels
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,8 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(random_params):
     @jax.jit
     def added(key):
         block = model_of(config, params).blocks[0]
-        plain, dropped = (block(x_BTD, position_BT, None, rngs)[0] - x_BTD for rngs in (None, nnx.Rngs(dropout=key)))
+        run = lambda rngs: block(x_BTD, position_BT, None, None, rngs)[0] - x_BTD
+        plain, dropped = run(None), run(nnx.Rngs(dropout=key))
         silent = params | {"blocks.0.attention.out.kernel": 0 * params["blocks.0.attention.out.kernel"]}
         embedded, _ = model_of(config, silent).hidden(tokens(), rngs=nnx.Rngs(dropout=key))
         return plain, dropped, embedded

@@ -14,8 +14,8 @@ LAYERS = [
     *("main", "commands", "train_lib", "run_lib", "config_lib", "configs", "input_pipeline", "runtime", "transformer")
 ]
 INSIDE_TRANSFORMER = [
-    *({"sampling", "step", "interop", "interop_tokenizer"}, {"optimizer", "interop_families"}, {"model"}),
-    *({"attention"}, {"sharding", "tokenizer"}),
+    *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families"}, {"model"}),
+    *({"flash"}, {"plain"}, {"attention"}, {"sharding", "tokenizer", "dense"}),
 ]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),

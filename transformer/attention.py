@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.dense import settle
+
 MASKED = float(np.finfo(np.float32).min)  # stands for minus infinity and, unlike it, never makes a NaN
 
 
@@ -122,9 +124,14 @@ def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> t
     return frequency.astype(np.float32), yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1.0
 
 
-def rotate(x_BTNH: jax.Array, position_BT: jax.Array, frequency: np.ndarray, scale: float = 1.0) -> jax.Array:
-    """Turn each plane (x_i, x_{i + H/2}) by position x frequency, in float32; [B, T, N, H] in the dtype of x."""
+def rotation(position_BT: jax.Array, frequency: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, 1, H/2] of position x frequency, in float32; `scale` multiplies both."""
     angle_BT1H = (position_BT[..., None].astype(jnp.float32) * frequency)[:, :, None]
-    cos, sin = jnp.cos(angle_BT1H) * scale, jnp.sin(angle_BT1H) * scale
+    return settle((jnp.cos(angle_BT1H) * scale, jnp.sin(angle_BT1H) * scale))
+
+
+def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn each plane (x_i, x_{i + H/2}) by its `rotation`, in float32; [B, T, N, H] in the dtype of x."""
+    cos, sin = turn
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

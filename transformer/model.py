@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, visible
+from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, rotation, visible
+from transformer.dense import dot_general, settle
+from transformer.flash import KERNEL_NAMES, causal_attention
 
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 CHOICES = {
@@ -24,6 +27,7 @@ CHOICES = {
     "qk_norm": ("none", "scaled", "unscaled"),
     "output_init": ("normal", "scaled", "zero"),
     "dtype": ("float32", "bfloat16"),
+    "attention_kernel": KERNEL_NAMES,
 }
 
 
@@ -70,6 +74,7 @@ class TransformerConfig:
     dropout: float = 0.0
     output_init: str = "normal"
     dtype: str = "float32"
+    attention_kernel: str = "auto"
 
     def __post_init__(self):
         for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
@@ -132,7 +137,8 @@ def _output_initializer(config: TransformerConfig) -> nnx.Initializer:
 
 def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: nnx.Rngs, init=None) -> nnx.Linear:
     kernel_init = init or _normal()
-    return nnx.Linear(n_in, n_out, use_bias=bias, dtype=config.dtype, kernel_init=kernel_init, rngs=rngs)
+    options: dict[str, Any] = {"dtype": config.dtype, "dot_general": dot_general}
+    return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=kernel_init, rngs=rngs, **options)
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -164,7 +170,7 @@ class Attention(nnx.Module):
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None
+        self, x_BTD: jax.Array, position_BT: jax.Array, turn: Rotation | None, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         B, T, _ = x_BTD.shape
@@ -173,18 +179,15 @@ class Attention(nnx.Module):
         v_BTKH = self.value(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if c.position == "rope":
-            frequency, scale = rope_frequencies(c.head_dim, c.rope_theta, c.yarn)
-            q_BTNH = rotate(q_BTNH, position_BT, frequency, scale)
-            k_BTKH = rotate(k_BTKH, position_BT, frequency, scale)
+        if turn is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
         sink_N = self.sink[...] if c.attention_sink else None
         if cache is None:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, sink_N, self.window, c.attention_kernel)
         else:
             cache = cache_write(cache, k_BTKH, v_BTKH, position_BT)
-            k_BSKH, v_BSKH = cache
-        mask_BTS = visible(position_BT, jnp.arange(k_BSKH.shape[1]), self.window)
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sink_N)
+            mask_BTS = visible(position_BT, jnp.arange(cache.k_BSKH.shape[1]), self.window)
+            y_BTNH = attend(q_BTNH, *cache, mask_BTS, sink_N)
         return self.out(y_BTNH.reshape(B, T, c.num_heads * c.head_dim)), cache
 
 
@@ -227,12 +230,17 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, cache: LayerCache | None, rngs: nnx.Rngs | None
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        turn: Rotation | None,
+        cache: LayerCache | None,
+        rngs: nnx.Rngs | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), position_BT, cache)
-        x_BTD = x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), position_BT, turn, cache)
+        x_BTD = settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), cache
+        return settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)), cache
 
 
 class Transformer(nnx.Module):
@@ -266,18 +274,22 @@ class Transformer(nnx.Module):
         """The last layer's normalised output [B, T, D], and the cache with the new keys and values in it (else []).
 
         Args:
-          position_BT: each token's place in its text; 0, 1, 2, ... when not given.
+          position_BT: each token's place in its text; 0, 1, 2, ... when not given, and always so without a cache.
           cache: one LayerCache a block, read and extended at `position_BT`; None to attend within `tokens_BT` alone.
         """
+        c = self.config
         if position_BT is None:
             position_BT = jnp.arange(tokens_BT.shape[1])[None]
         x_BTD = self.embedding(tokens_BT)
-        if self.config.position == "learned":
+        if c.position == "learned":
             x_BTD = x_BTD + self.positions(position_BT)
         x_BTD = self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs)
+        turn = None
+        if c.position == "rope":
+            turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
         caches = []
         for layer, block in enumerate(self.blocks):
-            x_BTD, layer_cache = block(x_BTD, position_BT, cache[layer] if cache else None, rngs)
+            x_BTD, layer_cache = block(x_BTD, position_BT, turn, cache[layer] if cache else None, rngs)
             if layer_cache is not None:
                 caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
@@ -334,33 +346,3 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
         raise ValueError(f"parameters do not fit the config: {'; '.join(odd[:3])}")
     return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path, _ in flat]))
-
-
-def parameter_counts(config: TransformerConfig) -> dict[str, int]:
-    """The number of parameters by part, from the config alone."""
-    c = config
-    D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
-    matrices = 3 if c.mlp.startswith("swiglu") else 2
-    norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
-    attention = 2 * D * H * (N + K) + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
-    return {
-        "embedding": c.vocab_size * D,
-        "positions": c.context_len * D if c.position == "learned" else 0,
-        "attention": L * attention,
-        "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
-        "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
-        "sinks": L * N if c.attention_sink else 0,
-        "head": 0 if c.tie_embeddings else c.vocab_size * D,
-    }
-
-
-def flops_per_token(config: TransformerConfig) -> float:
-    """Training FLOPs a token, forward and backward: 6 a matrix weight, and 12 L N H T for attention.
-
-    The convention of PaLM (arXiv:2204.02311, appendix B): look-ups count nothing, the causal mask halves nothing.
-    """
-    c = config
-    D, H = c.embedding_dim, c.head_dim
-    block = 2 * D * H * (c.num_heads + c.num_kv_heads) + (3 if c.mlp.startswith("swiglu") else 2) * D * c.mlp_dim
-    attention = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks)) * c.num_heads * H
-    return 6 * (c.num_blocks * block + D * c.vocab_size) + 12 * attention

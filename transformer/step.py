@@ -13,6 +13,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
+from transformer.dense import compiler_options
 from transformer.model import Params, TransformerConfig, init_params, loss_sum, model_of
 from transformer.optimizer import Schedule, grad_norm_of
 from transformer.sharding import DATA
@@ -153,7 +154,7 @@ def make_train_step(
         )
         return state, step_metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:

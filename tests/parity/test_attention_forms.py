@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from transformer.attention import LayerCache, attend, cache_write, visible
+from transformer.flash import causal_attention
 
 B, N, H = 4, 6, 8
 SINKS = np.float32([-20, -11.9, -3.7, 4.1, 12.3, 20])  # bfloat16 would change the inner ones
@@ -38,7 +39,12 @@ def attend_through_the_cache(q_BTNH, k_BTKH, v_BTKH, sink_N, window):
     return jnp.concatenate(outputs, axis=1)
 
 
-FORMS = {"one pass": attend_in_one, "through the cache": attend_through_the_cache}
+FORMS = {
+    "one pass": attend_in_one,
+    "through the cache": attend_through_the_cache,
+    "keeping probabilities": partial(causal_attention, kernel="plain"),
+    "in chunks": partial(causal_attention, kernel="chunked"),
+}
 
 
 def definition(q_BTNH, k_BTNH, v_BTNH, sink_N, window):
