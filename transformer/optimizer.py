@@ -205,14 +205,13 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, leaf in enumerate(leaves):
             by_shape.setdefault(leaf.shape, []).append(i)
-        for (n_in, n_out), members in by_shape.items():
-            stack_XMN = share_out(jnp.stack([leaves[i] for i in members]), mesh)
-            scale = (
-                math.sqrt(max(1, n_out / n_in)) if config.muon_scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
-            )
-            done_XMN = scale * orthogonalize(stack_XMN, config)
+        stacks = [jnp.stack([leaves[i] for i in members]) for members in by_shape.values()]
+        done = share_out(lambda x_XMN: orthogonalize(x_XMN, config), stacks, mesh)
+        for ((n_in, n_out), members), done_XMN in zip(by_shape.items(), done, strict=True):
+            wide = math.sqrt(max(1, n_out / n_in))
+            scale = wide if config.muon_scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
             for j, i in enumerate(members):
-                leaves[i] = done_XMN[j]
+                leaves[i] = scale * done_XMN[j]
         return jax.tree.unflatten(treedef, leaves), MuonState(state.updates + 1, momentum)
 
     return optax.GradientTransformation(init, update)
