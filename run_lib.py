@@ -142,7 +142,7 @@ def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tok
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = model_config_of(config, tokenizer.vocab_size)
-    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # the run's own may be of another kind of device
+    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.best() if step is None else step

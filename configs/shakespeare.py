@@ -2,8 +2,8 @@
 
 python main.py --config=configs/shakespeare.py
 
-Two minutes on two cores of an Intel Xeon with AVX-512, start and exact evaluation included; validation loss 1.5550,
-1.5668, 1.5687 (seeds 0, 1, 2) in nats per character.
+Two minutes on two cores of an Intel Xeon with AVX-512, start and exact evaluation included; validation loss 1.5443
+(seed 0) in nats per character.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 16
     config.epochs = 0
-    config.max_steps = 1800
-    config.eval_every = 600
-    config.save_every = 600
+    config.max_steps = 2600
+    config.eval_every = 650
+    config.save_every = 650
     return config

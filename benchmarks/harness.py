@@ -1,0 +1,172 @@
+"""What every benchmark shares: the trainer's step, the machine described, timing in turns, tables with their JSON."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import config_lib
+import run_lib
+from runtime import devices
+from runtime.metrics import environment
+from transformer import optimizer as optimizer_lib
+from transformer.model import init_params
+from transformer.sharding import batch_sharded, make_mesh, replicated
+from transformer.step import init_state, make_train_step
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for: processor, devices, versions."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": environment()["git_commit"],
+        "load": os.getloadavg()[0],  # of the last minute: others' work shows here
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def wake_devices(config: ConfigDict) -> None:
+    """The devices and the compile cache, as the trainer sets them up for this config."""
+    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr))
+    devices.set_up_compile_cache()
+    devices.wake_up()
+
+
+class TrainerStep:
+    """The trainer's step for a config, with its state and devices, without the files and the console around it."""
+
+    def __init__(self, config: ConfigDict, vocab_size: int) -> None:
+        self.mesh, key = make_mesh(), jax.random.key(config.seed)
+        self.config, self.model_config = config, run_lib.model_config_of(config, vocab_size)
+        params = jax.eval_shape(partial(init_params, self.model_config), key)
+        settings, total = config_lib.optimizer_config(config), config.max_steps or 1000
+        labels = optimizer_lib.labels_of(params, config.use_muon)
+        optimizer = optimizer_lib.make_optimizer(settings, params, total, self.mesh)
+        init = partial(init_state, self.model_config, optimizer, labels)
+        schedule = optimizer_lib.schedule_shape(settings, total)
+        self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        self.train_step = make_train_step(
+            self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.config.batch_size * self.config.context_len
+
+    def place(self, batch_BT1: np.ndarray) -> jax.Array:
+        return jax.device_put(batch_BT1, batch_sharded(self.mesh))
+
+    def random_batch(self) -> jax.Array:
+        """A batch [B, T + 1] on the devices."""
+        shape = self.config.batch_size, self.config.context_len + 1
+        return self.place(np.random.default_rng(0).integers(0, self.model_config.vocab_size, shape, np.int32))
+
+    def __call__(self, batch_BT1: jax.Array) -> dict[str, jax.Array]:
+        """One step; like the trainer it does not wait. Gives the metrics."""
+        self.state, metrics = self.train_step(self.state, batch_BT1)
+        return metrics
+
+    def several(self, steps: int, batch_BT1: jax.Array) -> None:
+        """So many steps on one batch, waited for at the end alone, as the trainer does between two rows of its log."""
+        for _ in range(steps):
+            metrics = self(batch_BT1)
+        jax.block_until_ready(metrics)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call in each round; a call waits for its own result. They take turns: a drift meets all alike."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "count": len(values)}
+
+
+_square = jax.jit(lambda x: x @ x)
+
+
+def matrix_rate(size: int = 1024, dtype: str = "float32", rounds: int = 15) -> float:
+    """FLOP/s of a `size`³ product on all devices: what the machine gives a program that does nothing else."""
+    x = jnp.ones((jax.device_count(), size, size), dtype) * 1e-3
+    x = jax.device_put(x, jax.sharding.NamedSharding(jax.make_mesh((jax.device_count(),), ("x",)), jax.P("x")))
+    product = {"product": lambda: _square(x).block_until_ready()}
+    return 2 * size**3 * jax.device_count() / statistics.median(interleaved(product, rounds, warmup=2)["product"])
+
+
+def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], note: str = "", out: Path = RESULTS) -> None:
+    """Print the rows as a Markdown table, and keep them with the machine's description in `out`/<name>.json."""
+    result = {"title": title, "machine": machine(), "rows": list(rows), "note": note}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print("\n" + markdown(result))
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A result as a heading, the machine and a table; `result` is what `report` keeps."""
+    machine, rows = result["machine"], result["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"**{result['title']}**",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; {versions}; {machine['time'][:10]}.",
+        "\n".join(
+            "| " + " | ".join(cells) + " |" for cells in (list(rows[0]), ["---"] * len(rows[0]), *map(_cells, rows))
+        ),
+        result["note"],
+    ]
+    return "\n\n".join(filter(None, lines))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [_cell(value) for value in row.values()]
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
