@@ -1,7 +1,6 @@
-"""The trainer: exact evaluation, and the loop. Read it from top to bottom; the step itself is transformer/step.py."""
+"""The trainer: the loop, read from top to bottom. The step itself is transformer/step.py, evaluation eval_lib.py."""
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
-from input_pipeline import Batches, Split, eval_batches, prefetch
+from eval_lib import Evaluator
+from input_pipeline import Batches, prefetch
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
 from runtime.console import Console
@@ -26,60 +24,11 @@ from runtime.plots import plot_loss
 from runtime.trackers import make_tracker
 from transformer import optimizer as optimizer_lib
 from transformer.cost import flops_per_token
-from transformer.model import (
-    Params,
-    Transformer,
-    TransformerConfig,
-    init_params,
-    model_of,
-)
+from transformer.model import Transformer, init_params, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import batch_sharded, make_mesh, replicated
-from transformer.step import TrainState, init_state, make_eval_step, make_train_step
+from transformer.step import TrainState, init_state, make_train_step
 from transformer.tokenizer import Tokenizer, UnknownCharacters
-
-# --- Evaluation ---------------------------------------------------------------------------------------------------
-
-
-class Evaluator:
-    """Exact loss over a split: every token but the first predicted once, in non-overlapping windows."""
-
-    TOKENS = 4096  # a batch is at least about this large: without a backward pass there is room
-
-    def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
-        self._context_len = model_config.context_len
-        self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
-        self._place = batch_sharded(mesh)
-        self._step = make_eval_step(model_config, mesh)
-
-    def __call__(
-        self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
-    ) -> tuple[float, int]:
-        """Mean loss in nats per token, and over how many tokens.
-
-        Args:
-          max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
-          check: called between batches; may raise to break off.
-        """
-        total, tokens = 0.0, 0
-        in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
-
-        def collect(at_most: int) -> None:
-            nonlocal total, tokens
-            while len(in_flight) > at_most:
-                losses, counts = jax.device_get(in_flight.popleft())
-                total += float(losses.sum(dtype=np.float64))
-                tokens += int(counts.sum())
-
-        for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
-            check()
-            in_flight.append(self._step(params, jax.device_put(batch, self._place)))
-            collect(at_most=2)  # keeps the devices busy, and a signal does not wait for the whole split
-        collect(at_most=0)
-        return total / tokens, tokens
-
-
-# --- The loop -----------------------------------------------------------------------------------------------------
 
 
 @dataclass

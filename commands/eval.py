@@ -7,7 +7,7 @@ from absl import flags
 
 import config_lib
 import run_lib
-import train_lib
+from eval_lib import Evaluator
 from runtime import devices, metrics
 from runtime.console import Console
 from runtime.errors import UserError
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)
     if split is None:
         raise UserError(f"--split={values.split}: the run's config has test_fraction 0; use train or val")
-    evaluate = train_lib.Evaluator(model.config, make_mesh(1), config.batch_size)
+    evaluate = Evaluator(model.config, make_mesh(1), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
         "step": step // config.accumulation_steps,

@@ -17,6 +17,7 @@ import input_pipeline
 import main
 import run_lib
 import train_lib
+from eval_lib import Evaluator
 from runtime.checkpoint import Checkpoints
 from runtime.errors import DivergedError, Interrupted, UserError
 from transformer.model import params_of
@@ -68,7 +69,7 @@ def test_the_keys_and_sums_of_the_metrics():
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     """Validation losses by script: the best is neither first nor last, and later sessions still know it."""
     values = iter([3.0, 2.0, 2.5, 2.25, 2.75, 2.5])  # at steps 7, 14, 21, 28, 30; and 34
-    monkeypatch.setattr(train_lib.Evaluator, "__call__", lambda *_: (next(values), 1))
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
     stored = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     with monkeypatch.context() as patch, pytest.raises(Interrupted):  # when the best has just been saved
         patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 14))
@@ -116,7 +117,7 @@ def test_evaluation_is_exact_over_the_whole_split_and_over_a_prefix():
     split = run_lib.load_data(tiny_config(), say=print).val
     tokens = split.tokens[:1500]
     split = input_pipeline.Split(tokens, len(tokens))
-    evaluate = train_lib.Evaluator(finished_run().model.config, make_mesh(1), batch_size=4)
+    evaluate = Evaluator(finished_run().model.config, make_mesh(1), batch_size=4)
     params = params_of(finished_run().model)
     loss, count = evaluate(params, split)
     assert count == 1499
