@@ -46,7 +46,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 0 and below 2147483648",
         lambda x: 0 <= x < 2**31,
-        "num_kv_heads head_dim sliding_window muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
+        "num_kv_heads head_dim sliding_window loss_chunk muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
         "sample_every sample_tokens",
     ),
     ("> 0 and finite", lambda x: x > 0 and _finite(x), "lr muon_lr eps norm_eps yarn_beta_fast yarn_beta_slow"),
@@ -65,7 +65,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
-    *("save_every", "keep", "data_dir", "init_from", "attention_kernel"),
+    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
+    "scan_blocks",
 }
 
 

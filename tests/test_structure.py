@@ -15,8 +15,8 @@ LAYERS = [
     *("config_lib", "configs", "input_pipeline", "runtime", "transformer"),
 ]
 INSIDE_TRANSFORMER = [
-    *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families"}, {"model"}),
-    *({"flash"}, {"plain"}, {"attention"}, {"sharding", "tokenizer", "dense"}),
+    *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
+    *({"model"}, {"layers", "flash"}, {"plain"}, {"attention"}, {"sharding", "tokenizer", "dense"}),
 ]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),

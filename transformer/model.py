@@ -15,6 +15,7 @@ from flax import nnx
 from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, rotation, visible
 from transformer.dense import dot_general, settle
 from transformer.flash import KERNEL_NAMES, causal_attention
+from transformer.layers import REMAT_POLICIES, run_blocks
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
@@ -28,6 +29,7 @@ CHOICES = {
     "output_init": ("normal", "scaled", "zero"),
     "dtype": ("float32", "bfloat16"),
     "attention_kernel": KERNEL_NAMES,
+    "remat": tuple(REMAT_POLICIES),
 }
 
 
@@ -75,6 +77,9 @@ class TransformerConfig:
     output_init: str = "normal"
     dtype: str = "float32"
     attention_kernel: str = "auto"
+    loss_chunk: int = 0
+    remat: str = "none"
+    scan_blocks: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
@@ -103,6 +108,18 @@ class TransformerConfig:
             raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
         if set(self.window_pattern) - set("LG") or not self.window_pattern:
             raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
+        if self.scan_blocks and self.period == self.num_blocks > 1:
+            raise ValueError(
+                f"scan_blocks: window_pattern {self.window_pattern!r} does not repeat in {self.num_blocks} blocks; "
+                f"use False, or a multiple of {len(self.window_pattern)} blocks"
+            )
+
+    @property
+    def period(self) -> int:
+        """After how many layers the windows repeat: the least divisor of num_blocks for which they do."""
+        windows = list(map(self.window, range(self.num_blocks)))
+        sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
+        return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
 
     @property
     def yarn(self) -> Yarn | None:
@@ -287,18 +304,23 @@ class Transformer(nnx.Module):
         turn = None
         if c.position == "rope":
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
-        caches = []
-        for layer, block in enumerate(self.blocks):
-            x_BTD, layer_cache = block(x_BTD, position_BT, turn, cache[layer] if cache else None, rngs)
-            if layer_cache is not None:
-                caches.append(layer_cache)
+        if cache is None:
+            period = c.period if c.scan_blocks else 0
+            return self.final_norm(run_blocks(self.blocks, x_BTD, position_BT, turn, rngs, c.remat, period)), []
+        caches: list[Any] = []
+        for block, before in zip(self.blocks, cache, strict=True):
+            x_BTD, after = block(x_BTD, position_BT, turn, before, rngs)
+            caches.append(after)
         return self.final_norm(x_BTD), caches
+
+    @property
+    def output(self) -> nnx.Embed | nnx.Linear:
+        """Whose weights make the logits."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""
-        logits = (self.embedding.attend(x_BTD) if self.config.tie_embeddings else self.head(x_BTD)).astype(jnp.float32)
-        cap = self.config.logit_softcap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return head_logits(self.output, x_BTD, self.config.logit_softcap)
 
     def empty_cache(self, batch: int) -> list[LayerCache]:
         """A key/value cache for `batch` texts of up to context_len tokens."""
@@ -307,12 +329,10 @@ class Transformer(nnx.Module):
         return [LayerCache(empty, empty) for _ in range(c.num_blocks)]
 
 
-def loss_sum(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy summed over the targets that are not negative (nats, float32), and how many those are."""
-    real_BT = targets_BT >= 0
-    target_BT1 = jnp.maximum(targets_BT, 0)[..., None]
-    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
-    return jnp.where(real_BT, loss_BT, 0.0).sum(), real_BT.sum()
+def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, softcap: float) -> jax.Array:
+    """`Transformer.logits` as a function of the module whose weights make them."""
+    logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 # --- Parameters by name -------------------------------------------------------------------------------------------
