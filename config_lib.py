@@ -41,7 +41,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1 and below 2147483648",
         lambda x: 1 <= x < 2**31,
         "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context newton_schulz_steps "
-        "accumulation_steps batch_size max_bad_steps eval_every log_every save_every keep",
+        "accumulation_steps batch_size steps_per_dispatch max_bad_steps eval_every log_every save_every keep",
     ),
     (
         "at least 0 and below 2147483648",
@@ -66,7 +66,7 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
     *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
-    "scan_blocks",
+    *("scan_blocks", "steps_per_dispatch"),
 }
 
 
