@@ -79,8 +79,8 @@ def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile:
         trainer = None
         try:
             with (
-                Checkpoints(workdir, config.keep) as checkpoints,
                 Watchdog(workdir, config.watchdog_seconds) as watchdog,
+                Checkpoints(workdir, config.keep) as checkpoints,
                 devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
             ):
                 trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog)
@@ -272,7 +272,7 @@ class Trainer:
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
         if improved or due(config.save_every):
-            with self.clock.pause(), self.watchdog.pause():
+            with self.clock.pause():
                 self._save(self.val_loss if evaluated else None)
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:

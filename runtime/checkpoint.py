@@ -24,6 +24,7 @@ from runtime.files import MAKE_ROOM, require_room, room
 FORMAT = 1  # of the three items; raised when an older program could not read them
 VAL_LOSS = "val_loss"
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 
 
@@ -80,7 +81,8 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             # Creating directories in the background makes a read-only disk hang the exit for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # Its time-out goes by the wall clock, which may jump: the watchdog looks after saves that hang.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=NEVER),
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),

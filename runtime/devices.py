@@ -48,10 +48,14 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
 def set_up_compile_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead.
+    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            (home / "transformer-jax").mkdir(parents=True, exist_ok=True)
+        except OSError:  # JAX itself would warn of every program
+            return
         jax.config.update("jax_compilation_cache_dir", str(home / "transformer-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -65,9 +69,11 @@ def wake_up() -> list[jax.Device]:
     """
     try:
         return jax.devices()
-    except RuntimeError as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(f"JAX_PLATFORMS={asked}: {one_line(error)}; unset it to take what is there") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of several platforms could be started
+        asked, problem = os.environ.get("JAX_PLATFORMS", ""), str(error) and f"{one_line(error)}; "
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: not here; {problem}unset it to take what is there, or set cpu"
+        ) from error
 
 
 def require_memory(model: int, batch: int) -> None:

@@ -22,7 +22,7 @@ class Watchdog:
     machine that slept has not hung.
 
     Args:
-        seconds: how long a step may take; 0 switches it off.
+        seconds: how long a step, or a save, may take; 0 switches it off.
     """
 
     def __init__(self, workdir: Path, seconds: float) -> None:
