@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 import config_lib
 from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError, one_line
+from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
 from transformer.cost import parameter_counts
+from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
 from transformer.tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -147,7 +148,18 @@ def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tok
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.best() if step is None else step
         params = checkpoints.restore_params(step, abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    check_finite(params, workdir)
     return model_of(model_config, params), tokenizer, config, step
+
+
+def check_finite(params: Params, workdir: Path) -> None:
+    """Whether the weights of a run are numbers: nothing can be learned or written from others.
+
+    Raises:
+      NoCheckpointError: one is not.
+    """
+    if name := first_not_finite(params):
+        raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
 
 
 def header(

@@ -4,27 +4,51 @@ A checkpoint holds three items that are committed together: `params`, which can 
 the training state is made of), and `meta`, a JSON object.
 """
 
+import logging
 import math
+import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from runtime.errors import NoCheckpointError, StorageError, one_line
+from runtime.files import MAKE_ROOM, require_room, room
 
 FORMAT = 1  # of the three items; raised when an older program could not read them
 VAL_LOSS = "val_loss"
+BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 
 
 def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """What to restore into: restored arrays land where `sharding` says."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _bytes_on_disk(state: Any) -> int:
+    """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
+    return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
+
+
+# When a write fails, Orbax drops the others, and for each of them asyncio or Python itself prints a traceback. We raise
+# the error: these are no news.
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def _print_news(unraisable: "sys.UnraisableHookArgs", print_it: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        print_it(unraisable)
 
 
 class Checkpoints:
@@ -43,7 +67,9 @@ class Checkpoints:
         self.directory = workdir.absolute() / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
-        logging.set_verbosity(logging.ERROR)  # Orbax warns of its own settings at every start
+        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax warns of its own settings, and logs what it raises
+        logging.getLogger("asyncio").addFilter(_is_news)
+        sys.unraisablehook = _print_news
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[VAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -55,7 +81,8 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             # Creating directories in the background makes a read-only disk hang the exit for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # Its time-out goes by the wall clock, which may jump: the watchdog looks after saves that hang.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=NEVER),
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -102,6 +129,7 @@ class Checkpoints:
         Raises:
           StorageError: this save, or the one before, could not be written.
         """
+        self.require_room(1, (params, rest))  # a disk that is full in the middle of a save is seen at the next one only
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
@@ -119,9 +147,18 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
         except Exception as error:
-            raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error
+            raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
         if not saved:
             raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+
+    def require_room(self, count: int, state: Any) -> None:
+        """Whether the disk would take `count` more checkpoints of a state.
+
+        Raises:
+          StorageError: it would not.
+        """
+        what = f"{count} checkpoints" if count > 1 else "a checkpoint"
+        require_room(self.directory, count * _bytes_on_disk(state), what)
 
     def _finish_replacing(self) -> None:
         """Remove replaced checkpoints; bring back those whose successor was never completed."""
@@ -178,4 +215,12 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            raise StorageError(f"{self.directory}: not saved ({one_line(error)}); free space and run again") from error
+            raise self._not_saved("the last checkpoint was not saved", error) from error
+
+    def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
+        """One line; of the libraries' long one the operating system's reason, if it is in there."""
+        reason = re.search(
+            "No space left on device|Read-only file system|File too large|Disk quota exceeded", str(error)
+        )
+        text = reason[0] if reason else one_line(error)
+        return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
