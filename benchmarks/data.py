@@ -2,10 +2,11 @@
 
     python -m benchmarks.data
 
-A file of random tokens is memory-mapped, and its windows are taken in shuffled order. For each model of
-`benchmarks.step`, in a process of its own: the time to build a batch and to place it, against that of a step; what the
-trainer's way through the file (`prefetch`) takes longer than the same steps on one batch that is there already, in
-turns; and how often the devices had run dry: when the host came to dispatch a step, the one before was done.
+A file of random tokens is memory-mapped (it was just written: most of it is in the system's cache), and its windows are
+taken in shuffled order. For each model of `benchmarks.step`, in a process of its own: the time to build a batch and to
+place it, against that of a step; what the trainer's way through the file (its `prefetch`, without log rows and
+checkpoints) takes longer than the same steps on one batch that is there already, in turns; and how often the devices
+had run dry: when the host came to dispatch a step, the one before was done.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(json.dumps(row))
     rows = []
     for shape in flags.shapes:  # each with as many devices as its batch allows
-        own = [sys.executable, "-m", "benchmarks.data", *(argv or sys.argv[1:]), f"--work={shape}"]
+        own = [sys.executable, "-m", "benchmarks.data", *(sys.argv[1:] if argv is None else argv), f"--work={shape}"]
         done = subprocess.run(own, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout))
     note = f"A file of {flags.tokens:,} tokens; medians of {flags.rounds} rounds of {flags.seconds:g} s."

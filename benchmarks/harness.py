@@ -73,18 +73,34 @@ def flags_of(
     parser.add_argument("--rounds", type=int, default=rounds, help="of the things compared, which take turns")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
     flags, rest = parser.parse_known_args(argv)
-    known = config_lib.to_dict(config)
     flags.changes = {}
     for word in rest:
         name, _, text = word.partition("=")
         key = name.removeprefix("--config.")
-        if key == name or key not in known:
+        if key == name or key not in config:
             parser.error(f"{word}: unknown; any key of the config can be changed with --config.KEY=VALUE")
         try:
-            flags.changes[key] = text if isinstance(known[key], str) else type(known[key])(json.loads(text.lower()))
-        except (ValueError, TypeError):
-            parser.error(f"{word}: expected {type(known[key]).__name__}")
+            flags.changes[key] = _parse(text, config[key])
+        except ValueError:
+            parser.error(f"{word}: expected {type(config[key]).__name__}")
     return flags, override(config, flags.changes)
+
+
+def _parse(text: str, default: Any) -> Any:
+    """The value that a flag gives, of the default's type; a tuple as 0.9,0.95.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple):
+        return tuple(map(float, text.strip("()[]").split(",")))
+    value = json.loads(text.lower())
+    value = float(value) if isinstance(default, float) and type(value) is int else value
+    if type(value) is not type(default):
+        raise ValueError(text)
+    return value
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -114,7 +130,9 @@ class TrainerStep:
         self._init = lambda: jax.jit(init, out_shardings=replicated(self.mesh))(key)
         self.reset()
         self.train_step = make_train_step(
-            self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh
+            *(self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
         )
 
     def reset(self) -> None:

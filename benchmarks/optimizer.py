@@ -3,8 +3,8 @@
     python -m benchmarks.optimizer
 
 Cost: steps with Muon, with Muon's momentum but without Newton-Schulz, with AdamW for every parameter, and gradients
-alone take turns in one process; differences are taken within a round. Muon's share is what a step with it takes longer
-than the gradients, as part of the step: the AdamW of the other parameters and the metrics count as its own.
+alone take turns in one process; differences are taken within a round, as parts of the step with Muon. Muon's share is
+the row of AdamW; that of the gradients alone is all that is not gradients: both optimizers, clipping, metrics.
 
 Saving: at several constant rates each, the steps and the seconds of training until an exact loss over the whole
 validation split; evaluation is not timed. A rate is a factor of the config's own `lr` and `muon_lr`; with AdamW alone,

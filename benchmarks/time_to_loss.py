@@ -58,9 +58,9 @@ def read(metrics: Path, known: int, at: float) -> list[dict[str, Any]]:
 
 
 def summary(result: dict[str, Any], target: float) -> dict[str, Any]:
-    """The cells of a run: its best loss, and the time at which the target was reached and the process had ended.
+    """The cells of a run: its best loss, when the target was reached, and when the process had ended.
 
-    The best model counts when its loss stood on the disk; where the run's end brought it, when the process was over.
+    A loss counts from when it stood on the disk: its checkpoint, and the process's end, come a little later.
     """
     evaluated = [row for row in result["rows"] if row.get("val_loss") is not None]
     best = min(evaluated, key=lambda row: row["val_loss"], default=None)

@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,14 +107,21 @@ def test_any_key_of_the_config_can_be_changed(capsys):
         "--config.lr=1",
         "--config.use_muon=False",
         "--config.tokenizer=byte",
-        "--config.betas=[0.5, 0.6]",
+        "--config.betas=0.5,0.6",
         "--rounds=3",
     ]
     flags, config = harness.flags_of(argparse.ArgumentParser(), base, words, rounds=9)
     assert (config.lr, config.use_muon, config.tokenizer, config.betas) == (1.0, False, "byte", (0.5, 0.6))
     assert flags.rounds == 3 and set(flags.changes) == {"lr", "use_muon", "tokenizer", "betas"}
     assert base.use_muon and base.lr != 1.0
-    for wrong in ("--config.nothing=1", "--config.num_blocks=two", "--lr=1", "stray"):
+    for wrong in (
+        "--config.nothing=1",
+        "--config.num_blocks=two",
+        "--config.num_blocks=2.5",
+        "--config.use_muon=3",
+        "--lr=1",
+        "stray",
+    ):
         with pytest.raises(SystemExit) as exit:
             harness.flags_of(argparse.ArgumentParser(), base, [wrong], rounds=9)
         assert exit.value.code == 2 and wrong in capsys.readouterr().err
@@ -199,22 +208,39 @@ def test_all_parts_of_the_gpu_benchmark_in_small(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.json")} == {f"gpu_{part}" for part in gpu.PARTS}
 
 
-def test_gpu_parts_that_fail_or_hang_take_nothing_with_them(tmp_path, monkeypatch, capsys):
-    class Process:
-        returncode = 0
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path):
+    """Even though the grandchild ignores all but SIGKILL and outlives its parent."""
+    path = tmp_path / "pid"
+    inner = f"import os, time; open({str(path)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}]).wait()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.run_alone([sys.executable, "-c", outer], dict(os.environ), 1.5)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{path.read_text()}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{path.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":  # ended, and waits for init to collect it
+            return
+        time.sleep(0.02)
+    assert time.monotonic() < deadline
 
-    def run(command, timeout, **_):
+
+def test_data_that_is_not_there_is_said_and_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    for part in ("char", "enwik8"):
+        _, (row,), _ = gpu.PARTS[part](tiny=False)
+        assert row["outcome"].endswith("is not there: not run")
+
+
+def test_gpu_parts_that_fail_or_hang_take_nothing_with_them(tmp_path, monkeypatch, capsys):
+    def run(command, environment, seconds):
         part = command[3].removeprefix("--work=")
         if part == "step":
-            raise subprocess.TimeoutExpired(command, timeout)
-        process = Process()
-        process.returncode = 3 if part == "char" else 0
-        return process
+            raise subprocess.TimeoutExpired(command, seconds)
+        return 3 if part == "char" else 0
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "run_alone", run)
     assert gpu.main([f"--out={tmp_path}"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["step", "char"]}
-    monkeypatch.setattr(gpu, "LIMITS", gpu.LIMITS)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: type("P", (), {"returncode": 1}))
+    monkeypatch.setattr(gpu, "run_alone", lambda *_: 1)
     assert gpu.main([f"--out={tmp_path}"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": ["gradients"]}, "timed all the same"
