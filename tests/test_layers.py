@@ -76,10 +76,10 @@ class Dropping(nnx.Module):
     def __init__(self, times):
         self.weight, self.dropout, self.times = nnx.Param(jnp.ones(3)), nnx.Dropout(0.5), times
 
-    def __call__(self, x_BTD, position_BT, turn, cache, rngs):
+    def __call__(self, x_BTD, turn, rngs):
         for _ in range(self.times):
             x_BTD = x_BTD + self.weight[...] * self.dropout(jnp.ones_like(x_BTD), rngs=rngs)
-        return x_BTD, cache
+        return x_BTD, None
 
 
 @pytest.mark.parametrize("remat, period", [("none", 2), ("block", 0), ("dots", 4)])
@@ -88,7 +88,7 @@ def test_random_numbers_go_on_where_the_blocks_stopped(remat, period):
     for how in ({}, {"remat": remat, "period": period}):
         rngs = nnx.Rngs(dropout=jax.random.key(0))
         rngs.dropout()
-        out_BTD = run_blocks([Dropping(1), Dropping(2)] * 2, jnp.zeros((2, 5, 3)), None, None, rngs, **how)
+        out_BTD = run_blocks([Dropping(1), Dropping(2)] * 2, jnp.zeros((2, 5, 3)), None, rngs, **how)
         results.append((np.asarray(out_BTD), rngs.dropout()))
     (want_BTD, want_next), (have_BTD, have_next) = results
     np.testing.assert_array_equal(have_BTD, want_BTD)
@@ -97,7 +97,7 @@ def test_random_numbers_go_on_where_the_blocks_stopped(remat, period):
 
 def test_blocks_that_differ_in_more_than_weights_cannot_share_a_loop():
     with pytest.raises(ValueError, match=r"^scan_blocks: .*alike"):
-        run_blocks([Dropping(1), Dropping(2)], jnp.zeros((2, 5, 3)), None, None, None, period=1)
+        run_blocks([Dropping(1), Dropping(2)], jnp.zeros((2, 5, 3)), None, None, period=1)
 
 
 def test_what_is_computed_again_is_not_kept(random_params):

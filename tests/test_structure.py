@@ -16,7 +16,14 @@ LAYERS = [
 ]
 INSIDE_TRANSFORMER = [
     *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
-    *({"health"}, {"model"}, {"layers", "flash"}, {"plain"}, {"attention"}, {"sharding", "tokenizer", "dense"}),
+    *(
+        {"health"},
+        {"model"},
+        {"layers", "flash"},
+        {"plain"},
+        {"attention", "rotary"},
+        {"sharding", "tokenizer", "dense"},
+    ),
 ]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),
