@@ -72,6 +72,8 @@ class Checkpoints:
                 f"{self.directory}: a checkpoint cannot be read ({one_line(error)}); move it aside and run again"
             ) from error
 
+    LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -118,6 +120,10 @@ class Checkpoints:
             if replaces:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
+            elif (
+                jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= self.LARGE
+            ):
+                self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
             raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error
         if not saved:
