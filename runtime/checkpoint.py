@@ -99,6 +99,8 @@ class Checkpoints:
                 f"{self.directory}: a checkpoint cannot be read ({one_line(error)}); move it aside and run again"
             ) from error
 
+    LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -146,6 +148,10 @@ class Checkpoints:
             if replaces:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
+            elif (
+                jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= self.LARGE
+            ):
+                self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
             raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
         if not saved:
