@@ -67,7 +67,8 @@ def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile:
     config_lib.check(config)
     console = Console()
     workdir = prepare_workdir(workdir)
-    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
+    activations = config.context_len * config.embedding_dim * config.num_blocks
+    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn, activations)
     devices.set_up_compile_cache()
     num_devices = len(devices.wake_up())
     config_lib.check_devices(config, num_devices)

@@ -53,7 +53,8 @@ def machine() -> dict[str, Any]:
 
 def wake_devices(config: ConfigDict) -> None:
     """The devices and the compile cache, as the trainer sets them up for this config."""
-    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr))
+    activations = config.context_len * config.embedding_dim * config.num_blocks
+    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr), activations)
     devices.set_up_compile_cache()
     devices.wake_up()
 

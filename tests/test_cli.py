@@ -2,6 +2,8 @@
 
 import json
 import math
+import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -283,6 +285,54 @@ def test_cores_become_devices_before_jax_wakes_up(monkeypatch, cpu_devices, batc
     monkeypatch.setenv("XLA_FLAGS", flags)
     devices.set_up_cpu_devices(cpu_devices, batch_size, warn=pytest.fail)
     assert devices.os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("cpu_devices", "per_sequence", "gpu", "kept"),
+    [
+        ("1", 119_837, None, False),  # x 5 sequences x 28 floats: just below 64 MiB
+        ("1", 119_838, None, True),
+        ("1", 119_838, "jax_plugins", False),
+        ("1", 119_838, "libtpu", False),
+        ("5", 599_187, None, False),
+    ],
+)
+def test_a_large_model_on_one_device_keeps_freed_memory(monkeypatch, cpu_devices, per_sequence, gpu, kept):
+    done = []
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: done.append(True))
+    monkeypatch.setattr(devices, "find_spec", lambda name: name == gpu or None)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    devices.set_up_cpu_devices(cpu_devices, 5, pytest.fail, per_sequence)
+    assert done == [True] * kept
+
+
+KEEPING = """
+import resource, sys, threading
+from runtime import devices
+if sys.argv[1] == "keep":
+    devices.keep_freed_memory()
+
+size = 80 * 2**20
+
+def use():
+    for _ in range(10):
+        b"x" * size
+
+thread = threading.Thread(target=use)
+thread.start()
+thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_thread_gets_the_block_that_it_freed_again():
+    faults = {}
+    for mode in ("keep", "leave"):
+        command = [sys.executable, "-c", KEEPING, mode]
+        faults[mode] = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert faults["leave"] - faults["keep"] > 8 * 80 * 2**20 / resource.getpagesize()  # of 10 blocks, 9 are old
 
 
 def test_jax_that_is_awake_stays_as_it_is(monkeypatch):
