@@ -10,6 +10,7 @@ are those of `transformer.cost.flops_per_token`, whoever computes them.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from configs import nanogpt_char_cpu, shakespeare
 from run_lib import model_config_of
 from transformer.cost import flops_per_token, parameter_counts
 
+ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary
     "4 x 128": (4, 128, 4, 512, 64, 12, 65),
     "6 x 384": (6, 384, 6, 1536, 256, 8, 65),
@@ -125,7 +127,8 @@ def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[di
     try:
         for side in sides:
             command = [sys.executable, "-m", "benchmarks.step", f"--work={side}", "--shapes", shape]
-            worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            worker = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
             workers[side] = worker
             if first_line := worker.stdout.readline():  # one after the other: compiling takes all cores
                 parameters.add(int(first_line))
