@@ -110,9 +110,8 @@ def work(side: str, shape: str) -> None:
     several(3)
     print(parameters, flush=True)
     for line in sys.stdin:
-        one = seconds_of(1)  # wakes the threads; a long step does not notice
-        steps = round(float(line) / one)
-        print(seconds_of(steps) if steps > 1 else one, flush=True)
+        one = seconds_of(1)  # wakes threads and brings memory back, which is not counted
+        print(seconds_of(max(2, round(float(line) / one))), flush=True)
 
 
 def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[dict[str, list[float]], float]:
@@ -172,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES, RECIPE], help="names, or seven numbers with commas")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--block", type=float, default=0.5, help="seconds of steps of a side in a round")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
