@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "exact loss over a whole split",
     "export": "write a trained model for other programs",
     "import": "make a run of another program's model",
+    "prepare": "tokenise a corpus into shards on disk",
 }
 
 

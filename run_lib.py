@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
+from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints
 from runtime.errors import NoCheckpointError, UserError, one_line
@@ -68,7 +69,8 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    return load_dataset(
+    load = load_shards if holds_shards(config.dataset, config.tokenizer) else load_dataset
+    return load(
         config.dataset,
         config.tokenizer,
         data_dir=data_dir_of(config),
