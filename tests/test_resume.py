@@ -20,6 +20,7 @@ from helpers import (
     tiny_config,
 )
 
+import eval_lib
 import input_pipeline
 import main
 import train_lib
@@ -107,7 +108,7 @@ def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, evaluation, step):
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "eval_batches", cut_short)
+        patch.setattr(eval_lib, "eval_batches", cut_short)
         with pytest.raises(Interrupted):
             train_lib.train(config, tmp_path)
     assert rows(tmp_path)[-1]["step"] == step - 1
