@@ -6,7 +6,7 @@ from absl import flags
 
 import config_lib
 from runtime import devices
-from runtime.checkpoint import Checkpoints, DamagedError
+from runtime.checkpoint import Checkpoints
 from runtime.console import Console
 from runtime.errors import NoCheckpointError, UserError
 
@@ -27,21 +27,17 @@ def main(argv: list[str]) -> None:
     with Checkpoints(workdir, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            raise NoCheckpointError(f"{checkpoints.directory}: no checkpoint yet; train first, or name another --workdir")
-        console.line(f"{'step':>8}  {'val_loss':>8}  {'size':>10}  state")
+            raise NoCheckpointError(
+                f"{checkpoints.directory}: no checkpoint yet; train first, or name another --workdir"
+            )
+        console.line(f"{'checkpoint':>10}  {'val_loss':>8}  {'bytes':>13}  state")
         for step in steps:
-            try:
-                meta = checkpoints.meta(step)
-                k, val_loss = meta["config"]["accumulation_steps"], meta["checkpoint_val_loss"]
-                shown = f"{step / k:g}"
-            except DamagedError:
-                shown, val_loss = f"{step}?", None
-            wrong, listed = checkpoints.examine(step)
-            damaged += [step] if wrong else []
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            state = f"damaged: {wrong[0]}{more}" if wrong else "ok" if listed else NO_LIST
-            loss = "" if val_loss is None else f"{val_loss:.4f}"
-            console.line(f"{shown:>8}  {loss:>8}  {checkpoints.size(step):>10,}  {state}")
+            found = checkpoints.examine(step)
+            loss = "" if found.val_loss is None else f"{found.val_loss:.4f}"
+            more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
+            state = f"damaged: {found.wrong[0]}{more}" if found.wrong else "ok" if found.listed else NO_LIST
+            console.line(f"{step:>10}  {loss:>8}  {found.size:>13,}  {state}")
+            damaged += [step] if found.wrong else []
     if damaged:
         names = ", ".join(map(str, damaged))
         raise NoCheckpointError(

@@ -10,6 +10,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from runtime.retention import Mark, Retention, best_first, newest_first
 from runtime.seal import changed_files, read_sealed, seal, write_file_list
 
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
+ITEMS = ("params", "rest")
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
@@ -31,6 +33,16 @@ BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax
 
 class DamagedError(NoCheckpointError):
     """A checkpoint is not what was saved; the text says in which way, without its name."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination of a checkpoint found."""
+
+    val_loss: float | None
+    size: int  # bytes of all files
+    wrong: list[str]
+    listed: bool  # whether it has a list of its files
 
 
 class Checkpoints:
@@ -65,8 +77,7 @@ class Checkpoints:
             ),
         )
         handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "rest": ocp.StandardCheckpointHandler(),
+            **{item: ocp.StandardCheckpointHandler() for item in ITEMS},
             "meta": ocp.JsonCheckpointHandler(),
         }
         if not read_only:
@@ -216,8 +227,11 @@ class Checkpoints:
                 f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}; use the program "
                 "that wrote it, or begin anew with --fresh"
             )
-        if meta["step"] != step:
-            raise DamagedError(f"meta is that of step {meta['step']}")
+        if meta.get("step") != step:
+            raise DamagedError(f"meta is that of step {meta.get('step')}")
+        arrays = meta.get("arrays")
+        if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in ITEMS):
+            raise DamagedError("meta has no table of the arrays")
         return meta
 
     def restore(self, step: int, params: Any, rest: Any, sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
@@ -336,19 +350,22 @@ class Checkpoints:
         self._manager.reload()
         return place
 
-    def examine(self, step: int) -> tuple[list[str], bool]:
-        """What is wrong with a checkpoint, every file and every array looked at; and whether it had a list of files."""
-        path = self.directory / str(step)
+    def examine(self, step: int) -> "Finding":
+        """Look at every file and at every array of a checkpoint, on one device."""
+        path, val_loss = self.directory / str(step), None
         changed = changed_files(path, BOOKKEEPING)
         wrong = [f"{name} has changed" for name in changed or ()]
         try:
+            meta = self.meta(step)
+            val_loss = meta["checkpoint_val_loss"]
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            for item, stored in self.meta(step)["arrays"].items():
+            for item in ITEMS:
                 try:
                     tree = self._manager.item_metadata(step)[item]
                 except Exception as error:
                     raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
-                self._read(step, item, stored, tree, place)
+                self._read(step, item, meta["arrays"][item], tree, place)
         except DamagedError as error:
             wrong.insert(0, str(error))
-        return wrong, changed is not None
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return Finding(val_loss, size, wrong, changed is not None)
