@@ -9,6 +9,7 @@ import sys
 
 from runtime.console import Console
 from runtime.errors import ExpectedError, Interrupted
+from runtime.files import disk_error
 
 COMMANDS = {
     "train": "train a model, or go on where the run stopped",
@@ -35,11 +36,12 @@ def main(argv: list[str]) -> int:
         return 128 + signal.signum
     except KeyboardInterrupt:
         return 130
-    except ExpectedError as error:
-        if "--debug" in flags:
+    except (ExpectedError, OSError) as error:
+        expected = error if isinstance(error, ExpectedError) else disk_error(error)
+        if expected is None or "--debug" in flags:
             raise
-        Console().print_error(error)
-        return error.status
+        Console().print_error(expected)
+        return expected.status
     return 0
 
 

@@ -16,6 +16,7 @@ from runtime.checkpoint import Checkpoints, DamagedError
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
 from transformer.cost import parameter_counts
+from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
 from transformer.optimizer import labels_of, make_optimizer
 from transformer.step import TrainState, init_state, regroup
@@ -169,7 +170,18 @@ def load_model(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
                 ) from error
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+    check_finite(params, workdir)
     return model_of(model_config, params), tokenizer, config, step
+
+
+def check_finite(params: Params, workdir: Path) -> None:
+    """Whether the weights of a run are numbers: nothing can be learned or written from others.
+
+    Raises:
+      NoCheckpointError: one is not.
+    """
+    if name := first_not_finite(params):
+        raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------

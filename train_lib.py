@@ -17,13 +17,15 @@ from input_pipeline import Batches, prefetch
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
 from runtime.console import Console
-from runtime.errors import DivergedError, Interrupted, UserError
+from runtime.divergence import Divergence
+from runtime.errors import Interrupted, UserError
 from runtime.files import append_text, cut_back, move_aside, size_of, write_json
 from runtime.guard import StopSignals, WorkdirLock, prepare_workdir
 from runtime.plots import plot_loss
 from runtime.trackers import make_tracker
+from runtime.watchdog import Watchdog
 from transformer import optimizer as optimizer_lib
-from transformer.cost import flops_per_token
+from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, init_params, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import batch_sharded, make_mesh, replicated
@@ -83,8 +85,12 @@ def train(
             move_aside(workdir, console.line)
         trainer = None
         try:
-            with Checkpoints(workdir, config.keep) as checkpoints:
-                trainer = Trainer(config, workdir, checkpoints, console, stop, rebatch)
+            with (
+                Watchdog(workdir, config.watchdog_seconds) as watchdog,
+                Checkpoints(workdir, config.keep) as checkpoints,
+                devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
+            ):
+                trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog, rebatch)
                 return trainer.run(profile)
         finally:
             if trainer:
@@ -101,10 +107,11 @@ class Trainer:
         checkpoints: Checkpoints,
         console: Console,
         stop: StopSignals,
+        watchdog: Watchdog,
         rebatch: bool,
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-        self.console, self.stop = console, stop
+        self.console, self.stop, self.watchdog = console, stop, watchdog
         latest = checkpoints.latest()
         if latest is not None:  # before anything is loaded: the newest may prove damaged later
             run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
@@ -124,6 +131,10 @@ class Trainer:
         )
         self.total = total_steps(config, self.batches)
         self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
+        devices.require_memory(
+            3 * 4 * sum(parameter_counts(self.model_config).values()),
+            2 * config.batch_size * config.context_len * config.embedding_dim,
+        )
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         params = jax.eval_shape(partial(init_params, self.model_config), init_key)
         optimizer_config = config_lib.optimizer_config(config)
@@ -132,7 +143,9 @@ class Trainer:
         schedule = optimizer_lib.schedule_shape(optimizer_config, self.total)
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = make_train_step(
-            self.model_config, optimizer, schedule, self.labels, config.accumulation_steps, dropout_key, self.mesh
+            *(self.model_config, optimizer, schedule, self.labels, config.accumulation_steps, dropout_key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
         )
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
@@ -145,6 +158,13 @@ class Trainer:
             self._resume(resumed)
         else:
             self._begin(partial(init_state, self.model_config, optimizer, self.labels), init_key)
+        if source:
+            run_lib.check_finite(self.state.params, source)
+        if self.step < self.total:
+            checkpoints.require_room(1 if resumed else 2, self.state)
+        self.divergence = Divergence(
+            config.max_bad_steps, config.skip_spikes, params, jax.device_get(self.state.metrics), console.warn
+        )
         self.timed_from: tuple[int, float] | None = None  # micro-step and clock after this session's first step
         self.lap_from: int | None = None  # micro-step at the last row
         self.last_loss, self.tracing = math.nan, False
@@ -212,6 +232,7 @@ class Trainer:
                         jax.block_until_ready(step_metrics)
                         self.timed_from, self.lap_from = (self.micro_step, self.clock.elapsed), self.micro_step
                         self.clock.lap(1)
+                    self.watchdog.beat()
                     if self.micro_step % k == 0:
                         self.reported = False
                         self._report(step_metrics)
@@ -246,13 +267,13 @@ class Trainer:
         if evaluated or due(config.log_every):
             row = self._row(step_metrics)
             if evaluated:
-                with self.clock.pause():
+                with self.clock.pause(), self.watchdog.pause():
                     row |= self._evaluate(0 if last else config.eval_tokens)
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)
         if due(config.sample_every):
-            with self.clock.pause():
+            with self.clock.pause(), self.watchdog.pause():
                 self._sample()
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
@@ -266,11 +287,7 @@ class Trainer:
         """The numbers of this step, in the order in which people read them."""
         config, step, device = self.config, self.step, jax.devices()[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
-        if on_host["bad_steps"] >= config.max_bad_steps:
-            raise DivergedError(
-                f"config.lr: no finite gradient in {on_host['bad_steps']} steps in a row, up to step {step}; "
-                "lower lr and muon_lr, or clip harder; the last checkpoint is good"
-            )
+        self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         self.last_loss = on_host["loss"]
         factor = on_host.pop("lr_factor")
         tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps

@@ -1,6 +1,7 @@
 """Write text with a trained model."""
 
 import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--prompt: {error}; leave them out, or give --replace_unknown") from error
     if length > model.config.context_len:
         print(f"the prompt has {length} tokens; the model reads the last {model.config.context_len}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
     try:
         print(prompt, end="", flush=True)
         for text in stream(model, tokenizer, prompt, values.num_tokens, sampling):

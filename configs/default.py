@@ -84,7 +84,10 @@ def get_config() -> ConfigDict:
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
-    config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient
+    config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen at each row)
+    config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off
+    config.skip_spikes = False  # the gradient of such a step is not applied
+    config.watchdog_seconds = 1800  # a step or a save that takes longer has hung: exit status 6; 0: wait for ever
     config.eval_every = 250  # real steps between evaluations; the last step is always evaluated
     config.eval_tokens = 0  # evaluate on this many tokens of the validation split in training; 0: on all
 

@@ -8,6 +8,7 @@ items lies a list of all files' hashes, for `verify`.
 
 import contextlib
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 
 from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
+from runtime.files import MAKE_ROOM, require_room, room
 from runtime.fingerprint import fingerprints, paths_of, signature
+from runtime.quiet import quieten
 from runtime.retention import Mark, Retention, best_first, newest_first
 from runtime.seal import changed_files, read_sealed, seal, write_file_list
 
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
 ITEMS = ("params", "rest")
+BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
@@ -45,6 +49,11 @@ class Finding:
     listed: bool  # whether it has a list of its files
 
 
+def _bytes_on_disk(state: Any) -> int:
+    """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
+    return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
+
+
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`.
 
@@ -61,7 +70,7 @@ class Checkpoints:
         self.directory = workdir.absolute() / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
-        logging.set_verbosity(logging.ERROR)  # Orbax warns of its own settings at every start
+        quieten()
         self._marks: dict[int, Mark] = {}
         self._damaged: dict[int, str] = {}  # those whose meta says nothing any more, and why
         self._saving: int | None = None
@@ -73,6 +82,7 @@ class Checkpoints:
             lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
+                timeout_secs=NEVER,  # goes by the wall clock, which may jump: the watchdog looks after saves that hang
                 post_finalization_callback=self._list_files,
             ),
         )
@@ -147,6 +157,7 @@ class Checkpoints:
         Raises:
           StorageError: this save, or the one before, could not be written.
         """
+        self.require_room(1, (params, rest))  # a disk that is full in the middle of a save is seen at the next one only
         mark = Mark(
             position=int(step if position is None else position),
             val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
@@ -178,13 +189,22 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
         except Exception as error:
-            raise StorageError(f"{self.directory}: step {step} not saved ({one_line(error)}); free space") from error
+            raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
 
     def _list_files(self) -> None:
         """Orbax calls this when all is written and not yet committed, from its own thread."""
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
                 write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
+
+    def require_room(self, count: int, state: Any) -> None:
+        """Whether the disk would take `count` more checkpoints of a state.
+
+        Raises:
+          StorageError: it would not.
+        """
+        what = f"{count} checkpoints" if count > 1 else "a checkpoint"
+        require_room(self.directory, count * _bytes_on_disk(state), what)
 
     def _finish_replacing(self) -> None:
         """Remove replaced checkpoints; bring back those whose successor was never completed."""
@@ -203,7 +223,15 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            raise StorageError(f"{self.directory}: not saved ({one_line(error)}); free space and run again") from error
+            raise self._not_saved("the last checkpoint was not saved", error) from error
+
+    def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
+        """One line; of the libraries' long one the operating system's reason, if it is in there."""
+        reason = re.search(
+            "No space left on device|Read-only file system|File too large|Disk quota exceeded", str(error)
+        )
+        text = reason[0] if reason else one_line(error)
+        return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
 
     # --- Reading one ----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
-"""What must be settled before JAX wakes up: how many devices the CPU shows, and where compiled programs are kept."""
+"""Devices: how many the CPU shows, where compiled programs are kept (settled before JAX wakes up), and their memory."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -46,10 +48,14 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
 def set_up_compile_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead.
+    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            (home / "transformer-jax").mkdir(parents=True, exist_ok=True)
+        except OSError:  # JAX itself would warn of every program
+            return
         jax.config.update("jax_compilation_cache_dir", str(home / "transformer-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -63,6 +69,47 @@ def wake_up() -> list[jax.Device]:
     """
     try:
         return jax.devices()
-    except RuntimeError as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(f"JAX_PLATFORMS={asked}: {one_line(error)}; unset it to take what is there") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of several platforms could be started
+        asked, problem = os.environ.get("JAX_PLATFORMS", ""), str(error) and f"{one_line(error)}; "
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: not here; {problem}unset it to take what is there, or set cpu"
+        ) from error
+
+
+def require_memory(model: int, batch: int) -> None:
+    """Refuse what cannot fit, before anything is made that would take minutes or the machine down.
+
+    Args:
+      model: bytes that each device needs at least for weights and optimizer.
+      batch: bytes that all devices together need at least for a micro-batch.
+
+    Raises:
+      UserError: the memory is not there.
+    """
+    device = jax.devices()[0]
+    there = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for key, need, advice in (
+        ("embedding_dim", model, "make the model narrower (embedding_dim, mlp_dim, head_dim) or lower num_blocks"),
+        ("batch_size", batch / jax.device_count(), "lower it, and raise config.accumulation_steps instead"),
+    ):
+        if need > there:
+            raise UserError(
+                f"config.{key}: needs {need / 2**30:,.1f} GiB or more, {there / 2**30:,.1f} GiB are there; {advice}"
+            )
+
+
+@contextmanager
+def memory_limit(key: str, advice: str) -> Iterator[None]:
+    """Turns running out of memory inside into an error about `key`.
+
+    Raises:
+      UserError: with the size that was asked for.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = re.search(r"\d[\d.,]* ?([KMGT]i?B|bytes)", str(error))
+        asked = f" (asked for {size[0]})" if size else ""
+        raise UserError(f"{key}: out of memory{asked}; {advice}") from error

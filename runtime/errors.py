@@ -33,6 +33,12 @@ class StorageError(ExpectedError):
     status = 5
 
 
+class HungError(ExpectedError):
+    """No step was finished in time: exit status 6. Never raised: the watchdog ends the process with it."""
+
+    status = 6
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the run saves its state and exits with 128 + the signal's number."""
 

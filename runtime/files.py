@@ -1,12 +1,54 @@
 """The small files of a run's directory, and putting a whole run aside."""
 
+import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import StorageError, UserError, one_line
+
+MAKE_ROOM = "make room, then run the same command again"
+
+
+def room(directory: Path, need: int | None = None) -> str:
+    """How much the disk of a directory has left, and how much is needed where that is known: for messages."""
+    megabytes = lambda size: f"{size / 1e6:,.1f} MB"
+    needed = "" if need is None else f"need {megabytes(need)}, "
+    return f"{needed}free {megabytes(shutil.disk_usage(directory).free)}"
+
+
+def require_room(directory: Path, need: int, what: str) -> None:
+    """Refuse to begin to write `what`, of `need` bytes, where the disk would not take it.
+
+    Raises:
+      StorageError: it is read-only, or has no such room.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: {error.strerror}, no place for {what} ({room(directory, need)}); {MAKE_ROOM}"
+        ) from error
+    if shutil.disk_usage(directory).free < need:
+        raise StorageError(f"{directory}: no space left for {what} ({room(directory, need)}); {MAKE_ROOM}")
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What to raise when the disk did not take what belongs at `path`."""
+    return StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}")
+
+
+def disk_error(error: OSError) -> StorageError | None:
+    """The same where nobody had foreseen the error; None when it is not about a full or a read-only disk."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return None
+    return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
 
 
 def read_json(path: Path) -> Any:
@@ -17,7 +59,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); is {path.parent} the right directory?") from error
 
 
@@ -32,7 +74,9 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; make room, then run the same command again") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
 
 
 def append_text(path: Path, text: str) -> None:
@@ -45,7 +89,7 @@ def append_text(path: Path, text: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; make room, then run the same command again") from error
+        raise storage_error(path, error) from error
 
 
 def size_of(path: Path) -> int:
@@ -57,10 +101,16 @@ def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
     """Cut a file that only grows back to the size it had when a checkpoint was made.
 
     A file that is shorter has lost something; it is left as it is, and `say` gets a line about it.
+
+    Raises:
+      StorageError: the disk did not take it.
     """
     found = size_of(path)
     if found > size:
-        os.truncate(path, size)
+        try:
+            os.truncate(path, size)
+        except OSError as error:
+            raise storage_error(path, error) from error
     elif found < size:
         say(f"{path}: {size - found} bytes that were written before this checkpoint are missing")
 

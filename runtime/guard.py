@@ -1,5 +1,6 @@
-"""What keeps a run whole: a way to stop it, a lock so that two never share a workdir, and a check before it starts."""
+"""What keeps a run whole: ways to stop it, a lock so that two never share a workdir, and a check before it starts."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -9,9 +10,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self
 
-from runtime.errors import Interrupted, UserError, one_line
+from runtime.errors import ExpectedError, Interrupted, UserError, one_line
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -71,11 +72,19 @@ class StopSignals:
             if signum not in _SIGNALS:
                 continue
             if heard:
-                if os.isatty(2):
-                    os.write(2, _SHOW_CURSOR)  # a live progress bar has hidden it
-                os._exit(128 + signum)
+                exit_at_once(128 + signum)
             heard = True
             self._say("stopping: this step is finished and saved first; once more stops at once and saves nothing")
+
+
+def exit_at_once(why: int | ExpectedError) -> NoReturn:
+    """End the process from any thread, whatever the others do: a status, or an error's line and its status."""
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR)  # a live progress bar has hidden it
+        if isinstance(why, ExpectedError):
+            os.write(2, f"error: {why}\n".encode(errors="backslashreplace"))
+    os._exit(why.status if isinstance(why, ExpectedError) else why)
 
 
 class WorkdirLock:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtime.console import human
-from runtime.errors import StorageError
+from runtime.files import storage_error
 
 _TRAIN, _VAL, _INK = "#4878a8", "#d1603d", "#333333"
 _SMOOTH_FROM = 60  # points; fewer can be read as they are
@@ -67,7 +67,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         figure.savefig(unfinished, format="png")
         os.replace(unfinished, path)
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; make room, then run the same command again") from None
+        raise storage_error(path, error) from None
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

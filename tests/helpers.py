@@ -104,6 +104,13 @@ def run_main(
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+def run_patched(patch: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`main.py` in a process of its own, with the product changed by the code `patch` beforehand."""
+    command = [sys.executable, "-c", f"{patch}\nimport sys, main\nsys.exit(main.main(sys.argv[1:]))", *argv]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
 def signal_before(signum: signal.Signals, micro_step: int) -> Any:
     """A stand-in for `input_pipeline.prefetch` under which a signal comes before `micro_step`, or never."""
 

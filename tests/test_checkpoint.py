@@ -127,7 +127,10 @@ def test_a_disk_that_refuses_is_a_storage_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     checkpoints = Checkpoints(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"step 4 not saved .*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match=r"step 4 not saved: No space .*\(need 0\.0 MB"),
+    ):
         patch.setattr(checkpoints._manager, "save", full)
         save(checkpoints, 4)
     save(checkpoints, 5)

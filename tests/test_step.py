@@ -44,14 +44,14 @@ TOTAL_STEPS = 150
 class Trainer:
     """A compiled step and the state to begin with. Counts the runs of Newton-Schulz."""
 
-    def __init__(self, params, optimizer_config, mesh=None):
+    def __init__(self, params, optimizer_config, mesh=None, **gate):
         self.params = jax.tree.map(np.array, params)  # on the host: the step eats what is on the device
         self.mesh = mesh or make_mesh(1)
         self.orthogonalized = 0
         labels = labels_of(params, optimizer_config.use_muon)
         opt = make_optimizer(optimizer_config, params, TOTAL_STEPS, self.mesh)
         schedule, k = schedule_shape(optimizer_config, TOTAL_STEPS), optimizer_config.accumulation_steps
-        self.step = step.make_train_step(MODEL, opt, schedule, labels, k, jax.random.key(0), self.mesh)
+        self.step = step.make_train_step(MODEL, opt, schedule, labels, k, jax.random.key(0), self.mesh, **gate)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step, "init_params", lambda config, key: params)
             init = jax.jit(partial(step.init_state, MODEL, opt, labels), out_shardings=replicated(self.mesh))
@@ -169,6 +169,10 @@ def test_a_bad_micro_batch_counts_as_one_without_tokens(in_three, place):
     dropped[3 + place] = with_poison(dropped[3 + place])
     empty[3 + place] = np.full_like(empty[0], -1)
     (have, metrics), (want, want_metrics) = (in_three.run(b, **poisoned(in_three))[-1] for b in (dropped, empty))
+    assert (metrics["bad_batches"], want_metrics["bad_batches"]) == (1, 0)
+    counted = {name: metrics[name] for name in ("bad_batches", "bad_leaf")}
+    want, want_metrics = want._replace(metrics=want.metrics | counted), want_metrics | counted
+    want = want._replace(health=want.health._replace(**counted))
     assert_same((have, metrics), (want, want_metrics))
     assert np.isfinite(metrics["loss"]) and metrics["bad_steps"] == 0 and have.micro_step == 6
     ill = {name for name, p in have.params.items() if not np.isfinite(p).all()}

@@ -15,7 +15,11 @@ LAYERS = [
     *("config_lib", "configs", "input_pipeline", "runtime", "transformer"),
 ]
 INSIDE_TRANSFORMER = [
-    *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families"}, {"model"}),
+    *(
+        {"sampling", "step", "cost", "interop", "interop_tokenizer"},
+        {"optimizer", "health", "interop_families"},
+        {"model"},
+    ),
     *({"flash"}, {"plain"}, {"attention"}, {"sharding", "tokenizer", "dense"}),
 ]
 READ_IN_AN_EVENING = [

@@ -14,9 +14,12 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from transformer.dense import compiler_options
+from transformer.health import Health, fresh_health, see_gradients, see_loss
 from transformer.model import Params, TransformerConfig, init_params, loss_sum, model_of
 from transformer.optimizer import Schedule, grad_norm_of
 from transformer.sharding import DATA
+
+COUNTS = ("bad_steps", "bad_batches", "bad_leaf", "loss_spikes")  # those of the metrics that are whole numbers
 
 
 class TrainState(NamedTuple):
@@ -27,6 +30,7 @@ class TrainState(NamedTuple):
     micro_step: jax.Array  # micro-batches seen
     window_loss: jax.Array  # summed over the micro-batches of the real step under way
     window_tokens: jax.Array  # targets in those micro-batches
+    health: Health
     metrics: dict[str, jax.Array]  # of the last real step
 
 
@@ -45,7 +49,8 @@ def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str
         micro_step=jnp.zeros((), jnp.int32),
         window_loss=jnp.zeros((), jnp.float32),
         window_tokens=jnp.zeros((), jnp.int32),
-        metrics={**{name: jnp.zeros(()) for name in names}, "bad_steps": jnp.zeros((), jnp.int32)},
+        health=fresh_health(),
+        metrics={**{name: jnp.zeros(()) for name in names}, **{name: jnp.zeros((), jnp.int32) for name in COUNTS}},
     )
 
 
@@ -106,25 +111,31 @@ def make_train_step(
     accumulation: int,
     key: jax.Array,
     mesh: Mesh,
+    spike_sigmas: float = 0.0,
+    skip_spikes: bool = False,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """One micro-batch: (state, batch [B, T + 1]) -> (state, metrics of the last real step). The state is donated.
 
     A micro-batch whose loss or gradient is not finite counts as one without tokens: its gradient is zeroed, the
-    counters go on. A real step without any tokens changes neither parameters nor optimizer.
+    counters go on. A real step without any tokens changes neither parameters nor optimizer, nor does one whose loss is
+    a spike (`health.see_loss`) under `skip_spikes`.
     """
     loss_and_grads = make_loss_and_grads(model_config, mesh)
 
     def train_step(state: TrainState, batch_BT1: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.params
         loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
-        good = jnp.isfinite(loss) & jnp.array([jnp.isfinite(g).all() for g in grads.values()]).all()
+        good, seen = see_gradients(state.health, loss, grads)
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         window_loss = state.window_loss + jnp.where(good, loss, 0.0)
         window_tokens = state.window_tokens + jnp.where(good, tokens, 0)
 
         real_step = state.micro_step // accumulation
         last = (state.micro_step + 1) % accumulation == 0
-        apply = last & (window_tokens > 0)
+        counts = last & (window_tokens > 0)
+        mean_loss = window_loss / jnp.maximum(window_tokens, 1)
+        spike, seen = see_loss(seen, mean_loss, counts, spike_sigmas)
+        apply = counts & ~spike if skip_spikes else counts
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -136,10 +147,13 @@ def make_train_step(
         new_params = jax.tree.map(jnp.add, params, updates)
 
         of_this_step = {
-            "loss": jnp.where(apply, window_loss / window_tokens, jnp.nan),
+            "loss": jnp.where(counts, mean_loss, jnp.nan),
             "grad_norm": jnp.where(apply, grad_norm_of(opt_state), jnp.nan),
             "lr_factor": jnp.asarray(schedule(real_step), jnp.float32),
-            "bad_steps": jnp.where(apply, 0, state.metrics["bad_steps"] + 1),  # in a row
+            "bad_steps": jnp.where(counts, 0, state.metrics["bad_steps"] + 1),  # in a row
+            "bad_batches": seen.bad_batches,
+            "bad_leaf": seen.bad_leaf,
+            "loss_spikes": seen.loss_spikes,
             **_rms("param", new_params, labels),
             **_rms("update", updates, labels),
         }
@@ -150,6 +164,7 @@ def make_train_step(
             micro_step=state.micro_step + 1,
             window_loss=jnp.where(last, 0.0, window_loss),
             window_tokens=jnp.where(last, 0, window_tokens),
+            health=seen,
             metrics=step_metrics,
         )
         return state, step_metrics

@@ -1,0 +1,80 @@
+"""Ends a run that hangs: a collective whose peer is gone, a disk that no longer answers."""
+
+import faulthandler
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+from runtime.errors import HungError
+from runtime.guard import exit_at_once
+
+_TICKS = 8  # looks at the time, a limit
+
+
+class Watchdog:
+    """Writes what every thread is doing to `workdir/hang-TIME.txt` and ends the process when no step has been finished.
+
+    It watches from the first `beat` on, outside of `pause`, in a thread of its own; a thread that holds the interpreter
+    while it hangs is not seen. Time is counted in the thread's own ticks, so a process that was stopped (Ctrl-Z) or a
+    machine that slept has not hung.
+
+    Args:
+        seconds: how long a step, or a save, may take; 0 switches it off.
+    """
+
+    def __init__(self, workdir: Path, seconds: float) -> None:
+        self._workdir, self._seconds = workdir, seconds
+        self._watching = False
+        self._quiet = 0  # ticks since the last beat
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._seconds:
+            self._thread.join()
+
+    def beat(self) -> None:
+        """A step was finished: watch from here on."""
+        self._quiet, self._watching = 0, True
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What runs inside may take as long as it likes."""
+        watching, self._watching = self._watching, False
+        try:
+            yield
+        finally:
+            self._quiet, self._watching = 0, watching
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds / _TICKS):
+            self._quiet = self._quiet + 1 if self._watching else 0
+            if self._quiet >= _TICKS:
+                self._end()
+
+    def _end(self) -> None:
+        path = self._workdir / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+
+        def write() -> None:
+            with suppress(OSError), path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+        # In a thread that nobody waits for long: the disk may be what hangs.
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(5)
+        exit_at_once(
+            HungError(
+                f"{path}: no step was finished in {self._seconds:g} s, what each thread was doing is in this file; the "
+                "same command goes on from the last checkpoint, config.watchdog_seconds=0 waits for ever"
+            )
+        )
