@@ -71,6 +71,12 @@ FREE_ON_RESUME = {
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
 
+# What the model computes; its vocabulary and dtype follow from the text and the device.
+MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype"}
+
+# What may differ under --rebatch: how the sequences that follow are cut into steps.
+REBATCH = {"batch_size", "accumulation_steps"}
+
 
 # --- The command line ---------------------------------------------------------------------------------------------
 
@@ -251,8 +257,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str) -> TransformerConfig:
     """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
-    names = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype"}
-    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, **{name: config[name] for name in names})
+    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, **{name: config[name] for name in MODEL_KEYS})
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -282,24 +287,37 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool = False) -> None:
     """Whether a run made with `old` may go on with `new`.
+
+    Args:
+      rebatch: batch_size and accumulation_steps may differ.
 
     Raises:
       UserError: a key differs that would make it another run; names the ways out.
     """
-    for key in sorted(set(new) - FREE_ON_RESUME):
+    for key in sorted(set(new) - FREE_ON_RESUME - (REBATCH if rebatch else set())):
         if old[key] != new[key]:
             raise UserError(
-                f"config.{key}: the run in {workdir} has {old[key]!r}, this config {new[key]!r}; use another "
-                f"--workdir, --fresh (moves the old run aside), or --config.init_from={workdir} in another --workdir"
+                f"config.{key}: the run in {workdir} has {old[key]!r}, this config {new[key]!r}; use "
+                f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "
+                f"old run aside), or --config.init_from={workdir} in another --workdir"
             )
-    length = ("max_steps", "epochs")
-    if new.schedule in ("cosine", "linear") and any(old[key] != new[key] for key in length):
-        key = next(key for key in length if old[key] != new[key])
+    if new.schedule not in ("cosine", "linear"):
+        return
+    differs = [key for key in ("max_steps", "epochs") if old[key] != new[key]]
+    if differs:
         raise UserError(
-            f"config.{key}: schedule {new.schedule!r} was laid out for {old[key]}, so it cannot become {new[key]} now; "
-            f"schedule constant or constant_linear could, or start anew with --config.init_from={workdir}"
+            f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "
+            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start anew with "
+            f"--config.init_from={workdir}"
+        )
+    sequences = lambda config: config.batch_size * config.accumulation_steps
+    if new.epochs and sequences(old) != sequences(new):
+        raise UserError(
+            f"config.batch_size: schedule {new.schedule!r} was laid out in steps of {sequences(old)} sequences, which "
+            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start anew with "
+            f"--config.init_from={workdir}"
         )
 
 

@@ -236,6 +236,8 @@ class Batches:
 
     order: "shuffle" permutes the windows anew in each epoch; "sequential" takes them as they stand; "random" draws
     windows that start anywhere, with replacement, so that an epoch is only a number of windows.
+    offset: how many more windows (or, below 0, fewer) were read before a step than batches of this size would have:
+    other than 0 in a run whose batch size was changed on the way.
     """
 
     split: Split
@@ -243,6 +245,7 @@ class Batches:
     batch_size: int
     seed: int
     order: Literal["shuffle", "sequential", "random"] = "shuffle"
+    offset: int = 0
 
     def __call__(self, step: int) -> np.ndarray:
         """The batch of a step: int32 [batch_size, context_len + 1]."""
@@ -250,7 +253,7 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> np.ndarray:
         """Rows start to stop - 1 of the batch of a step, for a process that feeds only those."""
-        number = step * self.batch_size + np.arange(start, stop)  # of the window, counted from the run's first
+        number = self.position(step) + np.arange(start, stop)  # of the window, counted from the run's first
         num_windows = self.split.num_windows(self.context_len)
         seed_key = _hash(np.array([self.seed % 2**64], np.uint64), _U0)
         if self.order == "random":
@@ -262,9 +265,14 @@ class Batches:
             starts = permute(index, num_windows, _hash(epoch, seed_key)) * self.context_len
         return _windows(self.split.tokens, starts.tolist(), len(starts), self.context_len)
 
+    def position(self, step: int) -> int:
+        """How many windows are read before a step."""
+        return self.offset + step * self.batch_size
+
     def steps(self, epochs: float) -> int:
-        """How many steps `epochs` epochs take, the last one filled up to a whole batch."""
-        return math.ceil(Fraction(str(epochs)) * self.split.num_windows(self.context_len) / self.batch_size)
+        """At which step `epochs` epochs end, the last one filled up to a whole batch."""
+        windows = Fraction(str(epochs)) * self.split.num_windows(self.context_len)
+        return math.ceil((windows - self.offset) / self.batch_size)
 
 
 def eval_batches(split: Split, context_len: int, batch_size: int, max_tokens: int = 0) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model, or go on where the run stopped",
     "sample": "write text with a trained model",
     "eval": "exact loss over a whole split",
+    "verify": "check every checkpoint of a run",
     "export": "write a trained model for other programs",
     "import": "make a run of another program's model",
     "prepare": "tokenise a corpus into shards on disk",

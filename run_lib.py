@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from ml_collections import ConfigDict
 import config_lib
 from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoint import Checkpoints, DamagedError
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
 from transformer.cost import memory_bytes, parameter_counts
 from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
+from transformer.optimizer import labels_of, make_optimizer
+from transformer.step import TrainState, init_state, regroup
 from transformer.tokenizer import Tokenizer, tokenizer_from_dict
 
 CONFIG_FILE = "config.json"
@@ -94,13 +97,41 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
         raise UserError(f"{workdir / TOKENIZER_FILE}: {one_line(error)}; take it from a copy of the run") from error
 
 
-def load_weights(workdir: Path, model_config: TransformerConfig, sharding: jax.sharding.Sharding) -> Params:
+def identity(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What every checkpoint says of the run it belongs to."""
+    return {"config": config_lib.to_dict(config), "tokenizer": tokenizer.fingerprint}
+
+
+def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+    """Whether config.json and tokenizer.json still say what the checkpoint says: the arrays' shapes show but little.
+
+    Raises:
+      UserError: one of them does not.
+    """
+    saved = config_lib.from_dict(meta["config"])
+    for name in sorted(config_lib.MODEL_KEYS - config_lib.FREE_ON_RESUME):
+        if saved[name] != config[name]:
+            raise UserError(
+                f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
+                f"{saved[name]!r}; put that back"
+            )
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{workdir / TOKENIZER_FILE}: is not the one that the checkpoint was made with; take it from a copy of the "
+            "run"
+        )
+
+
+def load_weights(
+    workdir: Path, model_config: TransformerConfig, sharding: jax.sharding.Sharding, warn: Callable[[str], None]
+) -> Params:
     """The weights of a run's best checkpoint, for a model of the same shape.
 
     Raises:
       UserError, NoCheckpointError: there is no such run, or its model has another shape.
     """
-    source = model_config_of(read_config(workdir), load_tokenizer(workdir).vocab_size)
+    config, tokenizer = read_config(workdir), load_tokenizer(workdir)
+    source = model_config_of(config, tokenizer.vocab_size)
     want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
     if want != have:
         names = [field.name for field in dataclasses.fields(source)]
@@ -110,36 +141,18 @@ def load_weights(workdir: Path, model_config: TransformerConfig, sharding: jax.s
             "init_from needs a model of the same shape"
         )
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore_params(checkpoints.best(), want, sharding)
+        step, params = checkpoints.restore_best_params(want, sharding, warn)
+        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+    return params
 
 
-def meta_to_resume(
-    checkpoints: Checkpoints, config: ConfigDict, workdir: Path
-) -> tuple[int | None, dict[str, Any] | None]:
-    """The newest checkpoint's step and what it says of itself; nothing where there is none.
-
-    Raises:
-      UserError: this config cannot go on from it.
-      NoCheckpointError: it cannot be read.
-    """
-    latest = checkpoints.latest()
-    if latest is None:
-        return None, None
-    meta = checkpoints.meta(latest)
-    if IMPORTED_FROM in meta:
-        raise UserError(
-            f"workdir {workdir}: holds imported weights and no optimizer's state; train from them in another --workdir "
-            f"with --config=configs/finetune.py:{workdir}"
-        )
-    config_lib.check_resume(config_lib.from_dict(meta["config"]), config, workdir)
-    return latest, meta
-
-
-def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
-    """A run's model at a checkpoint (the best one by default), on one device; takes no lock, writes nothing.
+def load_model(
+    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None
+) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
+    """A run's model at a checkpoint (the best sound one by default), on one device; takes no lock, writes nothing.
 
     Raises:
-      UserError, NoCheckpointError: there is no such run or checkpoint.
+      UserError, NoCheckpointError: there is no such run or checkpoint, or the one asked for is damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
@@ -147,9 +160,18 @@ def load_model(workdir: Path, step: int | None = None) -> tuple[Transformer, Tok
     model_config = model_config_of(config, tokenizer.vocab_size)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.best() if step is None else step
-        params = checkpoints.restore_params(step, abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        if step is None:
+            step, params = checkpoints.restore_best_params(abstract, place, warn)
+        else:
+            try:
+                params = checkpoints.restore_params(step, abstract, place)
+            except DamagedError as error:
+                raise NoCheckpointError(
+                    f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
+                ) from error
+        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     check_finite(params, workdir)
     return model_of(model_config, params), tokenizer, config, step
 
@@ -162,6 +184,84 @@ def check_finite(params: Params, workdir: Path) -> None:
     """
     if name := first_not_finite(params):
         raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
+
+
+# --- Going on ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: its state, and what its checkpoint says."""
+
+    state: TrainState
+    micro_step: int  # in micro-batches of the config that goes on
+    position: int  # sequences read
+    meta: dict[str, Any]
+
+
+def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, rebatch: bool) -> None:
+    """Whether a config can go on from a checkpoint.
+
+    Raises:
+      UserError: it cannot, and why.
+    """
+    if IMPORTED_FROM in meta:
+        raise UserError(
+            f"workdir {workdir}: holds imported weights and no optimizer's state; train from them in another --workdir "
+            f"with --config=configs/finetune.py:{workdir}"
+        )
+    old, k = config_lib.from_dict(meta["config"]), meta["config"]["accumulation_steps"]
+    config_lib.check_resume(old, config, workdir, rebatch)
+    if k != config.accumulation_steps and meta["step"] % k:
+        raise UserError(
+            f"config.accumulation_steps: the run in {workdir} stopped after {meta['step'] % k} of the {k} micro-batches"
+            f" of a step; finish that first, with accumulation_steps={k} and max_steps={meta['step'] // k + 1}"
+        )
+
+
+def resume(
+    checkpoints: Checkpoints,
+    config: ConfigDict,
+    workdir: Path,
+    data: Dataset,
+    sharding: jax.sharding.Sharding,
+    warn: Callable[[str], None],
+    rebatch: bool,
+) -> Resumed | None:
+    """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
+
+    What is damaged is set aside, and `warn` told.
+
+    Raises:
+      UserError: this config, text or tokenizer cannot go on from it.
+      NoCheckpointError: all are damaged.
+    """
+    params = jax.eval_shape(lambda: init_params(model_config_of(config, data.tokenizer.vocab_size), jax.random.key(0)))
+    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), params, 1)
+    labels = labels_of(params, config.use_muon)
+
+    def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
+        require_same_run(meta, config, workdir, rebatch)
+        if meta["data_sha256"] != data.sha256:
+            raise UserError(
+                f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
+                f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
+            )
+        require_same_model(workdir, config, data.tokenizer, meta)
+        model_config = model_config_of(config, data.tokenizer.vocab_size)
+        init = partial(init_state, model_config, optimizer_of(config_lib.from_dict(meta["config"])), labels)
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        return abstract.params, abstract[1:]
+
+    found = checkpoints.restore_newest(state_of, sharding, warn)
+    if found is None:
+        return None
+    step, meta, restored, rest = found
+    state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
+    if old != new:
+        convert = partial(regroup, optimizer=optimizer_of(config), old=old, new=new)
+        state = jax.jit(convert, out_shardings=sharding)(state)
+    return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
 
 
 def header(

@@ -30,7 +30,7 @@ from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, init_params, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, replicated
-from transformer.step import TrainState, init_state, make_train_step
+from transformer.step import init_state, make_train_step
 from transformer.tokenizer import Tokenizer, UnknownCharacters
 
 
@@ -56,12 +56,19 @@ def total_steps(config: ConfigDict, batches: Batches) -> int:
     return min(limits)
 
 
-def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile: tuple[int, int] | None = None) -> Run:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    fresh: bool = False,
+    profile: tuple[int, int] | None = None,
+    rebatch: bool = False,
+) -> Run:
     """Train a model, or go on where the run in `workdir` stopped.
 
     Args:
       fresh: move what an earlier run left in `workdir` aside and begin anew.
       profile: write a trace of these real steps, from the first to before the second, to `workdir/profile`.
+      rebatch: the run may go on with another batch size or accumulation; it reads on where it was.
 
     Raises:
       Interrupted: SIGINT or SIGTERM came; the state is saved.
@@ -84,7 +91,7 @@ def train(config: ConfigDict, workdir: str | Path, fresh: bool = False, profile:
                 Checkpoints(workdir, config.keep) as checkpoints,
                 devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
             ):
-                trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog)
+                trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog, rebatch)
                 return trainer.run(profile)
         finally:
             if trainer:
@@ -102,25 +109,28 @@ class Trainer:
         console: Console,
         stop: StopSignals,
         watchdog: Watchdog,
+        rebatch: bool,
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
         self.console, self.stop, self.watchdog = console, stop, watchdog
-        latest, meta = run_lib.meta_to_resume(checkpoints, config, workdir)
-        source = workdir if meta else Path(config.init_from) if config.init_from else None
+        latest = checkpoints.latest()
+        if latest is not None:  # before anything is loaded: the newest may prove damaged later
+            run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
+        source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
-        if meta and meta["data_sha256"] != self.data.sha256:
-            raise UserError(
-                f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
-                f"{self.data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
-            )
         self.tokenizer = self.data.tokenizer
         try:
             self.tokenizer.encode(config.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.batches = Batches(self.data.train, config.context_len, config.batch_size, config.seed, config.order)
-        self.total = total_steps(config, self.batches)
         self.mesh = make_mesh()
+        place = replicated(self.mesh)
+        resumed = run_lib.resume(checkpoints, config, workdir, self.data, place, console.warn, rebatch)
+        self.batches = Batches(
+            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
+            offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
+        )
+        self.total = total_steps(config, self.batches)
         self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()),
@@ -147,15 +157,14 @@ class Trainer:
             for name, leaf in params.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {self.labels[name]}")
 
-        init = partial(init_state, self.model_config, optimizer, self.labels)
-        if meta:
-            self._resume(latest, meta, jax.eval_shape(init, init_key))
+        if resumed:
+            self._resume(resumed)
         else:
-            self._begin(init, init_key)
+            self._begin(partial(init_state, self.model_config, optimizer, self.labels), init_key)
         if source:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
-            checkpoints.require_room(1 if meta else 2, self.state)
+            checkpoints.require_room(1 if resumed else 2, self.state)
         self.divergence = Divergence(
             config.max_bad_steps, config.skip_spikes, params, jax.device_get(self.state.metrics), console.warn
         )
@@ -181,7 +190,7 @@ class Trainer:
         self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
         if self.config.init_from:
             source = Path(self.config.init_from)
-            weights = run_lib.load_weights(source, self.model_config, replicated(self.mesh))
+            weights = run_lib.load_weights(source, self.model_config, replicated(self.mesh), self.console.warn)
             self.state = self.state._replace(params=weights)
         self.micro_step, self.clock, self.reported = 0, metrics.Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
@@ -189,19 +198,18 @@ class Trainer:
         for path in self.growing.values():
             cut_back(path, 0, self.console.warn)
 
-    def _resume(self, latest: int, meta: dict[str, Any], abstract: TrainState) -> None:
+    def _resume(self, resumed: run_lib.Resumed) -> None:
         """Go on from a checkpoint, and drop what was logged after it."""
-        params, rest = self.checkpoints.restore(latest, abstract.params, abstract[1:], replicated(self.mesh))
-        self.state = TrainState(params, *rest)
-        self.micro_step, self.clock, self.reported = latest, metrics.Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
+        self.clock, self.reported = metrics.Clock(meta["elapsed_seconds"]), meta["reported"]
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
-        for name, path in self.growing.items():
-            cut_back(path, meta["sizes"][name], self.console.warn)
         if self.step > self.total:
             raise UserError(
                 f"config.max_steps: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
             )
+        for name, path in self.growing.items():
+            cut_back(path, meta["sizes"][name], self.console.warn)
         self.console.line(
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
@@ -288,7 +296,7 @@ class Trainer:
         tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         row = {
             "step": step,
-            "tokens": step * tokens_per_step,
+            "tokens": self.batches.position(self.micro_step) * config.context_len,
             "loss": on_host.pop("loss"),
             "grad_norm": on_host.pop("grad_norm"),
             "lr": config.lr * factor,
@@ -346,7 +354,7 @@ class Trainer:
         if self.reported:
             self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         meta = {
-            "config": config_lib.to_dict(self.config),
+            **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "elapsed_seconds": self.clock.elapsed,
             "reported": self.reported,
@@ -355,7 +363,8 @@ class Trainer:
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
         }
-        self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss)
+        position = self.batches.position(self.micro_step)
+        self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss, position)
 
     def _profile(self, first: int, last: int) -> None:
         """Trace the real steps from `first` to before `last` (called before each dispatch, and after the loop)."""

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     devices.set_up_compile_cache()
     devices.wake_up()
-    model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step)
+    model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step, console.warn)
     split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)
     if split is None:
         raise UserError(f"--split={values.split}: the run's config has test_fraction 0; use train or val")

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out: missing; name a new directory for the files")
     console = Console()
     devices.wake_up()
-    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step)
+    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, console.warn)
     params = {name: np.asarray(value) for name, value in params_of(model).items()}
     with new_directory(Path(values.out)) as out:
         if values.format == "safetensors":

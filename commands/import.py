@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--workdir={workdir}: holds {min(left)} already; name a new directory")
         settings = config_lib.to_dict(config)
         with Checkpoints(workdir) as checkpoints:
-            meta = {"config": settings, run_lib.IMPORTED_FROM: str(source)}
+            meta = {**run_lib.identity(config, tokenizer), run_lib.IMPORTED_FROM: str(source)}
             rest = {"micro_step": np.zeros((), np.int32)}  # no optimizer has been at work
             checkpoints.save(0, params, rest, meta, None)
         write_json(workdir / run_lib.TOKENIZER_FILE, tokenizer.to_dict())

@@ -11,6 +11,7 @@ from absl import flags
 import config_lib
 import run_lib
 from runtime import devices
+from runtime.console import Console
 from runtime.errors import UserError
 from transformer.sampling import Sampling, prompt_tokens, stream
 from transformer.tokenizer import UnknownCharacters
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--{error}") from error
     devices.set_up_compile_cache()
     devices.wake_up()
-    model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step)
+    model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn)
     prompt = values.prompt
     try:
         if values.replace_unknown:

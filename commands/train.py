@@ -15,6 +15,9 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and begin anew.", flag_values=values)
+    flags.DEFINE_bool(
+        "rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", flag_values=values
+    )
     flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", flag_values=values)
 
 
@@ -32,4 +35,4 @@ def main(argv: list[str]) -> None:
     profile = _profile_steps(values.profile_steps)
     config_lib.check(values.config)
     workdir = values.workdir or config_lib.default_workdir(argv, values.config)
-    train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile)
+    train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile, rebatch=values.rebatch)

@@ -1,54 +1,57 @@
 """Checkpoints on disk. The only file that knows Orbax.
 
 A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (all else that
-the training state is made of), and `meta`, a JSON object.
+the training state is made of), and `meta`, a JSON object under a seal. `meta` says of every array what it must be, down
+to a fingerprint that the device made when it was saved; nothing is used before it was found to be that. Beside the
+items lies a list of all files' hashes, for `verify`.
 """
 
-import logging
+import contextlib
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
-from orbax.checkpoint import checkpoint_managers as policies
 
-from runtime.errors import NoCheckpointError, StorageError, one_line
+from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
+from runtime.fingerprint import fingerprints, paths_of, signature
+from runtime.quiet import quieten
+from runtime.retention import Mark, Retention, best_first, newest_first
+from runtime.seal import changed_files, read_sealed, seal, write_file_list
 
-FORMAT = 1  # of the three items; raised when an older program could not read them
-VAL_LOSS = "val_loss"
+FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
+ITEMS = ("params", "rest")
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
 NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
+DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
+UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
+BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last: times, read by nobody
 
 
-def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """What to restore into: restored arrays land where `sharding` says."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+class DamagedError(NoCheckpointError):
+    """A checkpoint is not what was saved; the text says in which way, without its name."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination of a checkpoint found."""
+
+    val_loss: float | None
+    size: int  # bytes of all files
+    wrong: list[str]
+    listed: bool  # whether it has a list of its files
 
 
 def _bytes_on_disk(state: Any) -> int:
     """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
-
-
-# When a write fails, Orbax drops the others, and for each of them asyncio or Python itself prints a traceback. We raise
-# the error: these are no news.
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
-
-
-def _print_news(unraisable: "sys.UnraisableHookArgs", print_it: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        print_it(unraisable)
 
 
 class Checkpoints:
@@ -62,42 +65,40 @@ class Checkpoints:
         """Open `workdir/checkpoints`; `read_only` creates and changes nothing.
 
         Raises:
-          NoCheckpointError: `read_only` and there are none; or one of them is damaged.
+          NoCheckpointError: `read_only` and there are none; or one is of another format.
         """
         self.directory = workdir.absolute() / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
-        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax warns of its own settings, and logs what it raises
-        logging.getLogger("asyncio").addFilter(_is_news)
-        sys.unraisablehook = _print_news
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[VAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+        quieten()
+        self._marks: dict[int, Mark] = {}
+        self._damaged: dict[int, str] = {}  # those whose meta says nothing any more, and why
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            best_fn=lambda metrics: metrics[VAL_LOSS],
-            best_mode="min",
+            preservation_policy=Retention(self._marks, keep),
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            # Creating directories in the background makes a read-only disk hang the exit for minutes.
-            # Its time-out goes by the wall clock, which may jump: the watchdog looks after saves that hang.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=NEVER),
+            lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
+                timeout_secs=NEVER,  # goes by the wall clock, which may jump: the watchdog looks after saves that hang
+                post_finalization_callback=self._list_files,
+            ),
         )
         handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "rest": ocp.StandardCheckpointHandler(),
+            **{item: ocp.StandardCheckpointHandler() for item in ITEMS},
             "meta": ocp.JsonCheckpointHandler(),
         }
         if not read_only:
             self._finish_replacing()
-        try:
-            # Reads every validation loss: under `lightweight_initialize` an earlier session's best would be deleted.
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        except (OSError, ValueError) as error:
-            raise NoCheckpointError(
-                f"{self.directory}: a checkpoint cannot be read ({one_line(error)}); move it aside and run again"
-            ) from error
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        for step in self._steps_on_disk():
+            try:
+                meta = self.meta(step)
+                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"])
+            except DamagedError as error:
+                self._damaged[step] = str(error)
 
     LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 
@@ -107,8 +108,22 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _steps_on_disk(self) -> list[int]:
+        names = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name)))
+
+    def _known(self) -> dict[int, Mark]:
+        """Of the checkpoints that are there and whose meta is sound."""
+        there = set(self._manager.all_steps())
+        return {step: mark for step, mark in self._marks.items() if step in there}
+
+    def steps(self) -> list[int]:
+        """All that are there, damaged ones included."""
+        return sorted({*self._known(), *self._damaged})
+
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest whose meta is sound: the one that has read most of the data."""
+        return next(iter(newest_first(self._known())), None)
 
     def best(self) -> int:
         """The step with the lowest validation loss; the newest when none was evaluated.
@@ -116,35 +131,62 @@ class Checkpoints:
         Raises:
           NoCheckpointError: there is no checkpoint.
         """
-        found = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        if not found:
-            raise NoCheckpointError(f"{self.directory}: no checkpoint yet; train first, or name another --workdir")
-        losses = {step: metrics[VAL_LOSS] for step, metrics in found.items() if metrics}
-        return min(losses, key=lambda step: (losses[step], step)) if losses else max(found)
+        return self._best_first()[0]
 
-    def save(self, step: int, params: Any, rest: Any, meta: Mapping[str, Any], val_loss: float | None) -> None:
+    def _best_first(self) -> list[int]:
+        if not self.steps():
+            raise NoCheckpointError(f"{self.directory}: no checkpoint yet; train first, or name another --workdir")
+        if not self._known():
+            raise self._all_damaged(self._damaged)
+        return best_first(self._known())
+
+    # --- Saving ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        meta: Mapping[str, Any],
+        val_loss: float | None,
+        position: int | None = None,
+    ) -> None:
         """Write a checkpoint, numbered by micro-steps, in the background.
 
         One of that number is replaced, and at no moment is there neither of the two. A `val_loss` that is not finite
-        is as none.
+        is as none. The one with the highest `position` (default: the step) counts as the newest.
 
         Raises:
           StorageError: this save, or the one before, could not be written.
         """
         self.require_room(1, (params, rest))  # a disk that is full in the middle of a save is seen at the next one only
+        mark = Mark(
+            position=int(step if position is None else position),
+            val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
+        )
+        if any(other.position > mark.position for other in self._known().values()):
+            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+        values = {
+            **meta,
+            "format": FORMAT,
+            "step": int(step),
+            "position": mark.position,
+            "checkpoint_val_loss": mark.val_loss,
+            "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
+        }
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave({"format": FORMAT, "step": int(step), **meta}),
+            meta=ocp.args.JsonSave(seal(values)),
         )
-        metrics = {VAL_LOSS: float(val_loss)} if val_loss is not None and math.isfinite(val_loss) else None
         try:
+            self._manager.wait_until_finished()
             replaces = step in self._manager.all_steps()
             if replaces:
-                self._manager.wait_until_finished()
                 (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}")
                 self._manager.reload()
-            saved = self._manager.save(int(step), args=args, metrics=metrics)
+            self._marks[step], self._saving = mark, step
+            self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
             if replaces:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
@@ -154,8 +196,12 @@ class Checkpoints:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
             raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
-        if not saved:
-            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+
+    def _list_files(self) -> None:
+        """Orbax calls this when all is written and not yet committed, from its own thread."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
+                write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
 
     def require_room(self, count: int, state: Any) -> None:
         """Whether the disk would take `count` more checkpoints of a state.
@@ -173,44 +219,6 @@ class Checkpoints:
                 shutil.rmtree(old)
             else:
                 old.rename(old.with_suffix(""))
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON item of a checkpoint.
-
-        Raises:
-          NoCheckpointError: there is no such checkpoint, or it cannot be read, or its format is another program's.
-        """
-        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        if meta.get("format") != FORMAT:
-            raise NoCheckpointError(
-                f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}"
-            )
-        return meta
-
-    def restore(self, step: int, params: Any, rest: Any, sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
-        """`params` and `rest` of a checkpoint, in the shapes and dtypes of the two given trees."""
-        found = self._read(
-            step,
-            params=ocp.args.StandardRestore(_abstract(params, sharding)),
-            rest=ocp.args.StandardRestore(_abstract(rest, sharding)),
-        )
-        return found["params"], found["rest"]
-
-    def restore_params(self, step: int, params: Any, sharding: jax.sharding.Sharding) -> Any:
-        """The weights alone."""
-        return self._read(step, params=ocp.args.StandardRestore(_abstract(params, sharding)))["params"]
-
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        steps = self._manager.all_steps()
-        if step not in steps:
-            there = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
-            raise NoCheckpointError(f"{self.directory}/{step}: no such checkpoint; {there}")
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            raise NoCheckpointError(
-                f"{self.directory}/{step}: cannot be read ({one_line(error)}); move it aside and run again"
-            ) from error
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -230,3 +238,168 @@ class Checkpoints:
         )
         text = reason[0] if reason else one_line(error)
         return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
+
+    # --- Reading one ----------------------------------------------------------------------------------------------
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON item of a checkpoint.
+
+        Raises:
+          DamagedError: it is not what was saved.
+          NoCheckpointError: there is no such checkpoint, or its format is another program's.
+        """
+        if step not in self._steps_on_disk():
+            steps = self.steps()
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+            raise NoCheckpointError(f"{self.directory}/{step}: no such checkpoint; {there}")
+        try:
+            meta = read_sealed(self.directory / str(step) / "meta" / "metadata")
+        except ValueError as error:
+            raise DamagedError(f"meta {error}") from error
+        if meta.get("format") != FORMAT:
+            raise NoCheckpointError(
+                f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}; use the program "
+                "that wrote it, or begin anew with --fresh"
+            )
+        if meta.get("step") != step:
+            raise DamagedError(f"meta is that of step {meta.get('step')}")
+        arrays = meta.get("arrays")
+        if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in ITEMS):
+            raise DamagedError("meta has no table of the arrays")
+        return meta
+
+    def restore(self, step: int, params: Any, rest: Any, sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
+        """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
+
+        Raises:
+          UserError: it is another model's or program's: the first array that differs, and in what.
+          DamagedError: it is not what was saved.
+        """
+        return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
+
+    def restore_params(self, step: int, params: Any, sharding: jax.sharding.Sharding) -> Any:
+        """The weights alone; raises as `restore`."""
+        return self._arrays(step, {"params": params}, sharding)["params"]
+
+    def _arrays(self, step: int, wanted: dict[str, Any], sharding: jax.sharding.Sharding) -> dict[str, Any]:
+        stored = self.meta(step)["arrays"]
+        for item, tree in wanted.items():
+            self._require_same_kind(f"{self.directory}/{step}", item, stored[item], tree)
+        return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
+
+    def _require_same_kind(self, where: str, item: str, stored: dict[str, list], tree: Any) -> None:
+        """Orbax would cast, and leave out what nobody asked for, without a word."""
+        there = {path: entry[:2] for path, entry in stored.items()}
+        here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
+        different = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+        if different:
+            describe = lambda entry: f"{entry[1]}{entry[0]}" if entry else "not there"
+            was, wanted = (describe(side.get(different[0])) for side in (there, here))
+            raise UserError(
+                f"{where}: {item}/{different[0]} is {was} in the checkpoint and {wanted} in this run "
+                f"({len(different)} of {len(there)} arrays differ); use the config and the program that wrote it"
+            )
+
+    def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: jax.sharding.Sharding) -> Any:
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            found = self._manager.restore(step, args=args)[item]
+        except Exception as error:
+            raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
+        now = fingerprints(found)
+        different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))
+        if different:
+            raise DamagedError(f"{item}/{different[0]} has changed ({len(different)} of {len(stored)} arrays)")
+        return found
+
+    # --- Reading the one that is best to read -------------------------------------------------------------------------
+
+    def restore_newest(
+        self,
+        target: Callable[[int, dict[str, Any]], tuple[Any, Any]],
+        sharding: jax.sharding.Sharding,
+        warn: Callable[[str], None],
+    ) -> tuple[int, dict[str, Any], Any, Any] | None:
+        """Step, meta, `params` and `rest` of the newest sound checkpoint; None where there is none at all.
+
+        What is damaged is renamed, but only once a sound one was restored, and `warn` gets a line about each.
+
+        Args:
+          target: takes a step and its meta and gives the trees for `restore`; may raise to refuse.
+
+        Raises:
+          NoCheckpointError: all are damaged; nothing was renamed.
+        """
+        damaged = dict(self._damaged)
+        for step in newest_first(self._known()):
+            try:
+                meta = self.meta(step)
+                params, rest = self.restore(step, *target(step, meta), sharding)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in sorted(damaged.items()):
+                place = self._set_aside(bad)
+                warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
+            return step, meta, params, rest
+        if damaged or (self.directory.is_dir() and any(self.directory.glob(f"*{DAMAGED}*"))):
+            raise self._all_damaged(damaged)
+        return None
+
+    def restore_best_params(
+        self, params: Any, sharding: jax.sharding.Sharding, warn: Callable[[str], None]
+    ) -> tuple[int, Any]:
+        """Step and weights of the best sound checkpoint. Renames nothing: `warn` gets a line about what is damaged.
+
+        Raises:
+          NoCheckpointError: there is no checkpoint, or all are damaged.
+        """
+        damaged = dict(self._damaged)
+        for step in self._best_first():
+            try:
+                found = self.restore_params(step, params, sharding)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in sorted(damaged.items()):
+                warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
+            return step, found
+        raise self._all_damaged(damaged)
+
+    def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:
+        found = "; ".join(f"{step}: {reason}" for step, reason in sorted(damaged.items())) or "all were set aside"
+        return NoCheckpointError(
+            f"{self.directory}: every checkpoint is damaged ({found}); put a copy back, or begin anew with --fresh, "
+            "which moves the run aside"
+        )
+
+    def _set_aside(self, step: int) -> Path:
+        number = 1
+        while (place := self.directory / f"{step}{DAMAGED}{number}").exists():
+            number += 1
+        (self.directory / str(step)).rename(place)
+        self._marks.pop(step, None)
+        self._damaged.pop(step, None)
+        self._manager.reload()
+        return place
+
+    def examine(self, step: int) -> "Finding":
+        """Look at every file and at every array of a checkpoint, on one device."""
+        path, val_loss = self.directory / str(step), None
+        changed = changed_files(path, BOOKKEEPING)
+        wrong = [f"{name} has changed" for name in changed or ()]
+        try:
+            meta = self.meta(step)
+            val_loss = meta["checkpoint_val_loss"]
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            for item in ITEMS:
+                try:
+                    tree = self._manager.item_metadata(step)[item]
+                except Exception as error:
+                    raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
+                self._read(step, item, meta["arrays"][item], tree, place)
+        except DamagedError as error:
+            wrong.insert(0, str(error))
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return Finding(val_loss, size, wrong, changed is not None)

@@ -174,3 +174,14 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
         total = sum(jnp.vdot(leaf, leaf) for leaf in leaves)
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
     return result
+
+
+def regroup(state: TrainState, optimizer: Any, old: int, new: int) -> TrainState:
+    """The state of a run that accumulated over `old` micro-batches, between two real steps, for `new` of them.
+
+    `optimizer` is that of the new number: with more than one, the inner optimizer's state is wrapped in optax's
+    MultiSteps, with one it stands alone. The count of real steps stays.
+    """
+    inner = state.opt_state if old == 1 else state.opt_state.inner_opt_state
+    opt_state = inner if new == 1 else optimizer.init(state.params)._replace(inner_opt_state=inner)
+    return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)

@@ -36,7 +36,7 @@ def make_run(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, params: Ma
     workdir.mkdir()
     config.tokenizer = tokenizer.name
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(7, params, {"micro_step": np.int32(7)}, {}, None)
+        checkpoints.save(7, params, {"micro_step": np.int32(7)}, run_lib.identity(config, tokenizer), None)
     write_json(workdir / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
     write_json(workdir / run_lib.CONFIG_FILE, {"config": config_lib.to_dict(config)})
     return workdir

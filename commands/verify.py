@@ -1,0 +1,46 @@
+"""Check every checkpoint of a run: each file against its hash, each array against its fingerprint."""
+
+from pathlib import Path
+
+from absl import flags
+
+import config_lib
+from runtime import devices
+from runtime.checkpoint import Checkpoints
+from runtime.console import Console
+from runtime.errors import NoCheckpointError, UserError
+
+NO_LIST = "ok; no list of files, so the arrays alone were checked"
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("verify", __doc__, argv, _define)
+    workdir, console = Path(values.workdir), Console()
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: no such directory; name the directory of a run")
+    devices.wake_up()
+    damaged = []
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise NoCheckpointError(
+                f"{checkpoints.directory}: no checkpoint yet; train first, or name another --workdir"
+            )
+        console.line(f"{'checkpoint':>10}  {'val_loss':>8}  {'bytes':>13}  state")
+        for step in steps:
+            found = checkpoints.examine(step)
+            loss = "" if found.val_loss is None else f"{found.val_loss:.4f}"
+            more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
+            state = f"damaged: {found.wrong[0]}{more}" if found.wrong else "ok" if found.listed else NO_LIST
+            console.line(f"{step:>10}  {loss:>8}  {found.size:>13,}  {state}")
+            damaged += [step] if found.wrong else []
+    if damaged:
+        names = ", ".join(map(str, damaged))
+        raise NoCheckpointError(
+            f"{checkpoints.directory}: {len(damaged)} of {len(steps)} checkpoints damaged ({names}); training, sample "
+            "and eval pass over them as long as one is sound"
+        )
