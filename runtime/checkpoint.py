@@ -28,6 +28,7 @@ from runtime.seal import changed_files, read_sealed, seal, write_file_list
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
 ITEMS = ("params", "rest")
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
@@ -99,8 +100,6 @@ class Checkpoints:
                 self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"])
             except DamagedError as error:
                 self._damaged[step] = str(error)
-
-    LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -191,7 +190,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
             elif (
-                jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= self.LARGE
+                jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE
             ):
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
