@@ -41,12 +41,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1 and below 2147483648",
         lambda x: 1 <= x < 2**31,
         "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context "
-        "accumulation_steps batch_size max_bad_steps eval_every log_every save_every keep",
+        "accumulation_steps batch_size steps_per_dispatch max_bad_steps eval_every log_every save_every keep",
     ),
     (
         "at least 0 and below 2147483648",
         lambda x: 0 <= x < 2**31,
-        "num_kv_heads head_dim sliding_window muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
+        "num_kv_heads head_dim sliding_window loss_chunk muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
         "sample_every sample_tokens watchdog_seconds",
     ),
     ("from 1 to 100", lambda x: 1 <= x <= 100, "newton_schulz_steps"),
@@ -66,7 +66,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
-    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "watchdog_seconds"),
+    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
+    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
 

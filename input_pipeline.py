@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -28,7 +28,7 @@ from runtime import fetch
 from runtime.errors import UserError, one_line
 from transformer.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 Say = Callable[[str], None]
 
 IGNORED = -1
@@ -281,15 +281,15 @@ def _windows(tokens: np.ndarray, starts: Sequence[int], num_rows: int, context_l
     return batch
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, size: int = 2) -> Iterator[T]:
-    """Yields make(start) to make(stop - 1), each made `size` items before it is asked for.
+def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator[T]:
+    """Yields make(x) for each x, made `size` items before it is asked for.
 
     No thread: JAX dispatches asynchronously, so while the device works on a step the caller is back here, where `make`
     builds a later batch and starts its transfer.
     """
     ahead: deque[T] = deque()
-    for step in range(start, stop):
-        ahead.append(make(step))
+    for x in of:
+        ahead.append(make(x))
         if len(ahead) > size:
             yield ahead.popleft()
     yield from ahead

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
+from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
 from runtime import devices, metrics
@@ -28,7 +29,7 @@ from transformer import optimizer as optimizer_lib
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, init_params, model_of
 from transformer.sampling import Sampling, generate
-from transformer.sharding import batch_sharded, make_mesh, replicated
+from transformer.sharding import make_mesh, replicated
 from transformer.step import TrainState, init_state, make_train_step
 from transformer.tokenizer import Tokenizer, UnknownCharacters
 
@@ -137,6 +138,8 @@ class Trainer:
             spike_sigmas=config.spike_sigmas,
             skip_spikes=config.skip_spikes,
         )
+        if config.steps_per_dispatch > 1:
+            self.train_step = several_steps(self.train_step)
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
         console.header(run_lib.header(workdir, config, self.model_config, self.data, self.labels, self.total))
@@ -206,20 +209,20 @@ class Trainer:
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
         k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
-        make_batch = lambda index: jax.device_put(self.batches(index), batch_sharded(self.mesh))
+        make_batch = lambda span: (span, place(self.batches, self.mesh, self.config.steps_per_dispatch, span))
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
             if self.micro_step < end:
                 self.console.line("compiling the step")
             with self.console.progress(self.total, self.step) as bar:
-                for batch in prefetch(make_batch, self.micro_step, end):
+                for span, batch in prefetch(make_batch, spans(self.config, self.micro_step, end, profile or ())):
                     self.stop.raise_if_set()
                     if profile:
                         self._profile(*profile)
                     with jax.transfer_guard("disallow"):  # nothing may slip to or from the host unseen
                         self.state, step_metrics = self.train_step(self.state, batch)
-                    self.micro_step += 1
+                    self.micro_step = span.stop
                     if self.timed_from is None:  # the first step compiles, which is kept out of the timings
                         jax.block_until_ready(step_metrics)
                         self.timed_from, self.lap_from = (self.micro_step, self.clock.elapsed), self.micro_step
@@ -355,7 +358,7 @@ class Trainer:
         self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss)
 
     def _profile(self, first: int, last: int) -> None:
-        """Trace the real steps from `first` to before `last` (called before each micro-step, and after the loop)."""
+        """Trace the real steps from `first` to before `last` (called before each dispatch, and after the loop)."""
         k = self.config.accumulation_steps
         if self.tracing and (self.micro_step >= last * k or self.step == self.total):
             jax.block_until_ready(self.state)

@@ -1,12 +1,13 @@
 """What every benchmark shares: the trainer's step, the machine described, timing in turns, tables with their JSON."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,8 @@ from transformer.model import init_params
 from transformer.sharding import batch_sharded, make_mesh, replicated
 from transformer.step import init_state, make_train_step
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
 
 
@@ -58,6 +60,61 @@ def wake_devices(config: ConfigDict) -> None:
     devices.wake_up()
 
 
+def flags_of(
+    parser: argparse.ArgumentParser, config: ConfigDict, argv: Sequence[str] | None, rounds: int
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """The flags, those that all benchmarks have among them, and `config` as --config.KEY=VALUE changes it.
+
+    `flags.changes` holds the changed keys.
+
+    Raises:
+      SystemExit: an unknown flag or key, or a value of another type.
+    """
+    parser.add_argument("--rounds", type=int, default=rounds, help="of the things compared, which take turns")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
+    flags, rest = parser.parse_known_args(argv)
+    flags.changes = {}
+    for word in rest:
+        name, _, text = word.partition("=")
+        key = name.removeprefix("--config.")
+        if key == name or key not in config:
+            parser.error(f"{word}: unknown; any key of the config can be changed with --config.KEY=VALUE")
+        try:
+            flags.changes[key] = _parse(text, config[key])
+        except ValueError:
+            parser.error(f"{word}: expected {type(config[key]).__name__}")
+    return flags, override(config, flags.changes)
+
+
+def _parse(text: str, default: Any) -> Any:
+    """The value that a flag gives, of the default's type; a tuple as 0.9,0.95.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple):
+        return tuple(map(float, text.strip("()[]").split(",")))
+    value = json.loads(text.lower())
+    value = float(value) if isinstance(default, float) and type(value) is int else value
+    if type(value) is not type(default):
+        raise ValueError(text)
+    return value
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with some keys changed."""
+    changed = config.copy_and_resolve_references()
+    changed.update(changes)
+    return changed
+
+
+def about(config: ConfigDict) -> str:
+    """A model and its batch in a table's cell."""
+    return f"{config.num_blocks} x {config.embedding_dim}, context {config.context_len}, batch {config.batch_size}"
+
+
 class TrainerStep:
     """The trainer's step for a config, with its state and devices, without the files and the console around it."""
 
@@ -70,10 +127,22 @@ class TrainerStep:
         optimizer = optimizer_lib.make_optimizer(settings, params, total, self.mesh)
         init = partial(init_state, self.model_config, optimizer, labels)
         schedule = optimizer_lib.schedule_shape(settings, total)
-        self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        self._init = lambda: jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        self.reset()
         self.train_step = make_train_step(
-            self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh
+            *(self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
         )
+
+    def reset(self) -> None:
+        """Back to the state before the first step."""
+        self.state = self._init()
+
+    def memory(self, batch_BT1: jax.Array) -> int:
+        """Bytes that the compiled step holds on each device: arguments and temporary arrays (results replace both)."""
+        held = self.train_step.lower(self.state, batch_BT1).compile().memory_analysis()
+        return held.argument_size_in_bytes + held.temp_size_in_bytes
 
     @property
     def tokens(self) -> int:
@@ -93,9 +162,9 @@ class TrainerStep:
         self.state, metrics = self.train_step(self.state, batch_BT1)
         return metrics
 
-    def several(self, steps: int, batch_BT1: jax.Array) -> None:
-        """So many steps on one batch, waited for at the end alone, as the trainer does between two rows of its log."""
-        for _ in range(steps):
+    def several(self, batches: Iterable[jax.Array]) -> None:
+        """A step on each batch, waited for at the end alone, as the trainer does between two rows of its log."""
+        for batch_BT1 in batches:
             metrics = self(batch_BT1)
         jax.block_until_ready(metrics)
 

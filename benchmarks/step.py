@@ -21,12 +21,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.harness import RESULTS, TrainerStep, matrix_rate, report, spread, wake_devices
+from benchmarks.harness import RESULTS, ROOT, TrainerStep, about, matrix_rate, report, spread, wake_devices
 from configs import nanogpt_char_cpu, shakespeare
 from run_lib import model_config_of
 from transformer.cost import flops_per_token, parameter_counts
 
-ROOT = Path(__file__).parent.parent
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary
     "4 x 128": (4, 128, 4, 512, 64, 12, 65),
     "6 x 384": (6, 384, 6, 1536, 256, 8, 65),
@@ -59,7 +58,7 @@ def here(shape: str) -> tuple[Callable[[int], None], int]:
     wake_devices(config)
     step = TrainerStep(config, vocab_size)
     batch = step.random_batch()
-    return lambda steps: step.several(steps, batch), sum(parameter_counts(step.model_config).values())
+    return lambda steps: step.several([batch] * steps), sum(parameter_counts(step.model_config).values())
 
 
 def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
@@ -152,8 +151,7 @@ def rows_of(shape: str, seconds: dict[str, list[float]], rate: float) -> list[di
     theirs = [statistics.median(values) for side, values in seconds.items() if side != "here" and values]
     rows = []
     for side, values in seconds.items():
-        name = f"{config.num_blocks} x {config.embedding_dim}, context {config.context_len}, batch {config.batch_size}"
-        row = {"model": name + (f", {RECIPE}" if shape == RECIPE else ""), "side": side}
+        row = {"model": about(config) + (f", {RECIPE}" if shape == RECIPE else ""), "side": side}
         cells = ("ms a step", "quartiles", "tokens/s", "of the matrix rate", "times as fast as torch")
         if not values:
             rows.append(row | dict.fromkeys(cells, "") | {"ms a step": "did not start"})

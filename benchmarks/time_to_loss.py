@@ -1,15 +1,16 @@
 """From the shell prompt to a validation loss, or the best loss in a given time.
 
     python -m benchmarks.time_to_loss                                     # to 1.8857, cold and warm, three seeds
-    python -m benchmarks.time_to_loss --config=configs/shakespeare.py --target=1.57 --seconds=142
+    python -m benchmarks.time_to_loss --config=configs/shakespeare.py --target=1.56 --seconds=142
 
-Each run is the whole process `python main.py --config=...`, timed from outside, results on the disk. Its loss is exact:
-the whole validation split. Cold is with an empty compile cache, warm with what one run before left. The text must be
-there already; packages are installed.
+Each run is the whole process `python main.py --config=...`, timed from outside. Its losses are exact: the whole
+validation split. Cold is with an empty compile cache, warm with what one run before left. The text must be there
+already; packages are installed. With --seconds a run counts for what stood on the disk by then, and is ended.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,64 +23,90 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def run(config: str, seed: int, cache: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run of main.py: its seconds, those until its first step had been made, and its last row of metrics."""
+def run(config: str, seed: int, cache: Path, overrides: list[str], seconds: float = math.inf) -> dict[str, Any]:
+    """One run of main.py, ended after so many seconds: how long it took, and the rows of its metrics.
+
+    Each row has, as "at", the seconds from the shell prompt until it stood on the disk.
+
+    Raises:
+      SystemExit: main.py failed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        workdir = Path(scratch) / "run"
-        command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", f"--config.seed={seed}"]
-        command += overrides
+        metrics = Path(scratch) / "run" / "metrics.jsonl"
+        command = [sys.executable, "main.py", f"--config={config}", f"--workdir={metrics.parent}"]
+        command += [f"--config.seed={seed}", *overrides]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-        start = time.time()
+        start = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        first = None
-        while process.poll() is None:
-            if first is None and (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size:
-                first = (workdir / "metrics.jsonl").stat().st_mtime - start
+        rows: list[dict[str, Any]] = []
+        while (running := process.poll() is None) and time.monotonic() - start < seconds:
+            rows += read(metrics, len(rows), time.monotonic() - start)
             time.sleep(0.02)
-        seconds = time.time() - start
-        if process.returncode:
+        taken = time.monotonic() - start
+        if running:
+            process.kill()
+            process.wait()
+        elif process.returncode:
             raise SystemExit(f"main.py ended with status {process.returncode}")
-        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        return {"seconds": seconds, "first_row": first, **last}
+        return {"seconds": taken, "rows": rows + read(metrics, len(rows), taken)}
 
 
-def main() -> None:
+def read(metrics: Path, known: int, at: float) -> list[dict[str, Any]]:
+    """The rows after the first `known` ones; a line that is being written is left for the next time."""
+    lines = metrics.read_text().split("\n")[known:-1] if metrics.exists() else []
+    return [{**json.loads(line), "at": at} for line in lines]
+
+
+def summary(result: dict[str, Any], target: float) -> dict[str, Any]:
+    """The cells of a run: its best loss, when the target was reached, and when the process had ended.
+
+    A loss counts from when it stood on the disk: its checkpoint, and the process's end, come a little later.
+    """
+    evaluated = [row for row in result["rows"] if row.get("val_loss") is not None]
+    best = min(evaluated, key=lambda row: row["val_loss"], default=None)
+    there = next((row for row in evaluated if row["val_loss"] <= target), None)
+    last = result["rows"][-1] if result["rows"] else None
+    return {
+        "steps": last and last["step"],
+        "best val_loss": best and f"{best['val_loss']:.4f}",
+        "at step": best and best["step"],
+        "to the first logged step (s)": result["rows"][0]["at"] if last else None,
+        "whole process (s)": result["seconds"],
+        "target on the disk after (s)": "not reached" if there is None else there["at"],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/shakespeare_fast.py")
     parser.add_argument("--target", type=float, default=1.8857, help="validation loss in nats per token")
-    parser.add_argument("--seconds", type=float, default=0, help="the time that a run may take; 0: any")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="the time that a run may take")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    flags, overrides = parser.parse_known_args()
+    parser.add_argument("--caches", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
+    parser.add_argument("--out", type=Path, help="the folder of the JSON; default benchmarks/results")
+    flags, overrides = parser.parse_known_args(argv)
 
-    from benchmarks.harness import report
+    from benchmarks.harness import RESULTS, report
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for cache_is in ("cold", "warm"):
+        caches = {seed: Path(folder) / str(seed) for seed in flags.seeds}
+        if not any(word.startswith("--config.data_dir") for word in overrides):
+            overrides = [f"--config.data_dir={ROOT / 'data'}", *overrides]
+        filled = caches[flags.seeds[0]]  # by the first cold run, or by one that does not count
+        if "cold" not in flags.caches:
+            run(flags.config, flags.seeds[0], filled, overrides)
+        for kind in sorted(flags.caches):
             for seed in flags.seeds:
-                cache = Path(folder) / (f"cold{seed}" if cache_is == "cold" else f"cold{flags.seeds[0]}")
-                result = run(flags.config, seed, cache, ["--config.data_dir=" + str(ROOT / "data"), *overrides])
-                reached = result["val_loss"] <= flags.target and result["seconds"] <= (flags.seconds or float("inf"))
-                rows.append(
-                    {
-                        "compile cache": cache_is,
-                        "seed": seed,
-                        "steps": result["step"],
-                        "val_loss": f"{result['val_loss']:.4f}",
-                        "seconds, whole process": result["seconds"],
-                        "to the first logged step": result["first_row"],
-                        "reached": "yes" if reached else "no",
-                    }
-                )
+                result = run(flags.config, seed, filled if kind == "warm" else caches[seed], overrides, flags.seconds)
+                rows.append({"compile cache": kind, "seed": seed, **summary(result, flags.target)})
                 print(rows[-1], file=sys.stderr)
-    medians = {
-        kind: statistics.median(row["seconds, whole process"] for row in rows if row["compile cache"] == kind)
-        for kind in ("cold", "warm")
-    }
-    limit = f" within {flags.seconds:.0f} s" if flags.seconds else ""
-    note = f"Medians: cold {medians['cold']:.1f} s, warm {medians['warm']:.1f} s. {' '.join(overrides)}"
+    median = lambda cache: statistics.median(row["whole process (s)"] for row in rows if row["compile cache"] == cache)
+    medians = ", ".join(f"{cache} {median(cache):.1f} s" for cache in sorted(flags.caches))
+    limit = f", ended after {flags.seconds:.0f} s" if flags.seconds < math.inf else ""
     name = f"time_to_loss_{Path(flags.config).stem}"
-    report(name, f"{flags.config} to a validation loss of {flags.target}{limit}", rows, note.strip())
+    title = f"{flags.config} to a validation loss of {flags.target}{limit}"
+    report(name, title, rows, f"Whole process, medians: {medians}.", flags.out or RESULTS)
 
 
 if __name__ == "__main__":

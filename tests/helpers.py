@@ -112,13 +112,13 @@ def run_patched(patch: str, *argv: str, **environment: str) -> subprocess.Comple
 
 
 def signal_before(signum: signal.Signals, micro_step: int) -> Any:
-    """A stand-in for `input_pipeline.prefetch` under which a signal comes before `micro_step`, or never."""
+    """A stand-in for `input_pipeline.prefetch` under which a signal comes before the dispatch of `micro_step`."""
 
-    def prefetch(make: Any, start: int, stop: int) -> Iterator[Any]:
-        for index, batch in enumerate(input_pipeline.prefetch(make, start, stop), start):
-            if index == micro_step:
+    def prefetch(make: Any, spans: Any) -> Iterator[Any]:
+        for span, batch in input_pipeline.prefetch(make, spans):
+            if micro_step in span:
                 signal.raise_signal(signum) if signum != signal.SIGKILL else os.kill(os.getpid(), signum)
-            yield batch
+            yield span, batch
 
     return prefetch
 

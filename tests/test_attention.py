@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, rotation, visible
+from transformer.attention import Cache, LayerCache, attend, visible, visible_slots, write
+from transformer.rotary import Yarn, rope_frequencies, rotate, rotation
 
 B, T, N, K, H = 2, 5, 6, 3, 4
 
@@ -60,16 +61,23 @@ def test_visible():
     assert table([[5]], 99) == table([[5]], 0)
 
 
-def test_cache_write_puts_each_row_at_its_own_positions():
-    cache = LayerCache(jnp.full((B, 7, K, H), -1.0), jnp.full((B, 7, K, H), -2.0))
+def test_write_puts_all_texts_into_the_same_slots():
+    cache = LayerCache(jnp.full((B, K, 7, H), -1.0), jnp.full((B, K, 7, H), -2.0))
     k, v = jnp.float32(normal(B, 3, K, H)), jnp.float32(normal(B, 3, K, H, seed=1))
-    position_BT = np.array([[0, 1, 2], [4, 5, 6]])
-    after = jax.jit(cache_write)(cache, k, v, position_BT)
-    for new, written, blank in ((after.k_BSKH, k, -1), (after.v_BSKH, v, -2)):
-        want = np.full((B, 7, K, H), blank, np.float32)
-        for b in range(B):
-            want[b, position_BT[b]] = written[b]
+    after = jax.jit(write)(cache, k, v, 4)
+    for new, written, blank in ((after.k_BKSH, k, -1), (after.v_BKSH, v, -2)):
+        want = np.full((B, K, 7, H), blank, np.float32)
+        want[:, :, 4:] = written.swapaxes(1, 2)
         np.testing.assert_array_equal(new, want)
+
+
+def test_padding_and_the_future_are_not_visible():
+    empty = jnp.zeros((2, 1, 6, 1))
+    cache = Cache([LayerCache(empty, empty)], start_B=jnp.array([0, 3]), length=jnp.int32(3))
+    table = lambda window: np.array(visible_slots(cache, 2, window)).astype(int).tolist()
+    first, second = [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]
+    assert table(0) == [[first, second], [[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]]]
+    assert table(2) == [[[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]], [[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]]]
 
 
 # --- Rotary positions ---------------------------------------------------------------------------------------------

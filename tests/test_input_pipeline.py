@@ -142,10 +142,10 @@ def test_evaluation_of_a_prefix_takes_whole_windows(max_tokens, predicted):
 @pytest.mark.parametrize("size", [0, 1, 2, 9])
 def test_prefetch_keeps_the_order_and_stays_ahead(size):
     made = []
-    for item in prefetch(lambda step: made.append(step) or step, start=3, stop=8, size=size):
+    for item in prefetch(lambda step: made.append(step) or step, range(3, 8), size):
         assert made == list(range(3, min(item + size + 1, 8)))
     assert made == [3, 4, 5, 6, 7]
-    assert list(prefetch(str, 4, 4)) == []
+    assert list(prefetch(str, [])) == []
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

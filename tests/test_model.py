@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention import rope_frequencies
 from transformer.cost import flops_per_token, parameter_counts
+from transformer.loss import loss_sum
 from transformer.model import (
     CHOICES,
     Transformer,
     TransformerConfig,
     init_params,
-    loss_sum,
     model_of,
     params_of,
 )
+from transformer.rotary import rope_frequencies
 
 B, T, V = 3, 5, 13
 SMALL = TransformerConfig(vocab_size=V, context_len=7, num_blocks=1, num_heads=6, embedding_dim=18, mlp_dim=14)
@@ -150,8 +150,9 @@ def test_a_family_is_a_table_of_settings_and_computes_what_they_say(random_param
 
 def test_the_families_use_every_choice_there_is():
     used = {name: {getattr(with_(**settings), name) for settings in FAMILIES.values()} for name in CHOICES}
-    kernels = {"attention_kernel": {"auto"}}  # compared with each other in tests/parity/test_attention_forms.py
-    assert used == {name: set(values) for name, values in CHOICES.items()} | kernels
+    # Compared with each other in tests/parity/test_attention_forms.py, and in tests/test_layers.py.
+    elsewhere = {"attention_kernel": {"auto"}, "remat": {"none"}}
+    assert used == {name: set(values) for name, values in CHOICES.items()} | elsewhere
 
 
 @pytest.mark.parametrize(
@@ -236,15 +237,6 @@ def test_initial_weights():
                 assert deviation == near(std if name.endswith(writes) else 0.02), name
     assert spread(tie_embeddings=False, output_init="scaled")["head.kernel"][1] == near(0.02)
     assert spread(tie_embeddings=False, output_init="zero")["head.kernel"] == (0, 0)
-
-
-def test_loss_sum_counts_the_targets_that_are_not_negative():
-    logits_BTV = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
-    targets_BT = np.array([[4, -1, 0], [-1, -1, 12]])
-    loss, count = jax.jit(loss_sum)(logits_BTV, targets_BT)
-    probs_BTV = np.exp(logits_BTV, dtype=np.float64) / np.exp(logits_BTV, dtype=np.float64).sum(-1, keepdims=True)
-    assert count == 3
-    assert loss == pytest.approx(-np.log(probs_BTV[[0, 0, 1], [0, 2, 2], [4, 0, 12]]).sum(), rel=1e-6)
 
 
 # --- What it counts -----------------------------------------------------------------------------------------------
@@ -334,12 +326,12 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(random_params):
     config = with_(dropout=0.3, norm="rmsnorm", position="none", output_init="zero")
     params = random_params(config)
     params |= {name: 0 * p for name, p in params.items() if "mlp.down" in name}
-    x_BTD, position_BT = np.random.default_rng(0).normal(size=(B, 7, 18)).astype(np.float32), np.arange(7)[None]
+    x_BTD = np.random.default_rng(0).normal(size=(B, 7, 18)).astype(np.float32)
 
     @jax.jit
     def added(key):
         block = model_of(config, params).blocks[0]
-        run = lambda rngs: block(x_BTD, position_BT, None, None, rngs)[0] - x_BTD
+        run = lambda rngs: block(x_BTD, None, rngs)[0] - x_BTD
         plain, dropped = run(None), run(nnx.Rngs(dropout=key))
         silent = params | {"blocks.0.attention.out.kernel": 0 * params["blocks.0.attention.out.kernel"]}
         embedded, _ = model_of(config, silent).hidden(tokens(), rngs=nnx.Rngs(dropout=key))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer import sampling
 from transformer.model import TransformerConfig, init_params, model_of, params_of
 from transformer.sampling import (
     CHUNK,
@@ -96,6 +97,16 @@ def test_greedy_text_equals_recomputation_over_several_refills(models, name):
     assert min(len(set(row)) for row in have.tolist()) > 5  # no row that only repeats itself
 
 
+def test_a_cache_that_grows_in_mid_text_changes_nothing(model, monkeypatch):
+    ids = prompts(1, 9, 5)
+    want = tokens_of(model, ids, C - 10)
+    sizes, enlarge = [], sampling._enlarge
+    monkeypatch.setattr(sampling, "FEWEST_SLOTS", 2)
+    monkeypatch.setattr(sampling, "_enlarge", lambda cache, slots: sizes.append(slots) or enlarge(cache, slots))
+    np.testing.assert_array_equal(tokens_of(model, ids, C - 10), want)
+    assert sizes == [32]
+
+
 def test_logits_with_the_cache_equal_those_without(models):
     """Texts of different lengths in one padded prefill, then four tokens at a time to the end of the context."""
     model = models["rope, window, grouped heads"]
@@ -104,18 +115,19 @@ def test_logits_with_the_cache_equal_those_without(models):
     want_BCV = all_logits(model.config, params_of(model), tokens_BC)
 
     @jax.jit
-    def cached(tokens_BT, position_BT, cache):
-        hidden_BTD, cache = model.hidden(tokens_BT, position_BT, cache)
+    def cached(tokens_BT, cache):
+        hidden_BTD, cache = model.hidden(tokens_BT, cache)
         return model.logits(hidden_BTD), cache
 
-    padding = 7
-    padded_BT = np.where(np.arange(T) < lengths_B[:, None], tokens_BC[:, :T], padding)
-    have_BTV, cache = cached(padded_BT, np.tile(np.arange(T), (4, 1)), model.empty_cache(4))
+    start_B = T - lengths_B
+    padding, place_BT = 7, np.arange(T) - start_B[:, None]
+    padded_BT = np.where(place_BT >= 0, np.take_along_axis(tokens_BC, np.maximum(place_BT, 0), axis=1), padding)
+    have_BTV, cache = cached(padded_BT, model.empty_cache(start_B, C + T))
     for row, length in enumerate(lengths_B):
-        np.testing.assert_allclose(have_BTV[row, :length], want_BCV[row, :length], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(have_BTV[row, -length:], want_BCV[row, :length], rtol=1e-5, atol=1e-5)
     for start in range(0, C - 2 * T, T):
         row_B1, place_BT = np.arange(4)[:, None], lengths_B[:, None] + start + np.arange(T)
-        have_BTV, cache = cached(tokens_BC[row_B1, place_BT], place_BT, cache)
+        have_BTV, cache = cached(tokens_BC[row_B1, place_BT], cache)
         np.testing.assert_allclose(have_BTV, want_BCV[row_B1, place_BT], rtol=1e-5, atol=1e-5)
 
 

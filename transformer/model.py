@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention import LayerCache, Yarn, attend, cache_write, rope_frequencies, rotate, rotation, visible
+from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.dense import dot_general, settle
 from transformer.flash import KERNEL_NAMES, causal_attention
+from transformer.layers import REMAT_POLICIES, run_blocks
+from transformer.rotary import Yarn, rope_frequencies, rotate, rotation
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
+Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 CHOICES = {
@@ -28,6 +31,7 @@ CHOICES = {
     "output_init": ("normal", "scaled", "zero"),
     "dtype": ("float32", "bfloat16"),
     "attention_kernel": KERNEL_NAMES,
+    "remat": tuple(REMAT_POLICIES),
 }
 
 
@@ -75,6 +79,9 @@ class TransformerConfig:
     output_init: str = "normal"
     dtype: str = "float32"
     attention_kernel: str = "auto"
+    loss_chunk: int = 0
+    remat: str = "none"
+    scan_blocks: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
@@ -103,6 +110,18 @@ class TransformerConfig:
             raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
         if set(self.window_pattern) - set("LG") or not self.window_pattern:
             raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
+        if self.scan_blocks and self.period == self.num_blocks > 1:
+            raise ValueError(
+                f"scan_blocks: window_pattern {self.window_pattern!r} does not repeat in {self.num_blocks} blocks; "
+                f"use False, or a multiple of {len(self.window_pattern)} blocks"
+            )
+
+    @property
+    def period(self) -> int:
+        """After how many layers the windows repeat: the least divisor of num_blocks for which they do."""
+        windows = list(map(self.window, range(self.num_blocks)))
+        sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
+        return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
 
     @property
     def yarn(self) -> Yarn | None:
@@ -170,7 +189,7 @@ class Attention(nnx.Module):
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, turn: Rotation | None, cache: LayerCache | None
+        self, x_BTD: jax.Array, turn: Rotation | None, place: Place | None
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         B, T, _ = x_BTD.shape
@@ -182,12 +201,13 @@ class Attention(nnx.Module):
         if turn is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
         sink_N = self.sink[...] if c.attention_sink else None
-        if cache is None:
+        cache = None
+        if place is None:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, sink_N, self.window, c.attention_kernel)
         else:
-            cache = cache_write(cache, k_BTKH, v_BTKH, position_BT)
-            mask_BTS = visible(position_BT, jnp.arange(cache.k_BSKH.shape[1]), self.window)
-            y_BTNH = attend(q_BTNH, *cache, mask_BTS, sink_N)
+            before, slot, masks = place
+            cache = write(before, k_BTKH, v_BTKH, slot)
+            y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink_N)
         return self.out(y_BTNH.reshape(B, T, c.num_heads * c.head_dim)), cache
 
 
@@ -232,12 +252,11 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        position_BT: jax.Array,
         turn: Rotation | None,
-        cache: LayerCache | None,
         rngs: nnx.Rngs | None,
+        place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), position_BT, turn, cache)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), turn, place)
         x_BTD = settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)), cache
@@ -265,21 +284,13 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens_BT, rngs=rngs)[0])
 
     def hidden(
-        self,
-        tokens_BT: jax.Array,
-        position_BT: jax.Array | None = None,
-        cache: list[LayerCache] | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> tuple[jax.Array, list[LayerCache]]:
-        """The last layer's normalised output [B, T, D], and the cache with the new keys and values in it (else []).
-
-        Args:
-          position_BT: each token's place in its text; 0, 1, 2, ... when not given, and always so without a cache.
-          cache: one LayerCache a block, read and extended at `position_BT`; None to attend within `tokens_BT` alone.
-        """
-        c = self.config
-        if position_BT is None:
-            position_BT = jnp.arange(tokens_BT.shape[1])[None]
+        self, tokens_BT: jax.Array, cache: Cache | None = None, rngs: nnx.Rngs | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """The last layer's normalised output [B, T, D]; with a cache to go on from, also the one after these tokens."""
+        c, T = self.config, tokens_BT.shape[1]
+        position_BT = jnp.arange(T)[None]
+        if cache is not None:
+            position_BT = jnp.maximum(cache.length + position_BT - cache.start_B[:, None], 0)
         x_BTD = self.embedding(tokens_BT)
         if c.position == "learned":
             x_BTD = x_BTD + self.positions(position_BT)
@@ -287,32 +298,38 @@ class Transformer(nnx.Module):
         turn = None
         if c.position == "rope":
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
-        caches = []
-        for layer, block in enumerate(self.blocks):
-            x_BTD, layer_cache = block(x_BTD, position_BT, turn, cache[layer] if cache else None, rngs)
-            if layer_cache is not None:
-                caches.append(layer_cache)
-        return self.final_norm(x_BTD), caches
+        if cache is None:
+            period = c.period if c.scan_blocks else 0
+            return self.final_norm(run_blocks(self.blocks, x_BTD, turn, rngs, c.remat, period)), None
+        masks = {
+            window: visible_slots(cache, T, window) for window in {block.attention.window for block in self.blocks}
+        }
+        layers: list[Any] = []
+        for block, before in zip(self.blocks, cache.layers, strict=True):
+            x_BTD, after = block(x_BTD, turn, rngs, (before, cache.length, masks))
+            layers.append(after)
+        return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
+
+    @property
+    def output(self) -> nnx.Embed | nnx.Linear:
+        """Whose weights make the logits."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""
-        logits = (self.embedding.attend(x_BTD) if self.config.tie_embeddings else self.head(x_BTD)).astype(jnp.float32)
-        cap = self.config.logit_softcap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return head_logits(self.output, x_BTD, self.config.logit_softcap)
 
-    def empty_cache(self, batch: int) -> list[LayerCache]:
-        """A key/value cache for `batch` texts of up to context_len tokens."""
+    def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
+        """A cache for texts that will begin at these slots."""
         c = self.config
-        empty = jnp.zeros((batch, c.context_len, c.num_kv_heads, c.head_dim), c.dtype)
-        return [LayerCache(empty, empty) for _ in range(c.num_blocks)]
+        empty = jnp.zeros((len(start_B), c.num_kv_heads, slots, c.head_dim), c.dtype)
+        return Cache([LayerCache(empty, empty) for _ in range(c.num_blocks)], start_B, jnp.int32(0))
 
 
-def loss_sum(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy summed over the targets that are not negative (nats, float32), and how many those are."""
-    real_BT = targets_BT >= 0
-    target_BT1 = jnp.maximum(targets_BT, 0)[..., None]
-    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
-    return jnp.where(real_BT, loss_BT, 0.0).sum(), real_BT.sum()
+def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, softcap: float) -> jax.Array:
+    """`Transformer.logits` as a function of the module whose weights make them."""
+    logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 # --- Parameters by name -------------------------------------------------------------------------------------------

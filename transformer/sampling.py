@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention import LayerCache
+from transformer.attention import Cache, LayerCache
 from transformer.model import Params, Transformer, TransformerConfig, model_of, params_of
 from transformer.tokenizer import TextStream, Tokenizer
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
+FEWEST_SLOTS = 64  # of the cache; it doubles when it is full, since attention reads all of it for each token
 NOTHING = -1  # what a finished text yields
 
 
@@ -84,27 +85,26 @@ def pick(
 
 @partial(jax.jit, static_argnames=("config", "sampling"))
 def _prefill(
-    params: Params, tokens_BP, length_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
-) -> tuple[jax.Array, list[LayerCache]]:
-    """Read whole texts at once; the next token of each, and the cache.
-
-    Texts shorter than P are padded on the right. What the padding leaves in the cache lies after the text, where
-    nothing looks before it is overwritten.
-    """
+    params: Params, tokens_BP, start_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
+) -> tuple[jax.Array, Cache | None]:
+    """Read whole texts at once, padded on the left up to `start_B`; the next token of each, and a cache of P slots."""
     model = model_of(config, params)
-    B, P = tokens_BP.shape
-    position_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-    hidden_BPD, cache = model.hidden(tokens_BP, position_BP, model.empty_cache(B))
-    logits_BV = model.logits(hidden_BPD[jnp.arange(B), length_B - 1])
-    return pick(logits_BV, key, sampling, banned_V, number), cache
+    hidden_BPD, cache = model.hidden(tokens_BP, model.empty_cache(start_B, tokens_BP.shape[1]))
+    return pick(model.logits(hidden_BPD[:, -1]), key, sampling, banned_V, number), cache
+
+
+@partial(jax.jit, static_argnames="slots")
+def _enlarge(cache: Cache, slots: int) -> Cache:
+    """With room for so many slots."""
+    grow = lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, slots - x_BKSH.shape[2]), (0, 0)))
+    return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "eot"), donate_argnames=("cache",))
 def _decode(
     params: Params,
-    cache: list[LayerCache],
+    cache: Cache,
     token_B,
-    length_B,
     done_B,
     count,
     key,
@@ -115,7 +115,7 @@ def _decode(
     sampling: Sampling,
     eot: int | None,
 ):
-    """Up to `count` <= CHUNK more tokens [CHUNK, B] after `token_B`, which stands at `length_B` in its text."""
+    """Up to `count` <= CHUNK more tokens [CHUNK, B] after `token_B`; the cache must have room for them."""
     model = model_of(config, params)
 
     def unfinished(carry):
@@ -124,7 +124,7 @@ def _decode(
 
     def one_token(carry):
         i, token_B, done_B, cache, out_CB = carry
-        hidden_B1D, cache = model.hidden(token_B[:, None], (length_B + i)[:, None], cache)
+        hidden_B1D, cache = model.hidden(token_B[:, None], cache)
         next_B = pick(model.logits(hidden_B1D[:, 0]), key, sampling, banned_V, number + i)
         out_CB = out_CB.at[i].set(jnp.where(done_B, NOTHING, next_B))
         if eot is not None:
@@ -134,6 +134,11 @@ def _decode(
     out_CB = jnp.full((CHUNK, token_B.shape[0]), NOTHING)
     _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, (0, token_B, done_B, cache, out_CB))
     return out_CB, token_B, done_B, cache
+
+
+def _power_of_two(least: int) -> int:
+    """The next one: few sizes, few compilations."""
+    return 1 << (least - 1).bit_length()
 
 
 def generate_tokens(
@@ -160,16 +165,17 @@ def generate_tokens(
     done_B = np.zeros(len(texts), bool)
     made = 0
     while made < num_tokens and not done_B.all():
-        length_B = np.array([len(text) for text in texts])
-        padded = min(config.context_len, 1 << (int(length_B.max()) - 1).bit_length())  # few lengths: few compilations
+        longest = max(map(len, texts))
+        padded = _power_of_two(longest)
         tokens_BP = np.zeros((len(texts), padded), np.int32)
         for row, text in enumerate(texts):
-            tokens_BP[row, : len(text)] = text
-        token_B, cache = _prefill(params, tokens_BP, length_B, key, banned_V, made, **run)
+            tokens_BP[row, padded - len(text) :] = text
+        start_B = np.array([padded - len(text) for text in texts], np.int32)
+        token_B, cache = _prefill(params, tokens_BP, start_B, key, banned_V, made, **run)
         new_CB = np.where(done_B, NOTHING, np.asarray(token_B))[None]
         if eot is not None:
             done_B = done_B | (new_CB[0] == eot)
-        room = config.context_len - int(length_B.max())
+        slots, used, room = padded, padded, config.context_len - longest
         while True:
             for row, text in enumerate(texts):
                 text.extend(int(token) for token in new_CB[:, row] if token != NOTHING)
@@ -178,11 +184,14 @@ def generate_tokens(
             count = min(CHUNK, num_tokens - made, room)
             if count <= 0 or done_B.all():
                 break
+            if used + count > slots:
+                slots = max(FEWEST_SLOTS, _power_of_two(used + count))
+                cache = _enlarge(cache, slots)
             out_CB, token_B, done_now_B, cache = _decode(
-                params, cache, token_B, length_B, done_B, count, key, banned_V, made, eot=eot, **run
+                params, cache, token_B, done_B, count, key, banned_V, made, eot=eot, **run
             )
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
-            length_B, room = length_B + count, room - count
+            used, room = used + count, room - count
         for row, text in enumerate(texts):
             if done_B[row]:  # a finished text takes no room from the others
                 texts[row] = text[-1:]

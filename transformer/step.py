@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from transformer.dense import compiler_options
 from transformer.health import Health, fresh_health, see_gradients, see_loss
-from transformer.model import Params, TransformerConfig, init_params, loss_sum, model_of
+from transformer.loss import batch_loss
+from transformer.model import Params, TransformerConfig, init_params
 from transformer.optimizer import Schedule, grad_norm_of
 from transformer.sharding import DATA
 
@@ -52,13 +52,6 @@ def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str
         health=fresh_health(),
         metrics={**{name: jnp.zeros(()) for name in names}, **{name: jnp.zeros((), jnp.int32) for name in COUNTS}},
     )
-
-
-def batch_loss(model_config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None):
-    """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
-    model = model_of(model_config, params)
-    rngs = None if key is None else nnx.Rngs(dropout=key)
-    return loss_sum(model(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs), batch_BT1[:, 1:])
 
 
 def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:

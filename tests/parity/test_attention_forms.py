@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from transformer.attention import LayerCache, attend, cache_write, visible
+from transformer.attention import LayerCache, attend, attend_heads_first, visible, write
 from transformer.flash import causal_attention
 
 B, N, H = 4, 6, 8
@@ -30,12 +30,12 @@ def attend_in_one(q_BTNH, k_BTKH, v_BTKH, sink_N, window):
 def attend_through_the_cache(q_BTNH, k_BTKH, v_BTKH, sink_N, window):
     """The text comes in two parts, and the cache has room, with old numbers in it, for three tokens more."""
     T = q_BTNH.shape[1]
-    cache = LayerCache(*(jnp.full((B, T + 3, *x.shape[2:]), 9, x.dtype) for x in (k_BTKH, v_BTKH)))
+    cache = LayerCache(*(jnp.full((B, x.shape[2], T + 3, H), 9, x.dtype) for x in (k_BTKH, v_BTKH)))
     outputs = []
     for part in (slice(0, T // 3), slice(T // 3, T)):
-        position_BT = jnp.broadcast_to(jnp.arange(T)[part], (B, part.stop - part.start))
-        cache = cache_write(cache, k_BTKH[:, part], v_BTKH[:, part], position_BT)
-        outputs.append(attend(q_BTNH[:, part], *cache, visible(position_BT, jnp.arange(T + 3), window), sink_N))
+        cache = write(cache, k_BTKH[:, part], v_BTKH[:, part], part.start)
+        mask_1TS = visible(jnp.arange(T)[None, part], jnp.arange(T + 3), window)
+        outputs.append(attend_heads_first(q_BTNH[:, part], *cache, mask_1TS, sink_N))
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -1,0 +1,82 @@
+"""Several micro-steps in one dispatch: the same run, to the bit, however its steps are divided."""
+
+import signal
+from itertools import pairwise
+
+import pytest
+from helpers import arguments, assert_same_bits, losses, run_main, saved_state, signal_before, tiny_config
+
+import train_lib
+from dispatch_lib import spans
+from runtime.checkpoint import Checkpoints
+from runtime.errors import Interrupted
+
+QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
+
+
+@pytest.mark.parametrize(
+    "changes, start, ends, want",
+    [
+        ({"steps_per_dispatch": 1}, 3, (), [3, 4, 5, 6, 7, 8]),
+        ({"steps_per_dispatch": 4}, 0, (), [0, 4, 8]),
+        ({"steps_per_dispatch": 9}, 1, (), [1, 8]),
+        ({"steps_per_dispatch": 4, "log_every": 3}, 0, (), [0, 3, 6, 8]),
+        ({"steps_per_dispatch": 4, "eval_every": 5, "save_every": 6, "sample_every": 7}, 2, (), [2, 5, 6, 7, 8]),
+        ({"steps_per_dispatch": 4, "accumulation_steps": 2, "log_every": 3}, 0, (), [0, 4, 6, 8]),
+        ({"steps_per_dispatch": 8, "accumulation_steps": 2}, 0, (1, 2), [0, 2, 4, 8]),
+        ({"steps_per_dispatch": 8}, 8, (), []),
+    ],
+)
+def test_a_dispatch_ends_where_something_is_due(changes, start, ends, want):
+    done = list(spans(tiny_config(**(QUIET | changes)), start, 8, ends))
+    assert [list(span) for span in done] == [list(range(a, b)) for a, b in pairwise(want)]
+
+
+def test_a_run_is_the_same_in_large_dispatches_and_cut_in_between(tmp_path, monkeypatch):
+    """5 at once, then 4 when a signal has moved the cuts, and 1: the same log, samples and last checkpoint."""
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20, log_every=4)
+    reference = train_lib.train(config, tmp_path / "reference")
+    config.steps_per_dispatch = 5
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 33))
+        train_lib.train(config, cut)
+    with Checkpoints(cut, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 30  # a checkpoint is due there; 30 to 34 would have been next
+    config.steps_per_dispatch = 4
+    vocab_size = train_lib.train(config, cut).tokenizer.vocab_size
+    assert losses(cut) == losses(reference.workdir)
+    assert (cut / "samples.txt").read_bytes() == (reference.workdir / "samples.txt").read_bytes()
+    have, want = (saved_state(workdir, config, vocab_size, 60) for workdir in (cut, reference.workdir))
+    assert_same_bits(have, want)
+
+
+def test_large_dispatches_on_two_devices(tmp_path):
+    config = tiny_config(max_steps=9, log_every=4, eval_every=9, steps_per_dispatch=3)
+    want = losses(train_lib.train(config, tmp_path / "one").workdir)
+    done = run_main(*arguments(tiny_config(**(dict(config) | {"cpu_devices": "2"})), tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    have = losses(tmp_path / "two")
+    assert [row[0] for row in have] == [row[0] for row in want] == [4, 8, 9]
+    assert [row[1] for row in have] == pytest.approx([row[1] for row in want], rel=1e-5)
+
+
+def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
+    begun, ended = [], []
+    config = tiny_config(max_steps=8, steps_per_dispatch=8, **QUIET)
+
+    class Profiler:
+        start_trace = lambda path: begun.append(len(made))
+        stop_trace = lambda: ended.append(len(made))
+
+    made = []
+    make_train_step = train_lib.several_steps
+
+    def counting(train_step):
+        step = make_train_step(train_step)
+        return lambda state, batch: made.extend([0] * int(batch[1].addressable_shards[0].data)) or step(state, batch)
+
+    monkeypatch.setattr(train_lib, "several_steps", counting)
+    monkeypatch.setattr(train_lib.jax, "profiler", Profiler)
+    train_lib.train(config, tmp_path, profile=(3, 5))
+    assert (begun, ended, len(made)) == ([3], [5], 8)
