@@ -131,6 +131,7 @@ def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path):
     assert "a" * 21 in (tmp_path / "run" / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_alphabet_of_65000_symbols_is_warned_of_and_trains(tmp_path, capsys):
     alphabet = [chr(code) for code in range(0x100, 0x110000) if not 0xD800 <= code < 0xE000][:65_000]
     (tmp_path / "text").write_text("".join(alphabet), encoding="utf-8")
