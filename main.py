@@ -15,6 +15,9 @@ COMMANDS = {
     "train": "train a model, or go on where the run stopped",
     "sample": "write text with a trained model",
     "eval": "exact loss over a whole split",
+    "compare": "runs side by side: what differs, losses, costs, curves",
+    "sweep": "train a grid of configs and seeds, then compare them",
+    "config": "every key of a config, its value and its meaning",
     "export": "write a trained model for other programs",
     "import": "make a run of another program's model",
 }
