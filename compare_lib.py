@@ -79,7 +79,7 @@ _COLUMNS = {
 }
 _LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "bits_per_byte")
 _COST = ("tokens_to", "seconds_to", "seconds", "tokens_per_second", "peak_mib")
-_MEAN_LOSS = ("val_loss", "best", "bits_per_byte")
+_MEAN_LOSS = ("steps", "val_loss", "best", "bits_per_byte")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Curve(NamedTuple):
 def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     """Draws the losses of several runs over each other into a PNG file, replaced in one piece.
 
-    Training is a faint line and validation a strong one with a dot for each evaluation. The first twentieth, where
+    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth, where
     every loss falls from the same height, may lie above the picture.
 
     Args:
@@ -112,7 +112,7 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
         drawn.append(_series(curve.rows, metric, x))
         (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
     span = max((at[-1] for at, _ in drawn if len(at)), default=0)
-    seen = [values[at >= span / 20] for at, values in drawn if len(at)]
+    seen = [values[at >= span / 10] for at, values in drawn if len(at)]
     if any(len(values) for values in seen):
         low, high = (
             min(values.min() for values in seen if len(values)),

@@ -87,8 +87,8 @@ def test_every_number_is_the_one_worked_out_by_hand(three, tmp_path, capsys):
     ]
     # (1.75 + 1.625) / 2, and sqrt(2 x 0.0625^2 / (2 - 1)); seconds 15 and 10: 12.5 and 3.54.
     loss, cost = cells(text, "Loss, mean over seeds"), cells(text, "Cost, mean over seeds")
-    assert loss[0] == ["muon", "2", "1.6875 ± 0.0884", "1.5625 ± 0.0884", "1.5625 ± 0.0884"]
-    assert loss[1] == ["adam", "1", "2.1250", "2.1250", "2.1250"]
+    assert loss[0] == ["muon", "2", "40 ± 0", "1.6875 ± 0.0884", "1.5625 ± 0.0884", "1.5625 ± 0.0884"]
+    assert loss[1] == ["adam", "1", "40", "2.1250", "2.1250", "2.1250"]
     assert cost[0] == ["muon", "2", "2.5k ± 707", "12.5 ± 3.5", "20.0 ± 0.0", "220 ± 0", "90 ± 0"]
 
 
