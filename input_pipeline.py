@@ -26,6 +26,7 @@ import numpy as np
 
 from runtime import fetch
 from runtime.errors import UserError, one_line
+from runtime.shards import ShardedTokens
 from transformer.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
 
 S, T = TypeVar("S"), TypeVar("T")
@@ -39,10 +40,10 @@ MANY_BYTES = 10_000_000  # more than that takes long enough to encode to say so
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, of `num_bytes` bytes of text."""
+    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known."""
 
-    tokens: np.ndarray
-    num_bytes: int
+    tokens: np.ndarray | ShardedTokens
+    num_bytes: int | None
 
     @property
     def num_tokens(self) -> int:
@@ -92,10 +93,10 @@ def load_dataset(
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
-    paths = _find_files(dataset, data_dir, say)
+    paths = find_files(dataset, data_dir, say)
     files = [_read(path) for path in paths]
     by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
-    text = b"\n".join(files) if by_bytes else "\n".join(map(_decode, paths, files))
+    text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
@@ -115,16 +116,22 @@ def load_dataset(
                 f"{vocabulary.vocab_size}, without {error.characters[0]!a} at character {start + error.positions[0]}; "
                 "give the text that the run began with, or another --workdir"
             ) from None
-        if splits[-1].num_tokens <= context_len:
-            raise UserError(
-                f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {dataset} has "
-                f"{splits[-1].num_tokens} in the {name} split; lower it, or give more text or other fractions"
-            )
+        check_length(splits[-1], context_len, f"{dataset} has {splits[-1].num_tokens} in the {name} split")
     sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
     return Dataset(splits[0], splits[1], splits[2] if test else None, vocabulary, sha256)
 
 
-def _find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
+def check_length(split: Split, context_len: int, found: str) -> None:
+    """Raises UserError unless a window fits into the split; `found` says how long it is."""
+    if split.num_tokens <= context_len:
+        raise UserError(
+            f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
+            "lower it, or give more text or other fractions"
+        )
+
+
+def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
+    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none."""
     if fetch.is_named(dataset):
         return [fetch.dataset_path(dataset, data_dir, say)]
     path = os.path.expanduser(dataset)
@@ -148,11 +155,13 @@ def _read(path: Path) -> bytes:
         raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
 
 
-def _decode(path: Path, data: bytes) -> str:
+def decode_text(path: Path, data: bytes, start: int = 0) -> str:
+    """The bytes of a file from byte `start` on as text, without a byte order mark. Raises UserError if not UTF-8."""
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8")
+        return text if start else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        problem = f"{path} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
+        problem = f"{path} is not UTF-8 at byte {start + error.start} (0x{data[error.start]:02x})"
         raise UserError(f"config.dataset: {problem}; convert it, or set config.tokenizer=byte") from None
 
 
@@ -280,7 +289,7 @@ def eval_batches(split: Split, context_len: int, batch_size: int, max_tokens: in
         yield _windows(split.tokens, starts[first : first + batch_size], batch_size, context_len)
 
 
-def _windows(tokens: np.ndarray, starts: Sequence[int], num_rows: int, context_len: int) -> np.ndarray:
+def _windows(tokens: np.ndarray | ShardedTokens, starts: Sequence[int], num_rows: int, context_len: int) -> np.ndarray:
     """The windows at `starts`; a loop, as it copies whole slices where fancy indexing builds an index per token."""
     batch = np.full((num_rows, context_len + 1), IGNORED, np.int32)
     for row, start in zip(batch, starts, strict=False):

@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "check every checkpoint of a run",
     "export": "write a trained model for other programs",
     "import": "make a run of another program's model",
+    "prepare": "tokenise a corpus into shards on disk",
 }
 
 

@@ -11,11 +11,12 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
+from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints, DamagedError
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
-from transformer.cost import parameter_counts
+from transformer.cost import memory_bytes, parameter_counts
 from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
 from transformer.optimizer import labels_of, make_optimizer
@@ -71,7 +72,8 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    return load_dataset(
+    load = load_shards if holds_shards(config.dataset, config.tokenizer) else load_dataset
+    return load(
         config.dataset,
         config.tokenizer,
         data_dir=data_dir_of(config),
@@ -274,6 +276,8 @@ def header(
     device, vocab_size = jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model_config)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    rows, num_devices = config.batch_size // jax.device_count(), jax.device_count()
+    memory = memory_bytes(model_config, rows, config.use_muon, config.accumulation_steps, num_devices)
     muon = sum(label == "muon" for label in labels.values())
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     epochs = steps * tokens / data.train.num_tokens
@@ -287,6 +291,11 @@ def header(
             f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
         ),
         ("optimizer", f"Muon for {muon} matrices, AdamW for {len(labels) - muon} other arrays"),
+        (
+            "memory",
+            f"about {sum(memory.values()) / 1e6:,.0f} MB a device "
+            f"({', '.join(f'{part} {size / 1e6:,.0f}' for part, size in memory.items())})",
+        ),
         ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
         ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
     ]

@@ -325,7 +325,7 @@ class Trainer:
             self.lap_from = self.micro_step
         return row
 
-    def _evaluate(self, max_tokens: int) -> dict[str, float]:
+    def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
         per_byte = metrics.bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)

@@ -10,6 +10,7 @@ are those of `transformer.cost.flops_per_token`, whoever computes them.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from configs import nanogpt_char_cpu, shakespeare
 from run_lib import model_config_of
 from transformer.cost import flops_per_token, parameter_counts
 
+ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary
     "4 x 128": (4, 128, 4, 512, 64, 12, 65),
     "6 x 384": (6, 384, 6, 1536, 256, 8, 65),
@@ -108,9 +110,8 @@ def work(side: str, shape: str) -> None:
     several(3)
     print(parameters, flush=True)
     for line in sys.stdin:
-        one = seconds_of(1)  # wakes the threads; a long step does not notice
-        steps = round(float(line) / one)
-        print(seconds_of(steps) if steps > 1 else one, flush=True)
+        one = seconds_of(1)  # wakes threads and brings memory back, which is not counted
+        print(seconds_of(max(2, round(float(line) / one))), flush=True)
 
 
 def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[dict[str, list[float]], float]:
@@ -125,7 +126,8 @@ def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[di
     try:
         for side in sides:
             command = [sys.executable, "-m", "benchmarks.step", f"--work={side}", "--shapes", shape]
-            worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            worker = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
             workers[side] = worker
             if first_line := worker.stdout.readline():  # one after the other: compiling takes all cores
                 parameters.add(int(first_line))
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES, RECIPE], help="names, or seven numbers with commas")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--block", type=float, default=0.5, help="seconds of steps of a side in a round")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", help=argparse.SUPPRESS)

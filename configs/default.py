@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
     # weights) | block (all but each block's input)
-    config.scan_blocks = False  # blocks run in a loop that is compiled once, for deep models
+    config.scan_blocks = False  # blocks run in a loop, a smaller program; on a CPU it neither compiles nor runs faster
     config.steps_per_dispatch = 1  # micro-steps sent to the devices at once; more can help small models on a GPU
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint

@@ -28,6 +28,7 @@ from runtime.seal import changed_files, read_sealed, seal, write_file_list
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
 ITEMS = ("params", "rest")
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 NEVER = 100 * 365 * 86400  # seconds
 REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
 DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
@@ -188,6 +189,8 @@ class Checkpoints:
             if replaces:
                 self._manager.wait_until_finished()
                 self._finish_replacing()
+            elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
+                self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
             raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
 

@@ -9,6 +9,7 @@ import html
 import http.client
 import netrc
 import os
+import re
 import secrets
 import ssl
 import threading
@@ -137,9 +138,11 @@ def _load_settings() -> None:
 def _run_id(workdir: Path) -> str:
     """The id that makes a resumed run the same W&B run."""
     path = workdir / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    found = path.read_text() if path.exists() else ""
+    if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes a part of W&B's paths and addresses
+        found = secrets.token_hex(4) + "\n"
+        path.write_text(found)
+    return found.strip()
 
 
 def _choose_mode(settings: Any) -> tuple[str, str | None]:

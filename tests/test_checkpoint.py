@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from runtime import checkpoint
 from runtime.checkpoint import Checkpoints
 from runtime.errors import NoCheckpointError, StorageError
 
@@ -139,3 +140,11 @@ def test_a_disk_that_refuses_is_a_storage_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
         patch.setattr(checkpoints._manager, "wait_until_finished", full)
         checkpoints.close()
+
+
+def test_on_a_cpu_a_large_state_is_written_when_save_returns(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGE", 24 + 4 + 4 + 16 + 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step)
+            assert str(step) in stored(tmp_path)

@@ -12,18 +12,12 @@ ROOT = Path(__file__).parent.parent
 # those of one package may import each other, but never in a circle.
 LAYERS = [
     *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "run_lib"),
-    *("config_lib", "configs", "input_pipeline", "runtime", "transformer"),
+    *("corpus", "config_lib", "configs", "input_pipeline", "runtime", "transformer"),
 ]
 INSIDE_TRANSFORMER = [
     *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
-    *(
-        {"health"},
-        {"model"},
-        {"layers", "flash"},
-        {"plain"},
-        {"attention", "rotary"},
-        {"sharding", "tokenizer", "dense"},
-    ),
+    *({"health"}, {"model"}, {"layers", "flash"}, {"plain"}, {"attention", "rotary"}),
+    *({"sharding", "tokenizer", "dense"},),
 ]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),

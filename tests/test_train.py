@@ -91,6 +91,8 @@ def test_runs_are_deterministic_and_say_what_they_do(tmp_path, capsys):
     counted = sum(leaf.size for leaf in jax.tree.leaves(params_of(run.model)))
     for text in (
         f"parameters  {counted:,} (embedding {vocab_size * 32:,},",
+        "memory      about ",
+        f"a device (parameters {4 * counted / 1e6:,.0f}, optimizer ",
         "Muon for 12 matrices",
         f"ln {vocab_size} = {math.log(vocab_size):.3f}",
         "blocks.1.attention.query.kernel",

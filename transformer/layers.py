@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.dense import settle
+
 # What the forward pass keeps of a block for the backward pass beside its input; the rest is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -68,6 +70,7 @@ def run_blocks(
             return carry, None
 
         stacks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights[i::period]) for i in range(period)]
+        stacks = settle(stacks)  # else a CPU program copies each weight where it is used
         (x_BTD, draws), _ = jax.lax.scan(iteration, (x_BTD, draws), stacks)
     if rngs is not None:
         nnx.update(rngs, draws)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
-from transformer.dense import compiler_options
+from transformer.dense import compiler_options, settle
 from transformer.health import Health, fresh_health, see_gradients, see_loss
 from transformer.loss import batch_loss
 from transformer.model import Params, TransformerConfig, init_params
@@ -119,6 +119,7 @@ def make_train_step(
         params = state.params
         loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
         good, seen = see_gradients(state.health, loss, grads)
+        good = settle(good)  # else a CPU program would hold a copy of the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         window_loss = state.window_loss + jnp.where(good, loss, 0.0)
         window_tokens = state.window_tokens + jnp.where(good, tokens, 0)

@@ -63,11 +63,11 @@ def captured(result: dict):
 def run(case: str, before_step: int = -1, action: Callable = lambda: None, **changes) -> None:
     """`main.py` with its workdir on the disk, and something happening to that before a step."""
 
-    def prefetch(make, start, stop):
-        for index, batch in enumerate(input_pipeline.prefetch(make, start, stop), start):
-            if index == before_step:
+    def prefetch(make, spans):
+        for span, batch in input_pipeline.prefetch(make, spans):
+            if before_step in span:
                 action()
-            yield batch
+            yield span, batch
 
     train_lib.prefetch, result = prefetch, {}
     with captured(result):

@@ -64,6 +64,7 @@ def assert_as_if_nothing_had_been(workdir: Path, config) -> None:
     assert not list(workdir.rglob("*-tmp"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_seen_at_the_next_save_and_nothing_is_lost(disk):
     full, again = disk["full in mid-run"]
     assert_refused(full, 5, r"error: /\S+ in mid-run/checkpoints: no space left for a checkpoint " + SPACE)
@@ -71,10 +72,12 @@ def test_a_disk_that_fills_up_is_seen_at_the_next_save_and_nothing_is_lost(disk)
     assert_as_if_nothing_had_been(disk["out"] / "full in mid-run", tiny_config())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_very_last_save_is_no_success(disk):
     assert_refused(disk["full at the last save"][0], 5, r"error: .*: no space left for a checkpoint " + SPACE)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_leaves_the_one_before(disk):
     full, again = disk["full during a save"]
     assert_refused(full, 5, r"error: .*: (step [23]0|the last checkpoint was) not saved: No space left on device \(")
@@ -83,15 +86,18 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_one_before(disk):
     assert_as_if_nothing_had_been(disk["out"] / "full during a save", config)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_begin_without_room_for_two_checkpoints(disk):
     assert_refused(disk["full at the start"][0], 5, r"error: .*: no space left for 2 checkpoints " + SPACE)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_refused_within_a_second(disk):
     assert_refused(disk["read-only at the start"][0], 2, r"error: workdir /.*: Read-only file system; ")
     assert disk["read-only at the start"][0]["seconds"] < 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_turns_read_only_ends_the_run_at_once(disk):
     assert_refused(
         disk["read-only in mid-run"][0], 5, r"error: /.*Read-only file system \(.*free [\d.]+ MB\); make room"

@@ -148,6 +148,7 @@ def test_what_no_machine_can_hold_is_refused_before_anything_is_made(tmp_path, c
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_refused_by_the_device(tmp_path, capsys):
     """Not simulated: XLA is asked for more than there is."""
     if jax.default_backend() != "cpu":

@@ -1,0 +1,52 @@
+"""Tokenise a corpus into memory-mapped shards; the same command again goes on where it was stopped."""
+
+import os
+import re
+
+from absl import flags
+
+import config_lib
+import run_lib
+from configs import default
+from corpus.files import Settings
+from corpus.prepare import MAX_SHARD_TOKENS, prepare
+from runtime.console import Console
+from runtime.errors import UserError
+
+
+def _define(values: flags.FlagValues) -> None:
+    define = {"flag_values": values}
+    flags.DEFINE_string("dataset", None, "A glob of text or Parquet files, a file, or a data set's name.", **define)
+    flags.DEFINE_string("out", None, "The directory to make; then --config.dataset=DIRECTORY trains on it.", **define)
+    flags.DEFINE_string("tokenizer", "gpt2", "byte, char, or a tiktoken encoding.", **define)
+    flags.DEFINE_float("val_fraction", 0.01, "Of the bytes or rows, for validation: after training.", **define)
+    flags.DEFINE_float("test_fraction", 0.0, "Of the bytes or rows, for testing: the end.", **define)
+    flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **define)
+    flags.DEFINE_string("text_column", "text", "Of Parquet files: the column to read.", **define)
+    flags.DEFINE_integer("processes", 0, "Worker processes; 0: one for each CPU core.", **define)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("prepare", __doc__, argv, _define)
+    for name in ("dataset", "out"):
+        if not getattr(values, name):
+            raise UserError(f"--{name}: must be given; see python main.py prepare --help")
+    for name in ("val_fraction", "test_fraction"):
+        if not 0 <= getattr(values, name) < 1:
+            raise UserError(f"--{name}: must be at least 0 and below 1, got {getattr(values, name)}")
+    if values.val_fraction + values.test_fraction >= 1:
+        raise UserError("--val_fraction: with --test_fraction it leaves no text to train on; their sum must be below 1")
+    if not 1 <= values.shard_tokens <= MAX_SHARD_TOKENS:
+        raise UserError(f"--shard_tokens: must be from 1 to {MAX_SHARD_TOKENS}, got {values.shard_tokens}")
+    if values.processes < 0:
+        raise UserError(f"--processes: must be at least 0, got {values.processes}")
+    settings = Settings(
+        values.tokenizer, values.val_fraction, values.test_fraction, values.shard_tokens, values.text_column
+    )
+    processes = values.processes or len(os.sched_getaffinity(0))
+    data_dir = run_lib.data_dir_of(default.get_config())
+    try:
+        prepare(values.dataset, values.out, settings, data_dir, processes, Console())
+    except UserError as error:  # what lies below speaks of a run's config and directory
+        text = re.sub(r"^config\.(dataset|tokenizer)", r"--\1", str(error)).replace("--workdir", "--out")
+        raise UserError(re.sub("^workdir", "--out", text)) from error

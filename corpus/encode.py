@@ -1,0 +1,141 @@
+"""Spans of files to tokens, in this process or in many."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corpus.files import Span, Task, open_file
+from input_pipeline import decode_text
+from runtime.errors import UserError
+from runtime.parquet import ParquetRows
+from transformer.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
+
+
+class Encoded(NamedTuple):
+    """A task's tokens, the bytes of their text, and how many documents began in it, or were empty."""
+
+    tokens: np.ndarray
+    num_bytes: int
+    documents: int
+    empty: int
+
+
+def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """What stands before each document, and how many bytes of text it is: the end-of-text token, else a newline."""
+    if tokenizer.eot is not None:
+        return np.array([tokenizer.eot], tokenizer.dtype), 0
+    return tokenizer.encode("\n", replace_unknown=True), 1
+
+
+def encode(tokenizer: Tokenizer, text_column: str, spans: list[Span]) -> Encoded:
+    """The tokens of spans, a separator before each document that begins in them; empty documents are left out.
+
+    Raises:
+      UserError: a file cannot be read, is not UTF-8, or has changed.
+    """
+    mark, mark_bytes = separator(tokenizer)
+    parts, num_bytes, documents, empty = [], 0, 0, 0
+    for begins, data, path, start in _pieces(text_column, spans):
+        by_bytes = isinstance(tokenizer, ByteTokenizer)  # which takes any file as it is
+        text = data if by_bytes else decode_text(path, data, start)
+        if not text:
+            empty += begins
+            continue
+        if begins:
+            parts.append(mark)
+            documents, num_bytes = documents + 1, num_bytes + mark_bytes
+        try:
+            parts.append(tokenizer.encode_bytes(data) if by_bytes else tokenizer.encode(text))
+        except UnknownCharacters as error:
+            raise UserError(f"{path}: {error}: it has changed; begin again in another --out") from error
+        num_bytes += len(text if by_bytes else text.encode())
+    tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
+    return Encoded(tokens, num_bytes, documents, empty)
+
+
+def symbols(text_column: str, spans: list[Span]) -> set[str]:
+    """The different characters of spans. Raises UserError as `encode`."""
+    pieces = _pieces(text_column, spans)
+    return {symbol for _, data, path, start in pieces for symbol in set(decode_text(path, data, start))}
+
+
+def _pieces(text_column: str, spans: list[Span]) -> Iterator[tuple[bool, bytes, Path, int]]:
+    """Whether a document begins, its UTF-8, and from which byte of which file it is."""
+    for path, start, stop, group in spans:
+        if group is None:
+            with open_file(path) as file:
+                file.seek(start)
+                yield start == 0, file.read(stop - start), Path(path), start
+        else:
+            for text in _row_group(path, text_column, group)[start:stop]:
+                yield True, text.encode(), Path(path), 0
+
+
+@lru_cache(maxsize=1)
+def _row_group(path: str, column: str, group: int) -> list[str]:
+    return ParquetRows(Path(path), column).texts(group)
+
+
+# --- Many processes -----------------------------------------------------------------------------------------------
+
+_tokenizer: Tokenizer | None = None  # of a worker, which is handed it once and not with each task
+
+
+def _start_worker(saved: dict[str, Any] | None) -> None:
+    global _tokenizer  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()  # a killed parent cannot tell its workers to end
+    _tokenizer = tokenizer_from_dict(saved) if saved else None
+
+
+def _work(text_column: str, spans: list[Span]) -> Encoded | set[str]:
+    return encode(_tokenizer, text_column, spans) if _tokenizer else symbols(text_column, spans)
+
+
+def work(
+    tokenizer: Tokenizer | None, text_column: str, tasks: Iterable[Task], processes: int
+) -> Iterator[tuple[Task, Any]]:
+    """Each task with its `Encoded`, or without a tokenizer its `symbols`, in order.
+
+    One process is this one. Of several, each has two tasks under way, so that nothing piles up.
+
+    Raises:
+      UserError: as `encode`; a worker was killed.
+    """
+    if processes == 1:
+        for task in tasks:
+            yield task, encode(tokenizer, text_column, task.spans) if tokenizer else symbols(text_column, task.spans)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
+    under_way: deque = deque()
+    try:
+        for task in tasks:
+            under_way.append((task, pool.submit(_work, text_column, task.spans)))
+            if len(under_way) == 2 * processes:
+                task, future = under_way.popleft()
+                yield task, future.result()
+        for task, future in under_way:
+            yield task, future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"--processes={processes}: a worker was killed, perhaps for want of memory; run the same command again, "
+            "with fewer if need be"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,187 @@
+"""The files of a corpus, and where they may be cut.
+
+A corpus is a line of units, bytes of text files or rows of Parquet files, and a place in it is one number. It is cut
+into tasks where that changes no token, so that many processes encode it to what one would.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from input_pipeline import find_files
+from runtime.errors import UserError
+from runtime.parquet import ParquetRows
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+# Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
+# between letters, or after a newline between two visible characters, the second of them no punctuation.
+_CUT = re.compile(
+    rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[\xd0\xd1][\x80-\xbf])(?= [\xd0\xd1])|(?<=[!-~]\n)(?=[A-Za-z0-9])"
+    rb"|(?:(?<=[\xe4-\xe9][\x80-\xbf]{2}\n)|(?<=\xe3\x80\x82\n))(?=[\xe4-\xe9A-Za-z0-9])"
+)
+_BEHIND = 4  # bytes before the cut that the pattern looks at
+LOOK_FOR_CUT = 2**16  # bytes; a longer text without such a place is cut between any two characters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the shards, beside the files themselves. Fractions are of the text's bytes, or of the rows."""
+
+    tokenizer: str
+    val_fraction: float
+    test_fraction: float
+    shard_tokens: int
+    text_column: str
+
+
+class Span(NamedTuple):
+    """Bytes `start` to `stop` of a text file; with a row group, those of its rows."""
+
+    path: str
+    start: int
+    stop: int
+    row_group: int | None = None
+
+
+class TextFiles:
+    """Text files end to end, each a document; a place is a byte.
+
+    Attributes:
+      size: places.
+      empty: documents without a byte.
+      identity: what tells these files from others, or from themselves after a change.
+    """
+
+    unit, step = "bytes", 2**20
+
+    def __init__(self, paths: list[Path], tokenizer: str):
+        self._paths, self._tokenizer = paths, tokenizer
+        try:
+            stats = [path.stat() for path in paths]
+        except OSError as error:
+            raise _unreadable(error.filename, error) from error
+        self._starts = list(accumulate((stat.st_size for stat in stats), initial=0))
+        self.size, self.empty = self._starts[-1], sum(not stat.st_size for stat in stats)
+        self.identity = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+
+    def boundary(self, place: int) -> int:
+        """The first place from this one on where a cut changes no token."""
+        number = bisect_right(self._starts, place) - 1
+        if self._tokenizer == "byte" or place in (self._starts[number], self.size):
+            return place
+        begin, end = self._starts[number : number + 2]
+        at = place - begin
+        with open_file(self._paths[number]) as file:
+            if self._tokenizer != "char":
+                first = max(0, at - _BEHIND)
+                file.seek(first)
+                window = file.read(LOOK_FOR_CUT)
+                if found := _CUT.search(window, at - first):
+                    return begin + first + found.start()
+                if first + len(window) >= end - begin:
+                    return end
+            file.seek(at)
+            while at < end - begin and file.read(1)[0] & 0xC0 == 0x80:  # inside a character
+                at += 1
+        return begin + at
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """What lies between two places, by file."""
+        spans = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            begin, end = self._starts[number : number + 2]
+            if end > start:
+                spans.append(Span(str(self._paths[number]), start - begin, min(stop, end) - begin))
+                start = min(stop, end)
+            number += 1
+        return spans
+
+
+class ParquetFiles:
+    """Parquet files end to end, each row a document; a place is a row. Attributes as `TextFiles`."""
+
+    unit, step = "rows", 256
+
+    def __init__(self, paths: list[Path], text_column: str):
+        groups = [(path, number, rows) for path in paths for number, rows in _groups(path, text_column)]
+        self._groups = [(str(path), number) for path, number, _ in groups]
+        self._starts = list(accumulate((rows for _, _, rows in groups), initial=0))
+        self.size, self.empty = self._starts[-1], 0
+        self.identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+    def boundary(self, place: int) -> int:
+        """The place itself."""
+        return place
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """The rows between two places, by row group."""
+        spans = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            begin, end = self._starts[number : number + 2]
+            if end > start:
+                path, group = self._groups[number]
+                spans.append(Span(path, start - begin, min(stop, end) - begin, group))
+                start = min(stop, end)
+            number += 1
+        return spans
+
+
+def _groups(path: Path, text_column: str) -> Iterator[tuple[int, int]]:
+    return enumerate(ParquetRows(path, text_column).group_sizes)
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """A file to read bytes from. Raises UserError if it cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); check its permissions")
+
+
+def open_corpus(
+    dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]
+) -> TextFiles | ParquetFiles:
+    """The files of a corpus: a named data set, a file, or a glob, in sorted order.
+
+    Raises:
+      UserError: there are none, they cannot be read, are of two kinds, or all empty.
+    """
+    paths = find_files(dataset, data_dir, say)
+    parquet = [path for path in paths if path.suffix == ".parquet"]
+    if parquet and len(parquet) < len(paths):
+        raise UserError(f"config.dataset: {dataset} has text and Parquet files; prepare each kind by itself")
+    files = ParquetFiles(parquet, settings.text_column) if parquet else TextFiles(paths, settings.tokenizer)
+    if not files.size:
+        raise UserError(f"config.dataset: {dataset} has 0 {files.unit}; give files with text in them")
+    return files
+
+
+class Task(NamedTuple):
+    """Spans of one split, and the place where they end."""
+
+    split: str
+    stop: int
+    spans: list[Span]
+
+
+def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) -> Iterator[Task]:
+    """The corpus from a place on, training part first. From a task's end on they are the same as from the beginning."""
+    val, test = Fraction(str(settings.val_fraction)), Fraction(str(settings.test_fraction))
+    for split, part in zip(SPLITS, (1 - val - test, 1 - test, Fraction(1)), strict=True):
+        end = files.boundary(int(files.size * part))
+        while place < end:
+            stop = min(end, files.boundary(min(place + files.step, files.size)))
+            yield Task(split, stop, files.spans(place, stop))
+            place = stop

@@ -1,0 +1,281 @@
+"""Text to shards, so that it can be killed anywhere: what `main.py prepare` does.
+
+Worker processes encode tasks, and this one writes what they give in order. So the shards are a function of the files
+and the settings alone, and the state is a place in the corpus, the length of the shard under way and a list of the
+finished ones. It is written once a second, and the next start goes on from it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpus.encode import Encoded, separator, work
+from corpus.files import SPLITS, ParquetFiles, Settings, Task, TextFiles, open_corpus, tasks_of
+from corpus.load import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
+from input_pipeline import new_tokenizer
+from runtime.console import Console
+from runtime.errors import StorageError, UserError
+from runtime.files import read_json, write_json
+from runtime.guard import WorkdirLock, prepare_workdir
+from runtime.shards import header
+from transformer.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name
+
+SAVE_EVERY = 1.0  # seconds of work that a kill may cost
+MAX_SHARD_TOKENS = 2_000_000_000  # with one more task it still fits the header's count
+
+
+def prepare(
+    dataset: str, out: str | Path, settings: Settings, data_dir: Path, processes: int, console: Console
+) -> None:
+    """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
+
+    The training part comes first, then validation, then test. A shard ends with the first task that brings it to
+    `settings.shard_tokens`, and each split with its last.
+
+    Raises:
+      UserError: the files cannot be used, or `out` holds something else.
+      StorageError: the disk did not take it; another call goes on from there.
+    """
+    check_tokenizer_name(settings.tokenizer)
+    out = prepare_workdir(out)
+    with WorkdirLock(out, console.warn):
+        files = open_corpus(dataset, settings, data_dir, console.line)
+        source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
+        if (out / INDEX_FILE).exists():
+            index = read_index(out)
+            _check_source(out, index.get("source"), source)
+            console.line(_summary(out, index))
+            return
+        state = _state(out, source, files)
+        tokenizer = _make_tokenizer(settings, state, files, data_dir, processes, console)
+        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, console.line)
+        if output.place:
+            console.line(f"going on after {output.place:,} of {files.size:,} {files.unit}")
+        skip = not state["documents"] and tokenizer.eot is None  # no newline before the first document
+        tasks = tasks_of(files, settings, output.place)
+        results = contextlib.closing(work(tokenizer, settings.text_column, tasks, processes))
+        with contextlib.closing(output), results as encoded, console.progress(files.size, output.place) as bar:
+            for task, result in encoded:
+                if skip and result.documents:
+                    mark, mark_bytes = separator(tokenizer)
+                    result = result._replace(tokens=result.tokens[len(mark) :], num_bytes=result.num_bytes - mark_bytes)
+                    skip = False
+                output.add(task, result)
+                bar.update(task.stop)
+            output.finish_shard()
+        if not state["splits"]["train"]["tokens"]:
+            raise UserError(f"config.dataset: {dataset} leaves nothing to train on; give more text or other fractions")
+        index = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eot": tokenizer.eot,
+            "documents": state["documents"],
+            "empty_documents": state["empty"],
+            "splits": {name: split for name, split in state["splits"].items() if split["tokens"]},
+            "source": source,
+        }
+        write_json(out / TOKENIZER_FILE, tokenizer.to_dict())
+        write_json(out / INDEX_FILE, index)
+        (out / PROGRESS_FILE).unlink(missing_ok=True)
+        console.line(_summary(out, index))
+
+
+def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
+    if old == new:
+        return
+    old = old if isinstance(old, dict) else {}
+    for key, value in new.items():
+        if key != "files" and old.get(key) != value:
+            raise UserError(
+                f"--{key}: {out} was begun with {old.get(key)!r}, this command has {value!r}; "
+                "give the same, or another --out"
+            )
+    raise UserError(
+        f"config.dataset: these are not the files that {out} was begun with, or they have changed since; "
+        "give the same, or another --out"
+    )
+
+
+def _state(out: Path, source: dict[str, Any], files: TextFiles | ParquetFiles) -> dict[str, Any]:
+    """What an earlier start left, or the beginning."""
+    if (out / PROGRESS_FILE).exists():
+        state = read_json(out / PROGRESS_FILE)
+        keys = {"source", "symbols", "place", "documents", "empty", "splits", "part"}
+        if not isinstance(state, dict) or set(state) != keys:
+            raise UserError(f"{out / PROGRESS_FILE}: is damaged; remove {out} and begin again")
+        _check_source(out, state["source"], source)
+        return state
+    if others := sorted(path.name for path in out.iterdir() if path.name not in (".lock", TOKENIZER_FILE)):
+        raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
+    splits = {name: {"tokens": 0, "bytes": 0, "shards": []} for name in SPLITS}
+    fresh = {"symbols": None, "place": 0, "documents": 0, "empty": files.empty, "splits": splits, "part": None}
+    return {"source": source, **fresh}
+
+
+def _make_tokenizer(
+    settings: Settings,
+    state: dict[str, Any],
+    files: TextFiles | ParquetFiles,
+    data_dir: Path,
+    processes: int,
+    console: Console,
+) -> Tokenizer:
+    if settings.tokenizer != "char":
+        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, console.line)
+    if state["symbols"] is None:
+        console.line("collecting the characters, once")
+        found: set[str] = set()
+        passes = contextlib.closing(work(None, settings.text_column, tasks_of(files, settings, 0), processes))
+        with passes as results, console.progress(files.size, 0) as bar:
+            for task, some in results:
+                found |= some
+                bar.update(task.stop)
+        if len(files.identity) - files.empty > 1 or files.unit == "rows":
+            found.add("\n")  # which stands between documents
+        state["symbols"] = sorted(found)
+    return CharTokenizer(state["symbols"])
+
+
+def _summary(out: Path, index: dict[str, Any]) -> str:
+    counts = [
+        f"{split['tokens']:,} tokens to {word}" for name, word in _DOING.items() if (split := index["splits"].get(name))
+    ]
+    empty = f", {index['empty_documents']:,} empty left out" if index["empty_documents"] else ""
+    return f"{out}: {', '.join(counts)}, from {index['documents']:,} documents{empty}; --config.dataset={out}"
+
+
+_DOING = {"train": "train on", "val": "validate", "test": "test"}
+
+
+class Output:
+    """The shards of a directory.
+
+    A shard grows as `.NAME.part` and gets its name when it is whole, synced and hashed. `state` is what the last start
+    left; what it tells of is on the disk, and `place` says where to go on.
+    """
+
+    def __init__(
+        self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Callable[[str], None]
+    ):
+        self._out, self._state, self._shard_tokens, self._dtype, self._say = out, state, shard_tokens, dtype, say
+        self._file: Any = None
+        if state["part"]:
+            self._reopen()
+        self.save()
+
+    @property
+    def place(self) -> int:
+        return self._state["place"]
+
+    def add(self, task: Task, result: Encoded) -> None:
+        """Write the next task's tokens.
+
+        Raises:
+          StorageError: the disk did not take them.
+        """
+        state = self._state
+        if state["part"] and state["part"]["split"] != task.split:
+            self.finish_shard()
+        if not state["part"]:
+            name = f"{task.split}_{len(state['splits'][task.split]['shards']):06}.bin"
+            before = {key: state[key] for key in ("place", "documents", "empty")}
+            state["part"] = {"file": name, "split": task.split, "tokens": 0, "bytes": 0, "crc32": 0, "before": before}
+            with self._storing():
+                self._file = self._part_path.open("w+b")
+                self._file.write(header(0, self._dtype))
+        part, data = state["part"], result.tokens.astype(self._dtype).tobytes()
+        with self._storing():
+            self._file.write(data)
+        part["tokens"] += len(result.tokens)
+        part["bytes"] += result.num_bytes
+        part["crc32"] = zlib.crc32(data, part["crc32"])
+        state["place"] = task.stop
+        state["documents"] += result.documents
+        state["empty"] += result.empty
+        if part["tokens"] >= self._shard_tokens:
+            self.finish_shard()
+        elif time.monotonic() - self._saved > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write the state, after the tokens that it tells of."""
+        if self._file:
+            with self._storing():
+                self._file.flush()
+        write_json(self._out / PROGRESS_FILE, self._state)
+        self._saved = time.monotonic()
+
+    def finish_shard(self) -> None:
+        """Give the shard under way, if any, its header and its name."""
+        part, state = self._state["part"], self._state
+        if not part:
+            return
+        path = self._out / part["file"]
+        if part["tokens"]:
+            with self._storing():
+                self._file.seek(0)
+                self._file.write(header(part["tokens"], self._dtype))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.seek(0)
+                sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+                os.replace(self._part_path, path)
+            split = state["splits"][part["split"]]
+            split["tokens"] += part["tokens"]
+            split["bytes"] += part["bytes"]
+            split["shards"].append({"file": part["file"], "tokens": part["tokens"], "sha256": sha256})
+            self._say(f"{path}: {part['tokens']:,} tokens of {part['bytes']:,} bytes")
+        else:
+            self._part_path.unlink()
+        self.close()
+        state["part"] = None
+        self.save()
+
+    def close(self) -> None:
+        """Leave what is there for another start."""
+        if self._file:
+            with contextlib.suppress(OSError):  # what could not be written has been told already
+                self._file.close()
+            self._file = None
+
+    @property
+    def _part_path(self) -> Path:
+        return self._out / f".{self._state['part']['file']}.part"
+
+    def _reopen(self) -> None:
+        """Go on with the shard under way, cut back to what the state tells of; begin it anew if that is not there."""
+        part = self._state["part"]
+        left, crc32 = part["tokens"] * self._dtype.itemsize, 0
+        with contextlib.suppress(FileNotFoundError), self._storing(but=FileNotFoundError):
+            self._file = self._part_path.open("r+b")
+            self._file.seek(len(header(0, self._dtype)))
+            while left and (data := self._file.read(min(left, 2**20))):
+                left, crc32 = left - len(data), zlib.crc32(data, crc32)
+        if self._file and not left and crc32 == part["crc32"]:
+            with self._storing():
+                self._file.truncate(self._file.tell())
+            return
+        self._say(f"warning: {self._part_path} is damaged or gone; that shard is written again")
+        self.close()
+        self._state |= part["before"] | {"part": None}
+
+    @contextlib.contextmanager
+    def _storing(self, but: type[OSError] | tuple = ()) -> Iterator[None]:
+        """Turns what the disk raises into a StorageError."""
+        try:
+            yield
+        except but:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self._out}: {error.strerror}; make room, then run the same command again") from error
