@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from config_docs import key_docs, written
 from configs import default
 from input_pipeline import ORDERS
 from runtime.errors import UserError, one_line
@@ -29,6 +31,11 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "order": ORDERS,
 }
+
+MOST_USED = (  # keys, for --help
+    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
+    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
+)
 
 
 def _finite(x: float) -> bool:
@@ -88,18 +95,25 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def parse_flags(
-    command: str, about: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None], config: bool = False
+    command: str,
+    about: str,
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    config: bool = False,
+    words: tuple[str, list[str]] | None = None,
 ) -> flags.FlagValues:
     """Flags of one command, from `argv` without the program's name and the command's. `--help` prints them and exits.
 
     Args:
       define: adds the command's own flags to the FlagValues it is given.
       config: whether the command takes --config and --config.KEY.
+      words: for a command that takes words beside its flags: what `--help` calls them, and the list that gets them.
 
     Raises:
       UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
     """
     values = flags.FlagValues()
+    values.set_gnu_getopt(words is not None)  # flags may stand after words
     flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     define(values)
@@ -123,15 +137,31 @@ def parse_flags(
     except Exception as error:  # whatever the config file raises
         raise UserError(_explain_value(argv, error)) from error
     if values.help:
-        print(f"{about}\n\n    python main.py {command} [--FLAG=VALUE ...]\n")
-        for name in sorted(set(values) - {"h"}):
-            print(f"  --{name}: {values[name].help}")
-        if config:
-            print("  --config.KEY=VALUE: change a key; configs/default.py explains each.")
+        _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
         sys.exit(0)
-    if rest:
+    if words is not None:
+        words[1].extend(rest)
+    elif rest:
         raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
     return values
+
+
+def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
+    """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
+    own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
+    shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
+    told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
+    if config:
+        told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
+        told += [(f"  {key}={written(doc.default)}", doc.comment) for key in MOST_USED if (doc := key_docs()[key])]
+    print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
+    for name, text in told:
+        if name.startswith(" "):  # a key: one line, so that all fit on the screen
+            text = textwrap.shorten(text, 49, placeholder=" ...")
+        indent = f"  {name:<26} " if len(name) <= 26 else f"  {name}\n{'':29}"
+        print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
+    if config:
+        print("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

@@ -87,10 +87,7 @@ class Checkpoints:
                 post_finalization_callback=self._list_files,
             ),
         )
-        handlers = {
-            **{item: ocp.StandardCheckpointHandler() for item in ITEMS},
-            "meta": ocp.JsonCheckpointHandler(),
-        }
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
             self._finish_replacing()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)

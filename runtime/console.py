@@ -1,4 +1,4 @@
-"""What a person sees of a run: a header, a line per logged step, samples, warnings.
+"""What a person sees of a run: a header, a line per logged step, samples, tables, warnings.
 
 On a terminal there are colours, and a live progress bar under the scrolling lines (rich); elsewhere there are plain
 lines. `NO_COLOR` is respected, `TERM=dumb` is no terminal. Output that nobody can read any more never stops a run.
@@ -10,10 +10,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table as RichTable
 
 _LINE_WIDTH = 120
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -39,6 +41,25 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d {hours:02}h"
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}:{seconds:02}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words and numbers in rows, for whoever shows them.
+
+    Args:
+      title: the line above it; "" for none.
+      columns: headings; "" for all of them: no line of headings.
+      rows: a text for each column.
+      left: how many columns, from the first, hold words and so begin at the left; the others hold numbers.
+      bold: indices of the rows that stand out.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    left: int = 1
+    bold: frozenset[int] = frozenset()
 
 
 class ProgressBar:
@@ -79,6 +100,23 @@ class Console:
     def line(self, text: str) -> None:
         """One line."""
         self._print((text, ""))
+
+    def table(self, table: Table) -> None:
+        """A table and an empty line: as wide as it needs to be in a pipe, folded into the width of a terminal."""
+        if table.title:
+            self._print((table.title, "bold cyan"))
+        lines = ([table.columns] if any(table.columns) else []) + table.rows
+        if self._rich is None:
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            for line in lines:
+                cells = [
+                    f"{text:<{w}}" if i < table.left else f"{text:>{w}}"
+                    for i, (text, w) in enumerate(zip(line, widths, strict=True))
+                ]
+                self._print(("  ".join(cells), ""))
+        else:
+            self._rich.print(_rich_table(table), soft_wrap=False)
+        self._print(("", ""))
 
     def step_line(self, row: dict[str, Any], total: int) -> None:
         """One logged step of `total`, at most 120 columns, which line up from step to step.
@@ -146,6 +184,21 @@ class Console:
         else:
             self._err.write(text + "\n")
             self._err.flush()
+
+
+def _rich_table(table: Table) -> "RichTable":
+    """The table for a terminal: its texts are texts, no markup."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grid = RichTable(box=None, show_header=any(table.columns), padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for i, title in enumerate(table.columns):
+        number = i >= table.left
+        title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, for the sake of the first column
+        grid.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+    for i, row in enumerate(table.rows):
+        grid.add_row(*(Text(_CONTROL.sub("?", text)) for text in row), style="bold green" if i in table.bold else None)
+    return grid
 
 
 def _cells(row: dict[str, Any], total: int) -> list[tuple[str, str]]:

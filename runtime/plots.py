@@ -1,15 +1,25 @@
-"""The picture of a run: its losses against the tokens it has seen."""
+"""The pictures of runs: the losses of one against the tokens it has seen, and those of several over each other."""
 
 import os
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from runtime.console import human
 from runtime.files import storage_error
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _TRAIN, _VAL, _INK = "#4878a8", "#d1603d", "#333333"
+_COLORS = ("#4878a8", "#d1603d", "#5b9a4f", "#8c62a8", "#c9a227", "#3aa6a0", "#b8517f", "#7a6a58")
+_DASHES = ("-", "--", ":", "-.")  # for the labels that the colours do not reach
+_MOST_LABELS = 16  # in a legend that leaves room for the curves
+_LONGEST_LABEL = 40  # characters
+_UNITS = {"val_loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 _SMOOTH_FROM = 60  # points; fewer can be read as they are
 
 
@@ -52,29 +62,106 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             fontweight="bold",
         )
 
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold")
-    axes.set_xlabel("tokens", color=_INK)
-    axes.set_ylabel("loss (nats per token)", color=_INK)
+    axes.set_title(title, loc="left", color=_INK, fontweight="bold", parse_math=False)
+    _dress(axes, "tokens", _UNITS["val_loss"])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+class Curve(NamedTuple):
+    """One run in a picture of several. Those of one label share a colour and a line of the legend."""
+
+    label: str
+    rows: list[dict[str, Any]]  # the logged steps in order
+
+
+def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
+    """Draws the losses of several runs over each other into a PNG file, replaced in one piece.
+
+    Training is a faint line and validation a strong one with a dot for each evaluation. The first twentieth, where
+    every loss falls from the same height, may lie above the picture.
+
+    Args:
+        curves: the runs.
+        path: the file.
+        x: what they are drawn against: `tokens` or `elapsed_seconds`.
+        metric: `val_loss` (nats per token) or `bits_per_byte`, in which the training loss is drawn too.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), dpi=180, layout="constrained")
+    axes = figure.add_subplot()
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    lines: dict[str, Any] = {}
+    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    for curve in curves:
+        number = labels.index(curve.label)
+        style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
+        at, losses = _series(curve.rows, "loss", x)
+        scale = next(
+            (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss")), 1
+        )
+        if len(losses) >= _SMOOTH_FROM:
+            losses = _smoothed(losses)
+        drawn.append((at, losses * scale))
+        axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
+        drawn.append(_series(curve.rows, metric, x))
+        (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
+    span = max((at[-1] for at, _ in drawn if len(at)), default=0)
+    seen = [values[at >= span / 20] for at, values in drawn if len(at)]
+    if any(len(values) for values in seen):
+        low, high = (
+            min(values.min() for values in seen if len(values)),
+            max(values.max() for values in seen if len(values)),
+        )
+        axes.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9))
+    axes.set_title("validation (dots) and training (faint)", loc="left", color=_INK, fontsize="small")
+    _dress(axes, {"elapsed_seconds": "seconds"}.get(x, x), _UNITS[metric])
+    if labels[_MOST_LABELS:]:
+        figure.suptitle(f"{len(labels)} configs, the first {_MOST_LABELS} named", fontsize="small", color=_INK)
+    # As a shield against what a name may hold: matplotlib passes over labels that begin with _, and reads $...$.
+    shown = labels[:_MOST_LABELS]
+    legend = axes.legend(
+        [lines[label] for label in shown],
+        [f"\u200b{label[:_LONGEST_LABEL]}" for label in shown],
+        frameon=False,
+        fontsize="small",
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
+def _dress(axes: "Axes", x: str, y: str) -> None:
+    """What all the pictures have: named axes, tokens as 1.2M, a faint grid."""
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
     axes.xaxis.set_major_formatter(lambda value, _: human(value).replace(".0", ""))
     axes.margins(x=0.02)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
 
+
+def _save(figure: "Figure", path: Path) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        figure.savefig(unfinished, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name may hold what the font lacks
+            figure.savefig(unfinished, format="png")
         os.replace(unfinished, path)
     except OSError as error:
         raise storage_error(path, error) from None
 
 
-def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values of the rows that have a value for `key`."""
-    points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
-    tokens, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return tokens, values
+def _series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+    """`x` and values of the rows that have a value for `key`."""
+    points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
+    at, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return at, values
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

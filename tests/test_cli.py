@@ -159,7 +159,7 @@ def test_help_is_no_error(capsys):
     for command in main.COMMANDS:
         with pytest.raises(SystemExit) as done:
             main.main([command, "--help"])
-        assert done.value.code == 0 and "--workdir" in capsys.readouterr().out
+        assert done.value.code == 0 and "--debug" in capsys.readouterr().out
 
 
 def test_a_bug_is_no_expected_error(monkeypatch, capsys):

@@ -1,0 +1,28 @@
+"""Every key of a config, its value and its meaning; a * where it differs from configs/default.py."""
+
+from itertools import groupby
+
+from absl import flags
+
+import config_lib
+from config_docs import key_docs, written
+from runtime.console import Console, Table
+
+
+def _define(values: flags.FlagValues) -> None:
+    """It has no flags of its own."""
+
+
+def main(argv: list[str]) -> None:
+    config = config_lib.parse_flags("config", __doc__, argv, _define, config=True).config
+    config_lib.check(config)
+    console = Console()
+    for section, docs in groupby(key_docs().values(), key=lambda doc: doc.section):
+        rows, differ = [], set()
+        for doc in docs:
+            value, usual = written(config[doc.key]), written(doc.default)
+            if value != usual:
+                differ.add(len(rows))
+            note = f" (default {usual})" if value != usual else ""
+            rows.append(["*" if note else "", doc.key, value, doc.comment + note])
+        console.table(Table(section, [""] * 4, rows, left=4, bold=frozenset(differ)))

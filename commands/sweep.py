@@ -1,0 +1,189 @@
+"""Train a grid of configs and seeds, one run after the other, then compare them. The same command goes on."""
+
+import itertools
+import re
+import signal
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+import compare_lib
+import config_lib
+import run_lib
+from config_docs import written
+from configs import default
+from runtime.console import Console
+from runtime.errors import ExpectedError, Interrupted, UserError
+from runtime.files import read_json, write_json
+
+PROGRAM = Path(__file__).parent.parent / "main.py"
+FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
+_LONGEST_NAME = 120  # characters; file systems take 255 bytes
+
+
+class Point(NamedTuple):
+    """One run of the grid."""
+
+    name: str
+    config: ConfigDict
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "set",
+        [],
+        "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
+        "semicolons: --set 'betas=0.9,0.95;0.9,0.99'.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>.",
+        flag_values=values,
+    )
+    flags.DEFINE_float("target", None, "As in compare.", flag_values=values)
+
+
+def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
+    """A key and the texts of its values, from one --set."""
+    key, equals, listed = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set={text}: expected KEY=VALUE,VALUE, as lr=1e-3,3e-3")
+    if key in ("seed", "run"):
+        way = "--seeds=N and --config.seed" if key == "seed" else "--workdir"
+        raise UserError(f"--set={text}: {key} is not swept; use {way}")
+    if key not in usual:
+        raise UserError(f"--set={text}: unknown key {key}{config_lib.nearest(key, list(usual))}")
+    parted = ";" if ";" in listed or isinstance(usual[key], tuple) else ","
+    return key, listed.split(parted)
+
+
+def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
+    """Every run of the sweep, checked; the last --set changes fastest, then the seed.
+
+    Args:
+      argv: the command's flags, --config and --config.KEY among them.
+
+    Raises:
+      UserError: a key or value of the grid cannot be; no run was begun.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds: must be at least 1, got {seeds}")
+    axes = [_axis(text, default.get_config()) for text in sets]
+    keys = [key for key, _ in axes]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"--set={next(key for key in keys if keys.count(key) > 1)}: given twice; use one --set a key")
+    points: dict[str, ConfigDict] = {}
+    for texts in itertools.product(*(texts for _, texts in axes)):
+        chosen = [f"--config.{key}={text}" for key, text in zip(keys, texts, strict=True)]
+        config = config_lib.parse_flags("sweep", __doc__, [*argv, *chosen], _define, config=True).config
+        first = config.seed
+        for seed in range(first, first + seeds):
+            point = config.copy_and_resolve_references()
+            point.seed = seed
+            config_lib.check(point)
+            name = point_name({key: point[key] for key in keys} | {"seed": seed})
+            if name in points:
+                raise UserError(f"--set: {name} is there twice; give each value once")
+            points[name] = point
+    return [Point(name, config) for name, config in points.items()]
+
+
+def point_name(values: dict[str, Any]) -> str:
+    """`key=value,...`, in characters that file systems take; what that leaves out is told apart by a hash."""
+    exact = ",".join(f"{key}={written(value)}" for key, value in values.items())
+    safe = re.sub(r"[^A-Za-z0-9._+=,-]", "_", exact)
+    if safe == exact and len(exact) <= _LONGEST_NAME:
+        return exact
+    seed = f",seed={values['seed']}"  # stays readable, so that seeds of one config share what stands before it
+    kept = safe.removesuffix(seed)[: _LONGEST_NAME - 30]
+    return f"{kept}-{sha256(exact.removesuffix(seed).encode()).hexdigest()[:8]}{seed}"
+
+
+def command_line(config: ConfigDict, workdir: Path) -> list[str]:
+    """The process that trains one run."""
+    usual = default.get_config()
+    base = f"--config={PROGRAM.parent / 'configs' / 'default.py'}"
+    changed = [f"--config.{key}={_flag_text(value)}" for key, value in config.items() if value != usual[key]]
+    return [sys.executable, str(PROGRAM), "train", base, *changed, f"--workdir={workdir}"]
+
+
+def _flag_text(value: Any) -> str:
+    return written(value) if isinstance(value, tuple) else str(value)
+
+
+def run_child(command: list[str]) -> tuple[int, int | None]:
+    """Run a process to its end: its exit status, negative for a signal that killed it, and the signal that came to us.
+
+    It stands in a process group of its own, so that a signal reaches it once, from here, whoever else in the terminal
+    got it too. SIGHUP, which it does not know, becomes SIGTERM.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(signum: int, _frame: FrameType | None = None) -> None:
+        received.append(signum)
+        if child is not None:
+            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, forward) for signum in signals}
+    try:
+        child = subprocess.Popen(command, process_group=0)
+        for signum in list(received):  # those that came before there was a process
+            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+        status = child.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return status, received[0] if received else None
+
+
+def _is_finished(workdir: Path, config: ConfigDict) -> bool:
+    path = workdir / FINISHED_FILE
+    return path.exists() and read_json(path) == config_lib.to_dict(config)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("sweep", __doc__, argv, _define, config=True)
+    points = grid(argv, values.set, values.seeds)
+    usual = config_lib.default_workdir(argv, values.config)
+    sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
+    if (sweep_dir / run_lib.CONFIG_FILE).exists():
+        raise UserError(f"--workdir={sweep_dir}: is a run's own directory; name another one for the sweep")
+    console = Console()
+    failed: dict[str, int] = {}
+    for number, (name, config) in enumerate(points, 1):
+        workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"
+        if _is_finished(workdir, config):
+            console.line(f"{place}: finished before")
+            continue
+        console.line(place)
+        status, signum = run_child(command_line(config, workdir))
+        if status == 0:
+            write_json(workdir / FINISHED_FILE, config_lib.to_dict(config))
+        if signum is not None:
+            console.line(f"stopped in {place}; the same command goes on from here")
+            raise Interrupted(signum)
+        if status:
+            failed[name] = status if status > 0 else 128 - status
+            console.warn(f"{name}: ended with status {failed[name]}; the sweep goes on")
+    there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
+    if there:
+        console.line("")
+        compare_lib.compare(there, sweep_dir / "compare", values.target, console)
+    if failed:
+        error = ExpectedError(
+            f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)}); mend the cause, then the "
+            "same command runs those again"
+        )
+        error.status = next(iter(failed.values()))
+        raise error

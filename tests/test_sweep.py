@@ -1,0 +1,180 @@
+"""A grid of runs: which they are, where they lie, and that neither a crash nor a signal loses one."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_one_line, run_main, tiny_config
+
+import config_lib
+import main
+from commands import sweep
+from configs import default
+
+BASE = f"--config={ROOT / 'configs' / 'default.py'}"
+
+# Stands in for main.py: leaves a config and rows as the trainer does. `lr` says how it ends.
+STAND_IN = """
+import pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+import json
+flags = dict(word[2:].split("=", 1) for word in sys.argv[2:])
+lr, seed = float(flags["config.lr"]), int(flags.get("config.seed", 0))
+workdir = pathlib.Path(flags["workdir"])
+workdir.mkdir(parents=True, exist_ok=True)
+with (workdir / "calls").open("a") as file:
+    file.write("called\\n")
+if lr == 0.4:
+    sys.exit(4)
+if lr == 0.9:
+    signal.raise_signal(signal.SIGKILL)
+(workdir / "config.json").write_text(json.dumps({{"config": {{"lr": lr, "seed": seed}}}}))
+row = {{"step": 1, "tokens": 10, "elapsed_seconds": 1.0, "loss": 2.0, "val_loss": lr + seed}}
+(workdir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
+if lr == 0.7 and not (workdir / "stopped").exists():
+    def stop(signum, frame):
+        with (workdir / "stopped").open("a") as file:
+            file.write(f"{{signum}}\\n")
+        time.sleep(0.2)
+        sys.exit(128 + signum)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    (workdir / "ready").touch()
+    time.sleep(30)
+    sys.exit("no signal came")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Path:
+    """The sweep's directory, with runs that take no time."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "main.py").write_text(STAND_IN.format(root=str(ROOT)))
+    monkeypatch.setattr(sweep, "PROGRAM", tmp_path / "main.py")
+    return tmp_path / "grid"
+
+
+def names(*sets: str, seeds: int = 1, argv: tuple[str, ...] = ()) -> list[str]:
+    return [point.name for point in sweep.grid([BASE, *argv], list(sets), seeds)]
+
+
+def test_the_grid_is_every_pair_with_every_seed():
+    points = sweep.grid([BASE, "--config.seed=5"], ["lr=1e-3,0.003", "use_muon=True,False"], 2)
+    assert [point.name for point in points] == [
+        f"lr={lr},use_muon={muon},seed={seed}" for lr in (0.001, 0.003) for muon in (True, False) for seed in (5, 6)
+    ]
+    assert [(p.config.lr, p.config.use_muon, p.config.seed) for p in points[:3]] == (
+        [(0.001, True, 5), (0.001, True, 6), (0.001, False, 5)]
+    )
+    assert names(seeds=2) == ["seed=0", "seed=1"]
+
+
+def test_values_that_hold_commas_are_parted_by_semicolons():
+    points = sweep.grid([BASE], ["betas=0.9,0.95;0.8,0.99"], 1)
+    assert [point.config.betas for point in points] == [(0.9, 0.95), (0.8, 0.99)]
+    assert [p.config.betas for p in sweep.grid([BASE], ["betas=0.9,0.99"], 1)] == [(0.9, 0.99)]
+    points = sweep.grid([BASE], ["sample_prompt=a,b;c"], 1)
+    assert [point.config.sample_prompt for point in points] == ["a,b", "c"]
+
+
+def test_directories_are_safe_short_and_tell_values_apart():
+    made = names("dataset=books/*.txt,books/?.txt,../x", "sample_prompt=" + "long " * 80, seeds=2)
+    assert len(set(made)) == 6
+    for name in made:
+        assert (
+            Path(name).name == name
+            and len(name) <= sweep._LONGEST_NAME
+            and set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+=,-")
+        )
+    assert made == names("dataset=books/*.txt,books/?.txt,../x", "sample_prompt=" + "long " * 80, seeds=2)
+    assert made[0].removesuffix("0") == made[1].removesuffix("1")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--set=lrr=1,2"], ("--set=lrr=1,2", "unknown key", "did you mean lr?")),
+        (["--set=lr"], ("--set=lr:", "KEY=VALUE")),
+        (["--set=lr=0.1,fast"], ("config.lr: ", "'fast'")),
+        (["--set=lr=0.1,"], ("config.lr: ", "''")),
+        (["--set=lr=0.1,0"], ("config.lr: must be > 0",)),
+        (["--set=num_heads=4,3"], ("config.embedding_dim: 128 is not divisible",)),
+        (["--set=lr=0.1,1e-1"], ("lr=0.1,seed=0 is there twice",)),
+        (["--set=lr=0.1", "--set=lr=0.2"], ("--set=lr: given twice",)),
+        (["--set=seed=1,2"], ("--seeds=N",)),
+        (["--seeds=0"], ("--seeds: must be at least 1",)),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_run(flags, words, stand_in, capsys):
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}", *flags]) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert not stand_in.exists()
+
+
+def calls(directory: Path) -> dict[str, int]:
+    return {path.parent.name: path.read_text().count("called") for path in sorted(directory.glob("*/calls"))}
+
+
+def test_crashes_are_said_and_lose_nothing_and_finished_runs_are_not_made_again(stand_in, capfd):
+    argv = ["sweep", BASE, f"--workdir={stand_in}", "--set", "lr=0.4,0.9,0.5", "--seeds=2"]
+    assert main.main(argv) == 4
+    out, err = capfd.readouterr()
+    assert "lr=0.9,seed=1: ended with status 137; the sweep goes on" in err
+    assert "4 of 6 runs failed (lr=0.4,seed=0, lr=0.4,seed=1, lr=0.9,seed=0" in err
+    assert "run 6 of 6: lr=0.5,seed=1" in out and "1.0000 ± 0.7071" in out  # of 0.5 and 1.5
+    assert (stand_in / "compare" / "compare.html").exists()
+    assert set(calls(stand_in).values()) == {1} and len(calls(stand_in)) == 6
+    assert main.main(argv) == 4
+    assert "run 5 of 6: lr=0.5,seed=0: finished before" in capfd.readouterr().out
+    assert [count for _, count in calls(stand_in).items()] == [2, 2, 1, 1, 2, 2]
+    main.main([*argv, "--config.max_steps=9"])  # another config is not finished
+    assert calls(stand_in)["lr=0.5,seed=0"] == 2
+
+
+@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
+def test_a_signal_reaches_the_run_once_and_ends_the_sweep(sent, heard, stand_in, capfd):
+    ready = stand_in / "lr=0.7,seed=0" / "ready"
+
+    def send() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.Signals[sent])
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    before = signal.getsignal(signal.SIGINT)
+    argv = ["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.7,0.6"]
+    assert main.main(argv) == 128 + signal.Signals[sent]
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped in run 2 of 3: lr=0.7,seed=0; the same command goes on" in capfd.readouterr().out
+    assert (ready.parent / "stopped").read_text() == f"{signal.Signals[heard].value}\n"
+    assert calls(stand_in) == {"lr=0.5,seed=0": 1, "lr=0.7,seed=0": 1}
+    assert main.main(argv) == 0
+    assert calls(stand_in) == {"lr=0.5,seed=0": 1, "lr=0.6,seed=0": 1, "lr=0.7,seed=0": 2}
+
+
+def test_a_runs_own_directory_is_no_sweeps(stand_in, capsys):
+    stand_in.mkdir()
+    (stand_in / "config.json").write_text("{}")
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}"]) == 2
+    assert_one_line(capsys.readouterr().err, "is a run's own directory")
+
+
+def test_a_real_sweep(tmp_path):
+    """Every key that differs reaches the trainer, awkward text and pairs of numbers too."""
+    quick = {"max_steps": 2, "num_blocks": 1, "use_muon": False, "sample_every": 0}
+    config = tiny_config(**quick, sample_prompt=" A", betas=(0.8, 0.9))
+    usual = default.get_config()
+    changed = [f"--config.{key}={sweep._flag_text(v)}" for key, v in config.items() if v != usual[key]]
+    done = run_main("sweep", BASE, *changed, f"--workdir={tmp_path}", "--set=keep=3")
+    assert done.returncode == 0, done.stderr
+    workdir = tmp_path / "keep=3,seed=0"
+    saved = json.loads((workdir / "config.json").read_text())["config"]
+    assert saved == config_lib.to_dict(config) | {"keep": 3}
+    assert json.loads((workdir / "sweep.json").read_text()) == saved
+    assert "keep=3,seed=0  " in done.stdout.split("Loss\n")[1]
