@@ -16,7 +16,7 @@ import pytest
 import regex
 import tiktoken
 from helpers import ROOT, assert_one_line, make_text
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
@@ -159,11 +159,12 @@ def test_documents_begin_with_the_end_token_and_are_cut_where_no_token_changes(c
     assert len(lines) == len(sizes) + 1 and "from 3 documents, 1 empty left out" in lines[-1]
 
 
-FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "'s", "x y"]
+FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "!\n", "\n/", "'s", "x y"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 @given(text=st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=30).map("".join))
+@settings(max_examples=300)
 def test_a_cut_leaves_every_piece_of_the_patterns_alone(name, text):
     data, find = text.encode(), regex.compile(pattern(name)).findall
     for found in corpus_files._CUT.finditer(data):
@@ -182,7 +183,7 @@ def test_a_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monke
     for task, after in zip(tasks, [*tasks[1:], None], strict=True):
         (span,) = task.spans
         text.read_bytes()[span.start : span.stop].decode()
-        assert after is None or list(tasks_of(files, SETTINGS, task.stop))[0] == after
+        assert after is None or next(tasks_of(files, SETTINGS, task.stop)) == after
     tokens = tokens_in(tmp_path / "out", run(text, tmp_path / "out"))
     assert tokens[0] == EOT and bpe.decode(tokens[1:]) == "☃😀" * 90  # the mark is gone
 
@@ -203,9 +204,9 @@ class Stop(BaseException):
     """Stands for a kill: nothing below catches it."""
 
 
-@pytest.mark.parametrize(("every", "tasks"), [(0.0, 1), (0.0, 2), (1e9, 4)])
+@pytest.mark.parametrize(("every", "tasks"), [(0.0, 1), (0.0, 2), (1e9, 3)])
 def test_stopped_at_any_task_it_ends_with_the_same_bytes(corpus, tmp_path, bpe, monkeypatch, every, tasks):
-    """Saved at each task, or only with each shard, which takes three."""
+    """Saved at each task, or only with each shard, which takes two."""
     run(corpus / "*.txt", tmp_path / "whole")
     monkeypatch.setattr(prepare_module, "SAVE_EVERY", every)
     add, done = Output.add, []
@@ -219,14 +220,15 @@ def test_stopped_at_any_task_it_ends_with_the_same_bytes(corpus, tmp_path, bpe, 
             raise Stop
 
     monkeypatch.setattr(Output, "add", stopping)
-    for stops in range(30):
+    stops = 0
+    while not (tmp_path / "out" / "index.json").exists():
         try:
             run(corpus / "*.txt", tmp_path / "out")
-            break
         except Stop:
-            assert not (tmp_path / "out" / "index.json").exists()
-    assert 2 <= stops < 29
-    assert len(done) == len(set(done)) or every
+            stops += 1
+            assert stops < 30
+    assert stops >= 2
+    assert (len(done) == len(set(done))) == (every == 0)  # nothing saved is done again
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -345,7 +347,7 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
         (["--dataset=x", "--out=y", "--val_fraction=1"], ["--val_fraction: must be at least 0 and below 1"]),
         (
             ["--dataset=x", "--out=y", "--val_fraction=.5", "--test_fraction=.5"],
-            ["--val_fraction: with --test_fraction"],
+            ["--val_fraction: with"],
         ),
         (["--dataset=x", "--out=y", "--shard_tokens=0"], ["--shard_tokens: must be from 1 to 2000000000"]),
         (["--dataset=x", "--out=y", "--processes=-1"], ["--processes: must be at least 0"]),
