@@ -144,11 +144,11 @@ def test_a_config_file_with_an_unknown_key_names_the_key(tmp_path, refused, trai
 def test_flags_reach_the_trainer(trained):
     flags = ["--config.lr=0.5", "--config.betas=0.8,0.9", "--config.use_muon=False", "--config.run=a b", "--fresh"]
     assert main.main(flags) == 0
-    assert main.main(["train", "--workdir=here", "--profile_steps=3:5", "--noconfig.use_muon"]) == 0
+    assert main.main(["train", "--workdir=here", "--profile_steps=3:5", "--noconfig.use_muon", "--rebatch"]) == 0
     (first, first_dir, first_flags), (second, second_dir, second_flags) = trained
     assert (first.lr, first.betas, first.use_muon) == (0.5, (0.8, 0.9), False) and not second.use_muon
-    assert (str(first_dir), first_flags) == ("runs/a b", {"fresh": True, "profile": None})
-    assert (str(second_dir), second_flags) == ("here", {"fresh": False, "profile": (3, 5)})
+    assert (str(first_dir), first_flags) == ("runs/a b", {"fresh": True, "profile": None, "rebatch": False})
+    assert (str(second_dir), second_flags) == ("here", {"fresh": False, "profile": (3, 5), "rebatch": True})
 
 
 def test_help_is_no_error(capsys):
