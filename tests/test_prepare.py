@@ -1,6 +1,5 @@
 """Preparing a corpus gives the tokens of its texts, whatever the processes and wherever it was killed."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -13,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import tiktoken
 from helpers import ROOT, assert_one_line, make_text
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 import main
@@ -29,7 +25,6 @@ from corpus.prepare import Output, prepare
 from input_pipeline import load_dataset
 from runtime.console import Console
 from runtime.errors import StorageError, UserError
-from runtime.fetch import dataset_path
 from runtime.files import read_json
 from runtime.shards import read_shard
 from transformer.tokenizer import TiktokenTokenizer
@@ -157,19 +152,6 @@ def test_documents_begin_with_the_end_token_and_are_cut_where_no_token_changes(c
     assert train == pytest.approx(0.7, abs=0.01) and val == pytest.approx(0.2, abs=0.01)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(sizes) + 1 and "from 3 documents, 1 empty left out" in lines[-1]
-
-
-FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "!\n", "\n/", "'s", "x y"]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-@given(text=st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=30).map("".join))
-@settings(max_examples=300)
-def test_a_cut_leaves_every_piece_of_the_patterns_alone(name, text):
-    data, find = text.encode(), regex.compile(pattern(name)).findall
-    for found in corpus_files._CUT.finditer(data):
-        left, right = data[: found.start()].decode(), data[found.start() :].decode()
-        assert find(left) + find(right) == find(text)
 
 
 def test_a_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch, bpe):
@@ -398,23 +380,3 @@ def test_rows_of_parquet_are_documents(tmp_path, bpe, parquet):
     )
     (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-5])
     assert "0.parquet: cannot be read" in refusal(run, tmp_path / "*.parquet", tmp_path / "c")
-
-
-# --- At size ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_enwik8_by_bytes(tmp_path, processes):
-    path = dataset_path("enwik8", ROOT / "data")
-    settings = Settings("byte", 0.05, 0.05, 30_000_000, "text")
-    index = run(path, tmp_path / "out", settings, processes)
-    assert {name: part["tokens"] for name, part in index["splits"].items()} == {
-        "train": 90_000_000,
-        "val": 5_000_000,
-        "test": 5_000_000,
-    }
-    tokens, _ = whole(tmp_path / "out", "byte")
-    order = [part for name in ("train", "val", "test") for part in index["splits"][name]["shards"]]
-    assert len(order) == 5 and tokens.astype(np.uint8).tobytes() == path.read_bytes()
-    assert not multiprocessing.active_children()
