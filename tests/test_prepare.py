@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import tiktoken
 from helpers import ROOT, assert_one_line, make_text
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 import main
@@ -155,19 +152,6 @@ def test_documents_begin_with_the_end_token_and_are_cut_where_no_token_changes(c
     assert train == pytest.approx(0.7, abs=0.01) and val == pytest.approx(0.2, abs=0.01)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(sizes) + 1 and "from 3 documents, 1 empty left out" in lines[-1]
-
-
-FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "!\n", "\n/", "'s", "x y"]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-@given(text=st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=30).map("".join))
-@settings(max_examples=300)
-def test_a_cut_leaves_every_piece_of_the_patterns_alone(name, text):
-    data, find = text.encode(), regex.compile(pattern(name)).findall
-    for found in corpus_files._CUT.finditer(data):
-        left, right = data[: found.start()].decode(), data[found.start() :].decode()
-        assert find(left) + find(right) == find(text)
 
 
 def test_a_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch, bpe):
