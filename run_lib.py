@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +236,9 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    params = jax.eval_shape(lambda: init_params(model_config_of(config, data.tokenizer.vocab_size), jax.random.key(0)))
-    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), params, 1)
-    labels = labels_of(params, config.use_muon)
+    model_config = model_config_of(config, data.tokenizer.vocab_size)
+    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # a new run needs none
+    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         require_same_run(meta, config, workdir, rebatch)
@@ -248,8 +248,8 @@ def resume(
                 f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
             )
         require_same_model(workdir, config, data.tokenizer, meta)
-        model_config = model_config_of(config, data.tokenizer.vocab_size)
-        init = partial(init_state, model_config, optimizer_of(config_lib.from_dict(meta["config"])), labels)
+        optimizer, labels = optimizer_of(config_lib.from_dict(meta["config"])), labels_of(shapes(), config.use_muon)
+        init = partial(init_state, model_config, optimizer, labels)
         abstract = jax.eval_shape(init, jax.random.key(0))
         return abstract.params, abstract[1:]
 

@@ -123,6 +123,11 @@ class Trainer:
             self.tokenizer.encode(config.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
+        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
+        devices.require_memory(
+            3 * 4 * sum(parameter_counts(self.model_config).values()),
+            2 * config.batch_size * config.context_len * config.embedding_dim,
+        )
         self.mesh = make_mesh()
         place = replicated(self.mesh)
         resumed = run_lib.resume(checkpoints, config, workdir, self.data, place, console.warn, rebatch)
@@ -131,11 +136,6 @@ class Trainer:
             offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
         )
         self.total = total_steps(config, self.batches)
-        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
-        devices.require_memory(
-            3 * 4 * sum(parameter_counts(self.model_config).values()),
-            2 * config.batch_size * config.context_len * config.embedding_dim,
-        )
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         params = jax.eval_shape(partial(init_params, self.model_config), init_key)
         optimizer_config = config_lib.optimizer_config(config)
