@@ -237,7 +237,7 @@ def resume(
       NoCheckpointError: all are damaged.
     """
     model_config = model_config_of(config, data.tokenizer.vocab_size)
-    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # a new run needs none
+    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
     optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
