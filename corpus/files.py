@@ -93,15 +93,18 @@ class TextFiles:
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """What lies between two places, by file."""
-        spans = []
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            begin, end = self._starts[number : number + 2]
-            if end > start:
-                spans.append(Span(str(self._paths[number]), start - begin, min(stop, end) - begin))
-                start = min(stop, end)
-            number += 1
-        return spans
+        return [Span(str(self._paths[i]), *within) for i, *within in _between(self._starts, start, stop)]
+
+
+def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """What of each part lies between two places, as (number, from, to); part i reaches from starts[i] to the next."""
+    number = bisect_right(starts, start) - 1
+    while start < stop:
+        begin, end = starts[number : number + 2]
+        if end > start:
+            yield number, start - begin, min(stop, end) - begin
+            start = min(stop, end)
+        number += 1
 
 
 class ParquetFiles:
@@ -122,16 +125,8 @@ class ParquetFiles:
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """The rows between two places, by row group."""
-        spans = []
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            begin, end = self._starts[number : number + 2]
-            if end > start:
-                path, group = self._groups[number]
-                spans.append(Span(path, start - begin, min(stop, end) - begin, group))
-                start = min(stop, end)
-            number += 1
-        return spans
+        pieces = _between(self._starts, start, stop)
+        return [Span(path, *within, group) for i, *within in pieces for path, group in [self._groups[i]]]
 
 
 def _groups(path: Path, text_column: str) -> Iterator[tuple[int, int]]:
