@@ -21,6 +21,7 @@ from transformer.flash import obstacle
 from transformer.model import CHOICES as MODEL_CHOICES
 from transformer.model import TransformerConfig
 from transformer.optimizer import OptimizerConfig
+from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
 
 DEFAULT_CONFIG = "configs/shakespeare.py"
 DEFAULT_WORKDIR = "runs/shakespeare"
@@ -74,7 +75,7 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
     *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
-    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds"),
+    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "mesh"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
 
@@ -246,7 +247,7 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(f"config.betas: must be two numbers at least 0 and below 1, got {betas}")
     if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
         raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
-    if config.cpu_devices != "auto" and int(config.cpu_devices) > config.batch_size:
+    if config.cpu_devices != "auto" and not config.mesh and int(config.cpu_devices) > config.batch_size:
         raise UserError(
             f"config.cpu_devices: {config.cpu_devices} devices cannot share batch_size {config.batch_size}; use fewer"
         )
@@ -261,24 +262,30 @@ def _check_together(config: ConfigDict) -> None:
             f"config.run: must be a plain name without slashes, got {config.run!r}; use --workdir for a path"
         )
     try:
+        parse_mesh(config.mesh)
         transformer_config(config, vocab_size=2, dtype="float32")
     except ValueError as error:
         raise UserError(f"config.{error}") from error
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """The batch must split evenly over the devices, and they must have the attention kernel.
+    """The mesh must be one of the devices, the batch split evenly over it, and they must have the attention kernel.
 
     Raises:
-      UserError: it does not, and which sizes do; they have not, and why.
+      UserError: one of these is not so, and what would be.
     """
-    if config.batch_size % num_devices:
-        below = config.batch_size // num_devices * num_devices
-        near = f"{below} or {below + num_devices}" if below else f"{num_devices}"
-        raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {num_devices} devices; use {near}")
+    try:
+        sizes = mesh_sizes(config.mesh, num_devices)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    parts = sizes[DATA] * sizes[FSDP]
+    if config.batch_size % parts:
+        below = config.batch_size // parts * parts
+        near = f"{below} or {below + parts}" if below else f"{parts}"
+        raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
-    sizes = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *sizes, model.dtype):
+    shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
+    if problem := obstacle(model.attention_kernel, *shape, model.dtype):
         raise UserError(f"config.attention_kernel: {problem}")
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import Batches
 from transformer.dense import compiler_options
-from transformer.sharding import DATA, batch_sharded, replicated
+from transformer.sharding import batch_sharded, replicated
 from transformer.step import TrainState
 
 
@@ -45,7 +45,7 @@ def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
         return jax.device_put(batches(span.start), batch_sharded(mesh))
     own = [batches(step) for step in span]
     stack_SBT1 = np.stack(own + own[-1:] * (most - len(own)))
-    places = NamedSharding(mesh, PartitionSpec(None, DATA)), replicated(mesh)
+    places = NamedSharding(mesh, PartitionSpec(None, *batch_sharded(mesh).spec)), replicated(mesh)
     return jax.device_put((stack_SBT1, np.int32(len(own))), places)
 
 

@@ -128,7 +128,7 @@ class Trainer:
             3 * 4 * sum(parameter_counts(self.model_config).values()),
             2 * config.batch_size * config.context_len * config.embedding_dim,
         )
-        self.mesh = make_mesh()
+        self.mesh = make_mesh(config.mesh)
         place = replicated(self.mesh)
         resumed = run_lib.resume(checkpoints, config, workdir, self.data, place, console.warn, rebatch)
         self.batches = Batches(

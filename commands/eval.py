@@ -25,12 +25,12 @@ def main(argv: list[str]) -> None:
     values = config_lib.parse_flags("eval", __doc__, argv, _define)
     console = Console()
     devices.set_up_compile_cache()
-    devices.wake_up()
+    [device, *_] = devices.wake_up()
     model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step, console.warn)
     split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)
     if split is None:
         raise UserError(f"--split={values.split}: the run's config has test_fraction 0; use train or val")
-    evaluate = Evaluator(model.config, make_mesh(1), config.batch_size)
+    evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
         "step": step // config.accumulation_steps,

@@ -18,6 +18,7 @@ from configs import default, finetune
 from runtime.errors import UserError
 from transformer.model import TransformerConfig
 from transformer.optimizer import OptimizerConfig
+from transformer.sharding import mesh_sizes
 
 ROOT = Path(__file__).parent.parent
 KEYS = list(default.get_config())
@@ -151,6 +152,27 @@ def test_from_dict_fills_in_new_keys_and_refuses_unknown_ones():
 # --- Checking -------------------------------------------------------------------------------------------------------
 
 
+def test_a_mesh_is_checked_against_the_devices():
+    config = default.get_config()
+    config.batch_size = 6
+    sizes = lambda text, devices: tuple(mesh_sizes(text, devices).values())
+    assert sizes("", 6) == (6, 1, 1, 1) and sizes("tensor=2, data=3", 6) == (3, 1, 1, 2)
+    assert sizes("data=-1,sequence=5,fsdp=2", 30) == (3, 2, 5, 1) and sizes("fsdp=-1", 1) == (1, 1, 1, 1)
+    for text, devices, wrong in [
+        ("data=2,fsdp=2", 8, r"'data=2,fsdp=2' needs 4 devices and there are 8; "),
+        ("data=-1,tensor=4", 6, r"'data=-1,tensor=4' needs a multiple of 4 devices and there are 6; "),
+        ("fsdp=8", 1, r"'fsdp=8' needs 8 devices and there is 1; "),
+    ]:
+        config.mesh = text
+        with pytest.raises(UserError, match=rf"^config\.mesh: {wrong}"):
+            config_lib.check_devices(config, devices)
+    config.mesh = "data=2,fsdp=2,tensor=2"
+    with pytest.raises(UserError, match=r"^config\.batch_size: 6 is not divisible by 4 devices; use 4 or 8$"):
+        config_lib.check_devices(config, 8)
+    config.mesh = "data=2,fsdp=3,tensor=8"  # rows are split over the first two axes alone
+    config_lib.check_devices(config, 48)
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_any_number_in_any_key_is_possible_or_refused_in_one_line(key):
     """Set past ml_collections' own type check, as a config file can."""
@@ -181,6 +203,11 @@ def test_any_number_in_any_key_is_possible_or_refused_in_one_line(key):
         ({"betas": (0.9, 1.0)}, "betas", "below 1"),
         ({"cpu_devices": "many"}, "cpu_devices", "auto"),
         ({"cpu_devices": "1000000"}, "cpu_devices", "batch_size"),
+        ({"mesh": "data=2,pipeline=4"}, "mesh", "unknown axis 'pipeline'; name each of data, fsdp, sequence, tensor"),
+        ({"mesh": "fsdp=2,fsdp=4"}, "mesh", "twice"),
+        ({"mesh": "data=0"}, "mesh", "data must be a whole number from 1"),
+        ({"mesh": "tensor"}, "mesh", "tensor must be a whole number from 1"),
+        ({"mesh": "data=-1,fsdp=-1"}, "mesh", "only one axis"),
         ({"run": "a/b"}, "run", "--workdir"),
         ({"sample_prompt": ""}, "sample_prompt", "empty"),
     ],

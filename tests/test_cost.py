@@ -54,7 +54,7 @@ def test_the_sum_is_about_what_the_compiled_step_needs(changes, use_muon, k):
     config = dataclasses.replace(MODEL, **changes)
     opt, labels, settings, state = make(config, use_muon, k)
     schedule = optimizer.schedule_shape(settings, 9)
-    step = make_train_step(config, opt, schedule, labels, k, jax.random.key(0), make_mesh(1))
+    step = make_train_step(config, opt, schedule, labels, k, jax.random.key(0), make_mesh(devices=jax.devices()[:1]))
     batch_BT1 = jax.ShapeDtypeStruct((ROWS, config.context_len + 1), jnp.int32)
     need = step.lower(state, batch_BT1).compile().memory_analysis()
     said = memory_bytes(config, ROWS, use_muon, k)

@@ -46,7 +46,7 @@ class Trainer:
 
     def __init__(self, params, optimizer_config, mesh=None, **gate):
         self.params = jax.tree.map(np.array, params)  # on the host: the step eats what is on the device
-        self.mesh = mesh or make_mesh(1)
+        self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self.orthogonalized = 0
         labels = labels_of(params, optimizer_config.use_muon)
         opt = make_optimizer(optimizer_config, params, TOTAL_STEPS, self.mesh)
@@ -216,12 +216,13 @@ def test_a_finite_loss_does_not_excuse_a_gradient_that_is_not(monkeypatch):
 # --- Several devices ----------------------------------------------------------------------------------------------
 
 ON_SEVERAL_DEVICES = """
-import pickle, sys
+import jax, pickle, sys
 from test_step import IN_THREE, Trainer, evaluate, make_mesh, micro_batches
 params, results = pickle.load(sys.stdin.buffer), {}
 for n in (2, 8):
-    state, metrics = Trainer(params, IN_THREE, make_mesh(n)).run(micro_batches(9, masked=True))[-1]
-    results[n] = state.params | metrics, evaluate(params, make_mesh(n))
+    mesh = make_mesh(devices=jax.devices()[:n])
+    state, metrics = Trainer(params, IN_THREE, mesh).run(micro_batches(9, masked=True))[-1]
+    results[n] = state.params | metrics, evaluate(params, mesh)
 pickle.dump(results, sys.stdout.buffer)
 """
 
@@ -236,7 +237,7 @@ def test_two_and_eight_devices_do_what_one_does(in_three):
     done = subprocess.run(command, input=params, env=env, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     state, metrics = in_three.run(micro_batches(9, masked=True))[-1]
-    [want_loss], [want_count] = evaluate(in_three.params, make_mesh(1))
+    [want_loss], [want_count] = evaluate(in_three.params, make_mesh(devices=jax.devices()[:1]))
     for devices, (trained, (losses, counts)) in pickle.loads(done.stdout).items():
         for name, want in (state.params | metrics).items():
             np.testing.assert_allclose(trained[name], want, rtol=1e-5, atol=1e-5, err_msg=f"{name}, {devices} devices")
@@ -273,7 +274,7 @@ def test_each_micro_batch_draws_its_own_random_numbers(monkeypatch, random_param
     draws = lambda config: (
         "random_bits"
         in str(
-            jax.make_jaxpr(step.make_loss_and_grads(config, make_mesh(1)))(
+            jax.make_jaxpr(step.make_loss_and_grads(config, make_mesh(devices=jax.devices()[:1])))(
                 random_params(config), jnp.asarray(batch()), jax.random.key(0)
             )
         )

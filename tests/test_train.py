@@ -119,7 +119,7 @@ def test_evaluation_is_exact_over_the_whole_split_and_over_a_prefix():
     split = run_lib.load_data(tiny_config(), say=print).val
     tokens = split.tokens[:1500]
     split = input_pipeline.Split(tokens, len(tokens))
-    evaluate = Evaluator(finished_run().model.config, make_mesh(1), batch_size=4)
+    evaluate = Evaluator(finished_run().model.config, make_mesh(devices=jax.devices()[:1]), batch_size=4)
     params = params_of(finished_run().model)
     loss, count = evaluate(params, split)
     assert count == 1499

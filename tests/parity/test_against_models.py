@@ -51,7 +51,7 @@ def our_side(config, params, batch_BT1):
     """The same from the model and the gradients that training uses."""
     params = jax.tree.map(jax.numpy.asarray, params)
     logits_BTV = jax.jit(lambda p, t: model_of(config, p)(t))(params, batch_BT1[:, :-1])
-    loss_and_grads = jax.jit(make_loss_and_grads(config, make_mesh(1)))
+    loss_and_grads = jax.jit(make_loss_and_grads(config, make_mesh(devices=jax.devices()[:1])))
     total, count, grads = loss_and_grads(params, batch_BT1, jax.random.key(0))
     return logits_BTV, total / count, {name: np.asarray(g) / count for name, g in grads.items()}
 

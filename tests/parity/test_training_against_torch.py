@@ -119,7 +119,11 @@ def shakespeare() -> Split:
 
 def our_run(config, model_config, params, batches):
     """Loss and gradient norm [2, STEPS] as training logs them, and the parameters at the end."""
-    labels, schedule, mesh = labels_of(params, config.use_muon), schedule_shape(config, STEPS), make_mesh(1)
+    labels, schedule, mesh = (
+        labels_of(params, config.use_muon),
+        schedule_shape(config, STEPS),
+        make_mesh(devices=jax.devices()[:1]),
+    )
     opt, k = make_optimizer(config, params, STEPS, mesh), config.accumulation_steps
     train_step = step.make_train_step(model_config, opt, schedule, labels, k, jax.random.key(0), mesh)
     with pytest.MonkeyPatch.context() as patch:
