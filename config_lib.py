@@ -48,7 +48,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 1 and below 2147483648",
         lambda x: 1 <= x < 2**31,
-        "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context "
+        "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context train_shards "
         "accumulation_steps batch_size steps_per_dispatch max_bad_steps eval_every log_every save_every keep",
     ),
     (
@@ -79,8 +79,8 @@ FREE_ON_RESUME = {
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
 
-# What the model computes; its vocabulary and dtype follow from the text and the device.
-MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype"}
+# What the model computes; its vocabulary and end-of-text token follow from the text, its dtype from the device.
+MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype", "document_start"}
 
 # What may differ under --rebatch: how the sequences that follow are cut into steps.
 REBATCH = {"batch_size", "accumulation_steps"}
@@ -285,16 +285,17 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype):
+    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
 # --- From config to what the layers below take --------------------------------------------------------------------
 
 
-def transformer_config(config: ConfigDict, vocab_size: int, dtype: str) -> TransformerConfig:
+def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
     """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
-    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, **{name: config[name] for name in MODEL_KEYS})
+    settings = {name: config[name] for name in MODEL_KEYS}
+    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, document_start=document_start, **settings)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

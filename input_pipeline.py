@@ -134,6 +134,8 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
     """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none."""
     if fetch.is_named(dataset):
         return [fetch.dataset_path(dataset, data_dir, say)]
+    if dataset in fetch.SHARD_SETS:
+        raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
         raise UserError(f"config.dataset: {dataset} is a directory; name a file, or a glob such as {dataset}/*.txt")
@@ -141,9 +143,9 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
         return [Path(path)]
     paths = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
     if not paths:
-        guess = difflib.get_close_matches(dataset, fetch.DATASETS, n=1)
+        guess = difflib.get_close_matches(dataset, fetch.NAMES, n=1)
         hint = f"did you mean {guess[0]}? " if guess else ""
-        known = ", ".join(fetch.DATASETS)
+        known = ", ".join(fetch.NAMES)
         raise UserError(f"config.dataset: no file {dataset!r}; {hint}give a file, a glob of files or one of {known}")
     return paths
 

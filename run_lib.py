@@ -39,9 +39,19 @@ def resolve_dtype(dtype: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def model_config_of(config: ConfigDict, vocab_size: int) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device."""
-    return config_lib.transformer_config(config, vocab_size, resolve_dtype(config.dtype))
+def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
+    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
+
+    Raises:
+      UserError: documents are to be masked, and there is none.
+    """
+    start = eot if config.mask_documents else -1
+    if start is None:
+        raise UserError(
+            f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
+            "set it to False, or take one that has, such as gpt2"
+        )
+    return config_lib.transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -72,7 +82,9 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    load = load_shards if holds_shards(config.dataset, config.tokenizer) else load_dataset
+    load: Callable[..., Dataset] = load_dataset
+    if holds_shards(config.dataset, config.tokenizer):
+        load = partial(load_shards, train_shards=config.train_shards)
     return load(
         config.dataset,
         config.tokenizer,
@@ -131,7 +143,7 @@ def load_weights(
       UserError, NoCheckpointError: there is no such run, or its model has another shape.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    source = model_config_of(config, tokenizer.vocab_size)
+    source = model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
     if want != have:
         names = [field.name for field in dataclasses.fields(source)]
@@ -157,7 +169,7 @@ def load_model(
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    model_config = model_config_of(config, tokenizer.vocab_size)
+    model_config = model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -236,7 +248,7 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    model_config = model_config_of(config, data.tokenizer.vocab_size)
+    model_config = model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
     shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
     optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
 

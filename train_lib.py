@@ -123,7 +123,7 @@ class Trainer:
             self.tokenizer.encode(config.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size)
+        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()),
             2 * config.batch_size * config.context_len * config.embedding_dim,

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
-    model_config = run_lib.model_config_of(config, tokenizer.vocab_size)
+    model_config = run_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     workdir = prepare_workdir(values.workdir)
     with WorkdirLock(workdir, console.warn):
         if left := [entry.name for entry in workdir.iterdir() if entry.name != ".lock"]:
@@ -130,7 +130,7 @@ def _from_export(
     if dataset:
         config.dataset = dataset
     params = read_safetensors(weights)[0]
-    model_of(run_lib.model_config_of(config, tokenizer.vocab_size), params)  # checks names and shapes
+    model_of(run_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
     return config, params, tokenizer
 
 

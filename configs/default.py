@@ -47,11 +47,13 @@ def get_config() -> ConfigDict:
     # zero also starts an untied head at zero
 
     # --- Data --------------------------------------------------------------------------------------------------
-    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | a text file | a glob of text files | tokens:
+    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | fineweb | a text file | a glob of them | tokens:
     # a directory that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT)
+    config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
     config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
+    config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document
     config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)
     config.data_dir = "data"  # named sets and encoded texts; relative to the directory of main.py
 

@@ -20,7 +20,7 @@ import numpy as np
 from corpus.files import SPLITS
 from input_pipeline import Dataset, Split, check_length, find_files, new_tokenizer
 from runtime.errors import ExpectedError, UserError, one_line
-from runtime.fetch import is_named
+from runtime.fetch import SHARD_SETS, is_named, shard_paths
 from runtime.files import read_json, write_json
 from runtime.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
 from transformer.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
@@ -34,12 +34,12 @@ COUNTED_AT_ONCE = 2**24  # tokens
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
-    """Whether `config.dataset` names tokens and not text: a directory with an index or shards, or .bin files.
+    """Whether `config.dataset` names tokens and not text: a named set, a directory with an index or shards, .bin files.
 
     To the byte tokenizer, which takes any file as it is, a .bin file is tokens only if it has a shard's header.
     """
-    if is_named(dataset):
-        return False
+    if dataset in SHARD_SETS or is_named(dataset):
+        return dataset in SHARD_SETS
     path = Path(dataset).expanduser()
     if path.is_dir():
         return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
@@ -56,6 +56,7 @@ def load_shards(
     val_fraction: float,
     test_fraction: float,
     context_len: int,
+    train_shards: int = 1,
     say: Callable[[str], None] = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
@@ -69,6 +70,9 @@ def load_shards(
     kept in `data_dir/.cache`, those of their training split are unknown. End-of-text tokens count none.
     `Dataset.sha256` is that of the index's lengths and hashes, where there is one, with `sample_hash`.
 
+    Args:
+      train_shards: how many training shards of a named set, which are fetched; the others are as in `load_dataset`.
+
     Raises:
       UserError: a shard is damaged or missing, does not fit the tokenizer or the others, or a split is too short.
     """
@@ -80,7 +84,10 @@ def load_shards(
     if index:
         shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
     else:
-        paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
+        if dataset in SHARD_SETS:
+            paths = shard_paths(dataset, train_shards, data_dir, say)
+        else:
+            paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
         shards = _by_name(map(read_shard, paths))
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):

@@ -27,6 +27,7 @@ from pathlib import Path
 from runtime import rebuild
 from runtime.errors import UserError, one_line
 from runtime.rebuild import FetchError
+from runtime.shards import read_shard
 
 RETRIES = 3
 
@@ -82,6 +83,70 @@ def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
     not there and cannot be had, or `data_dir` cannot be written to.
     """
     return obtain(DATASETS[name], data_dir, "config.dataset", say)
+
+
+# --- data sets that come in shards ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A data set of .bin shards, one for validation and any number to train on; no hash of them is published.
+
+    What a shard's header says of its length is held against the file instead.
+    """
+
+    url: str  # of the folder
+    val: str  # file name
+    train: str  # file name of training shard {}, counted from 1
+    most: int  # training shards
+
+
+SHARD_SETS = {
+    # 10 billion tokens of FineWeb (arXiv:2406.17557) by GPT-2's tokenizer, 100 million a shard: modded-nanogpt's files
+    "fineweb": ShardSet(
+        url="https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main",
+        val="fineweb_val_000000.bin",
+        train="fineweb_train_{:06}.bin",
+        most=103,
+    )
+}
+
+
+NAMES = (*DATASETS, *SHARD_SETS)  # what config.dataset may be beside a path
+
+
+def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, timeout: float = 10.0) -> list[Path]:
+    """The validation shard and the first `num_train` training shards of a set of `SHARD_SETS`, in `data_dir/<name>`.
+
+    Those that are there are taken as they are; `read_shard` will check them. The others are downloaded one by one.
+
+    Raises:
+      UserError: there are not so many, or one cannot be had or is no whole shard.
+    """
+    shards, folder = SHARD_SETS[name], data_dir / name
+    if num_train > shards.most:
+        raise UserError(f"config.train_shards: {name} has {shards.most} shards to train on, not {num_train}; lower it")
+    names = [shards.val, *(shards.train.format(i + 1) for i in range(num_train))]
+    for filename in names:
+        path, url = folder / filename, f"{shards.url}/{filename}"
+        if path.exists():
+            continue
+        say(f"{name}: downloading {url}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as scratch:
+                made = Path(scratch) / filename
+                download(url, made, timeout)
+                try:
+                    read_shard(made)
+                except UserError as error:
+                    raise FetchError(one_line(error, 200).removeprefix(f"{made}: ")) from error
+                os.replace(made, path)
+        except _FAILURES as error:
+            raise UserError(
+                f"config.dataset: {filename} could not be fetched ({one_line(error, 200)}); put {url} at {path} by hand"
+            ) from error
+    return [folder / filename for filename in names]
 
 
 # --- tiktoken's vocabularies ------------------------------------------------------------------------------------------

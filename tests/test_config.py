@@ -107,7 +107,7 @@ def test_the_tables_name_only_keys_and_every_number_has_a_range():
     assert set(ranged) == numbers
     assert set(KEYS) >= config_lib.FREE_ON_RESUME | set(config_lib.CHOICES)
     dataclass_fields = {field.name for part in (TransformerConfig, OptimizerConfig) for field in fields(part)}
-    assert dataclass_fields - {"vocab_size"} <= set(KEYS)
+    assert dataclass_fields - {"vocab_size", "document_start"} <= set(KEYS)
 
 
 # --- The configs ----------------------------------------------------------------------------------------------------

@@ -11,13 +11,17 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from corpus.load import holds_shards, load_shards
 from runtime import fetch
 from runtime.errors import UserError
-from runtime.fetch import FetchError, Source
+from runtime.fetch import FetchError, ShardSet, Source
+from runtime.shards import header
 
 CONTENTS = bytes(range(256)) * 1001
+SHARD = header(50, np.dtype(np.uint16)) + bytes(100)
 SHA256 = hashlib.sha256(CONTENTS).hexdigest()
 
 
@@ -70,6 +74,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.redirect("file:///etc/hostname")
             case "/to_ftp":
                 self.redirect("ftp://127.0.0.1/good")
+            case "/shard_000001.bin" | "/shard_000002.bin" | "/val.bin":
+                self.answer(SHARD)
+            case "/shard_000003.bin":
+                self.answer(SHARD[:-2])
             case "/busy":
                 self.send_error(503)
             case _:
@@ -255,6 +263,64 @@ def test_obstacles_on_the_disk_are_one_line(server, tmp_path, obstacle):
 
 def test_names():
     assert fetch.is_named("enwik8") and fetch.is_named("tiny_shakespeare") and not fetch.is_named("data/enwik8")
+
+
+@pytest.fixture
+def shard_set(server, monkeypatch):
+    monkeypatch.setitem(fetch.SHARD_SETS, "fineweb", ShardSet(server.url(""), "val.bin", "shard_{:06}.bin", 4))
+    return server
+
+
+def test_shards_are_fetched_one_by_one_and_no_more_than_asked_for(shard_set, tmp_path):
+    (tmp_path / "fineweb").mkdir()
+    (tmp_path / "fineweb" / "shard_000001.bin").write_bytes(SHARD)
+    said: list[str] = []
+    settings = {"data_dir": tmp_path, "val_fraction": 0.1, "test_fraction": 0.0, "context_len": 9, "say": said.append}
+    assert holds_shards("fineweb", "gpt2")
+    for _ in range(2):  # the second time all are there
+        data = load_shards("fineweb", "byte", train_shards=2, **settings)
+        assert data.train.num_tokens == 100 and data.val.num_tokens == 50
+    assert [line.rpartition("/")[2] for line in said] == ["val.bin", "shard_000002.bin"]
+    assert names(tmp_path / "fineweb") == {"val.bin", "shard_000001.bin", "shard_000002.bin"}
+    assert shard_set.requests == {"/val.bin": 1, "/shard_000002.bin": 1}
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (
+            3,
+            r"config\.dataset: shard_000003.bin could not be fetched \(has 1,122 bytes where 50 tokens need 1,124; ",
+        ),
+        (4, r"config\.dataset: shard_000004.bin could not be fetched \(HTTP 404 Not Found\); put http.* at .* by hand"),
+        (5, r"config\.train_shards: fineweb has 4 shards to train on, not 5; lower it"),
+    ],
+)
+def test_a_shard_that_cannot_be_had_is_one_line(shard_set, tmp_path, count, words):
+    for i in range(1, count):
+        (tmp_path / "fineweb").mkdir(exist_ok=True)
+        (tmp_path / "fineweb" / f"shard_{i:06}.bin").write_bytes(SHARD)
+    with pytest.raises(UserError, match=rf"^{words}[^\n]*$"):
+        fetch.shard_paths("fineweb", count, tmp_path, lambda line: None)
+    assert {name for name in names(tmp_path / "fineweb") if name.startswith("shard")} == {
+        f"shard_{i:06}.bin" for i in range(1, min(count, 5))
+    }
+
+
+def test_the_public_shards_by_name(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def download(url, out, timeout):
+        asked.append(url)
+        out.write_bytes(SHARD)
+
+    monkeypatch.setattr(fetch, "download", download)
+    paths = fetch.shard_paths("fineweb", 2, tmp_path, lambda line: None)
+    assert [path.name for path in paths] == [
+        *("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin")
+    ]
+    folder = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+    assert asked == [folder + path.name for path in paths]
 
 
 def test_dataset_path_takes_a_file_that_is_there(tmp_path, monkeypatch):

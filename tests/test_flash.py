@@ -26,9 +26,12 @@ from transformer.model import model_of
 B, N, K, H = 2, 6, 3, 8
 
 
-def measure(q_BTNH, k_BTKH, v_BTKH, sink_N, window):
+def measure(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT=None):
     position_T = jnp.arange(q_BTNH.shape[1])
-    return attend(q_BTNH, k_BTKH, v_BTKH, visible(position_T[None], position_T, window), sink_N)
+    mask_BTS = visible(position_T[None], position_T, window)
+    if document_BT is not None:
+        mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
+    return attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS, sink_N)
 
 
 def inputs(T, dtype="float32", with_sinks=True):
@@ -37,14 +40,14 @@ def inputs(T, dtype="float32", with_sinks=True):
     return q_BTNH, k_BTKH, v_BTKH, jnp.float32(np.linspace(-3, 3, N)) if with_sinks else None
 
 
-def differences(form, arguments, window) -> dict[str, float]:
+def differences(form, arguments, window, *document_BT) -> dict[str, float]:
     """Relative L2 of the output and all gradients, of the form and of `attend` on the same numbers in float32."""
     exact = [None if x is None else x.astype(jnp.float32) for x in arguments]
     cotangent = jnp.asarray(np.random.default_rng(1).normal(0.5, size=arguments[0].shape), arguments[0].dtype)
 
     @partial(jax.jit, static_argnums=0)
     def run(form, arguments, cotangent):
-        output, pull_back = jax.vjp(lambda *x: form(*x, window), *arguments)
+        output, pull_back = jax.vjp(lambda *x: form(*x, window, *document_BT), *arguments)
         assert output.dtype == cotangent.dtype
         return output, *pull_back(cotangent)
 
@@ -57,7 +60,7 @@ def differences(form, arguments, window) -> dict[str, float]:
 
 
 def by_kernel(kernel):
-    return lambda q_BTNH, k_BTKH, v_BTKH, sink_N, window: attend_by(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N)
+    return lambda q, k, v, sink_N, window, document_BT=None: attend_by(kernel, window, q, k, v, sink_N, document_BT)
 
 
 # --- Sinks around a kernel ----------------------------------------------------------------------------------------
@@ -70,7 +73,7 @@ def stand_in_scores(q_BTNH, k_BTKH, window):
     return jnp.where(visible(jnp.arange(T), jnp.arange(T), window), scores_BNTS, MASKED)
 
 
-def stand_in_forward(q_BTNH, k_BTKH, v_BTKH, window):
+def stand_in_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
     """Like cuDNN's: the output rounded to the dtype of the inputs, lse in float32."""
     scores_BNTS = stand_in_scores(q_BTNH, k_BTKH, window)
     v_BTNH = jnp.repeat(v_BTKH, N // K, axis=2)
@@ -78,7 +81,7 @@ def stand_in_forward(q_BTNH, k_BTKH, v_BTKH, window):
     return out_BTNH.astype(q_BTNH.dtype), jax.nn.logsumexp(scores_BNTS, axis=-1)
 
 
-def stand_in_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, window):
+def stand_in_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
     assert out_BTNH.dtype == q_BTNH.dtype and lse_BNT.dtype == jnp.float32
     exact = [x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)]
     q, k, v, out, dout = exact[0], *(jnp.repeat(x, N // K, axis=2) for x in exact[1:3]), *exact[3:]
@@ -120,6 +123,19 @@ def test_chunks_equal_attend_wherever_a_window_and_the_blocks_end(monkeypatch, w
     assert max(found.values()) < 1e-6, found
 
 
+@pytest.mark.parametrize("form", ["plain", "chunked", "chunked, one block"])
+@pytest.mark.parametrize("window", [0, 9])
+def test_documents_are_kept_apart(monkeypatch, form, window):
+    monkeypatch.setattr(flash, "BLOCK", 128 if "one" in form else 8)
+    run = lambda q, k, v, sink_N, window, document_BT: causal_attention(
+        q, k, v, sink_N, window, form.split(",")[0], document_BT
+    )
+    borders_BT = np.zeros((B, 35), int)  # one inside blocks of seven, one between two, one before the last token
+    borders_BT[0, [0, 3, 14, 34]] = borders_BT[1, [20, 21]] = 1
+    found = differences(run, inputs(35), window, jnp.cumsum(borders_BT, axis=1))
+    assert max(found.values()) < 1e-6, found
+
+
 def test_chunks_never_look_at_blocks_without_a_visible_key(monkeypatch):
     monkeypatch.setattr(flash, "BLOCK", 8)
     q_BTNH, k_BTKH, v_BTKH, sink_N = inputs(40)
@@ -147,7 +163,8 @@ def test_splash_equals_attend(monkeypatch, window, with_sinks):
     """As an interpreter runs it: what a TPU compiles from it remains to be seen there."""
     monkeypatch.setattr(flash, "SPLASH_BLOCKS", (128,))
     kernel = Kernel(*(partial(run, interpret=True) for run in KERNELS["splash"]))
-    found = differences(by_kernel(kernel), inputs(256, with_sinks=with_sinks), window)
+    documents = [jnp.cumsum(jnp.arange(B * 256).reshape(B, 256) % 97 == 60, axis=1)] if window else []
+    found = differences(by_kernel(kernel), inputs(256, with_sinks=with_sinks), window, *documents)
     assert max(found.values()) < 1e-6, found
 
 
@@ -232,6 +249,14 @@ def test_cudnn_by_name_is_taken_or_refused_with_the_reason(looks_like_cuda, capa
     else:
         with pytest.raises(ValueError, match=f"^attention_kernel: cudnn .*{words}"):
             choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype))
+
+
+def test_cudnn_does_not_keep_documents_apart(looks_like_cuda):
+    looks_like_cuda.compute_capability = "9.0"
+    with pytest.raises(ValueError, match=r"^attention_kernel: cudnn does not keep documents apart here; use auto, or "):
+        choose("cudnn", 64, N, K, H, jnp.bfloat16, documents=True)
+    with pytest.warns(UserWarning, match="taken instead: chunked"):
+        assert choose("auto", 2048, N, K, H, jnp.bfloat16, documents=True) == "chunked"
 
 
 def test_the_config_refuses_what_cannot_run_and_lets_a_resume_change_it(tmp_path):

@@ -62,7 +62,8 @@ def memory_bytes(
 
     qkv = (N + 2 * K) * H
     block = 6 * D + qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
-    probs = N * c.context_len * (choose(c.attention_kernel, c.context_len, N, K, H, jnp.dtype(c.dtype)) == "plain")
+    kernel = c.attention_kernel, c.context_len, N, K, H
+    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
     whole = size * block + 4 * probs
     kept = {"none": whole, "dots": size * (3 * D + qkv + (2 if gated else 1) * F), "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)

@@ -30,8 +30,10 @@ LONG = 1024
 class Kernel(NamedTuple):
     """Causal softmax attention without sinks, scores q·k / sqrt(H), each query seeing its last `window` keys (0: all).
 
-    forward:  (q_BTNH, k_BTKH, v_BTKH, window) -> out_BTNH in the dtype that backward wants, lse_BNT in float32.
-    backward: (q, k, v, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. It takes probabilities as
+    Of those only the keys of its own document, where `document_BT` is not None.
+
+    forward: (q_BTNH, k_BTKH, v_BTKH, document_BT, window) -> out_BTNH in the dtype backward wants, float32 lse_BNT.
+    backward: (q, k, v, document, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. Takes probabilities as
       exp(score - lse) and the softmax's correction as sum(dout * out), like FlashAttention-2 (arXiv:2307.08691,
       algorithm 2): so it differentiates whatever softmax `out` and `lse` describe, one with sinks too.
     """
@@ -41,7 +43,13 @@ class Kernel(NamedTuple):
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sink_N: jax.Array | None, window: int, kernel: str = "auto"
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    sink_N: jax.Array | None,
+    window: int,
+    kernel: str = "auto",
+    document_BT: jax.Array | None = None,
 ) -> jax.Array:
     """What `attend` gives for T tokens that see each other causally, by the kernel of that name.
 
@@ -49,6 +57,7 @@ def causal_attention(
       sink_N: the sinks' logits in float32, or None.
       window: how many keys a query sees, itself included; 0 is all.
       kernel: one of KERNEL_NAMES.
+      document_BT: a number for each token's document, across whose border nothing is seen; None: all is one.
 
     Returns:
       [B, T, N, H] in the dtype of v.
@@ -57,23 +66,23 @@ def causal_attention(
       ValueError: `attention_kernel: <why>` when a kernel asked for by name cannot run here.
     """
     _, T, N, H = q_BTNH.shape
-    name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype)
+    name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype, document_BT is not None)
     if name == "plain":
-        return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window)
-    return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N)
+        return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT)
+    return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
 
 
 # --- The choice ---------------------------------------------------------------------------------------------------
 
 
-def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
+def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
     """The kernel to take, never "auto": for that the fastest that runs here.
 
     Raises:
       ValueError: as `causal_attention`.
     """
     if kernel != "auto":
-        if problem := obstacle(kernel, T, N, K, H, dtype):
+        if problem := obstacle(kernel, T, N, K, H, dtype, documents):
             raise ValueError(f"attention_kernel: {problem}")
         return kernel
     fast = {"tpu": "splash", "cuda": "cudnn"}.get(platform())
@@ -81,14 +90,17 @@ def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
     slow = "chunked" if long <= T else "plain"
     if fast is None or dtype != jnp.bfloat16:
         return slow
-    if problem := obstacle(fast, T, N, K, H, dtype):
+    if problem := obstacle(fast, T, N, K, H, dtype, documents):
         _warn_once(f"attention_kernel: {problem}; taken instead: {slow}")
         return slow
     return fast
 
 
-def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
-    """What keeps a kernel from running on these sizes on this machine, or "" ("auto" always finds one that runs)."""
+def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
+    """What keeps a kernel from running on these sizes on this machine, or "" ("auto" always finds one that runs).
+
+    `documents`: it has to keep documents apart.
+    """
     here = platform()
     if kernel == "splash":
         if here != "tpu":
@@ -103,6 +115,8 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
             return f"cudnn needs compute capability 8.0 (Ampere), and this GPU has {capability}; use auto"
         if dtype != jnp.bfloat16:
             return f"cudnn computes in bfloat16, not {jnp.dtype(dtype)}; set dtype to bfloat16, or use auto"
+        if documents:
+            return "cudnn does not keep documents apart here; use auto, or set mask_documents to False"
     else:
         return ""
     return _misfit(kernel, T, N, K, H, jnp.dtype(dtype))
@@ -116,7 +130,7 @@ def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
     """
 
     def forward_and_backward(*qkv):
-        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink_N=None), *qkv)
+        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink_N=None, document_BT=None), *qkv)
         return pull_back(out)
 
     array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, H), dtype)
@@ -142,32 +156,32 @@ def _warn_once(message: str) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N):
+def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
     """Attention as in `attend`, by a kernel.
 
     With lse = log sum exp(s), sinks make it lse' = log(exp(lse) + exp(sink)) and the output out' = out exp(lse - lse').
     Given out' and lse', the kernel's backward pass differentiates that softmax; what is left for the sinks is
     dsink = -sum over rows of exp(sink - lse') (dout' · out').
     """
-    return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N)[0]
+    return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)[0]
 
 
-def _forward(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N):
-    out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, window)
+def _forward(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+    out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window)
     if sink_N is not None:
         total_BNT = jnp.logaddexp(lse_BNT, sink_N[:, None])
         kept_BTN1 = jnp.exp(lse_BNT - total_BNT).swapaxes(1, 2)[..., None]
         out_BTNH, lse_BNT = (out_BTNH * kept_BTN1).astype(out_BTNH.dtype), total_BNT
-    return out_BTNH.astype(v_BTKH.dtype), (q_BTNH, k_BTKH, v_BTKH, sink_N, out_BTNH, lse_BNT)
+    return out_BTNH.astype(v_BTKH.dtype), (q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT)
 
 
 def _backward(kernel: Kernel, window: int, kept, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, sink_N, out_BTNH, lse_BNT = kept
-    gradients = kernel.backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, window)
+    q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT = kept
+    gradients = kernel.backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window)
     if sink_N is None:
-        return *gradients, None
+        return *gradients, None, None
     sink_share_BNT = jnp.exp(sink_N[:, None] - lse_BNT)
-    return *gradients, -jnp.einsum("BNT,BNT->N", sink_share_BNT, _rowsum(dout_BTNH, out_BTNH))
+    return *gradients, -jnp.einsum("BNT,BNT->N", sink_share_BNT, _rowsum(dout_BTNH, out_BTNH)), None
 
 
 attend_by.defvjp(_forward, _backward)
@@ -200,11 +214,21 @@ def _from_blocks(x_IBKGC: jax.Array, T: int) -> jax.Array:
     return jnp.moveaxis(x_IBKGC, (0, 4), (1, 2)).reshape(B, blocks * C, K * G, *rest)[:, :T]
 
 
-def _block_scores(q_BKGCH: jax.Array, k_BKSH: jax.Array, i: jax.Array, j: jax.Array, window: int) -> jax.Array:
+def _document_blocks(document_BT: jax.Array | None) -> jax.Array | None:
+    """[I, B, C]."""
+    return None if document_BT is None else _in_blocks(document_BT[:, :, None], 1)[:, :, 0, 0]
+
+
+def _block_scores(
+    q_BKGCH: jax.Array, k_BKSH: jax.Array, document_IBC: jax.Array | None, i: jax.Array, j: jax.Array, window: int
+) -> jax.Array:
     """[B, K, G, C, S]: the scores of queries of block i and keys of block j."""
     C, H = q_BKGCH.shape[-2:]
     scores_BKGCS = jnp.einsum("BKGCH,BKSH->BKGCS", q_BKGCH, k_BKSH, preferred_element_type=jnp.float32) / math.sqrt(H)
-    return jnp.where(visible(i * C + jnp.arange(C), j * C + jnp.arange(C), window), scores_BKGCS, MASKED)
+    mask_BCS = visible((i * C + jnp.arange(C))[None], j * C + jnp.arange(C), window)
+    if document_IBC is not None:
+        mask_BCS = mask_BCS & (document_IBC[i][:, :, None] == document_IBC[j][:, None])
+    return jnp.where(mask_BCS[:, None, None], scores_BKGCS, MASKED)
 
 
 def _loop_over_keys(i: jax.Array, C: int, window: int, step: Callable, start: Any) -> Any:
@@ -213,8 +237,9 @@ def _loop_over_keys(i: jax.Array, C: int, window: int, step: Callable, start: An
     return jax.lax.fori_loop(first, i + 1, step, start)
 
 
-def _chunked_forward(q_BTNH, k_BTKH, v_BTKH, window):
+def _chunked_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
     T, K = q_BTNH.shape[1], k_BTKH.shape[2]
+    document_IBC = _document_blocks(document_BT)
     q_IBKGCH = _in_blocks(q_BTNH, K)
     k_IBKSH, v_IBKSH = (_in_blocks(x, K)[:, :, :, 0] for x in (k_BTKH, v_BTKH))
     blocks, *BKGC, H = q_IBKGCH.shape
@@ -222,7 +247,7 @@ def _chunked_forward(q_BTNH, k_BTKH, v_BTKH, window):
     def block(i):
         def step(j, carry):
             top_BKGC1, total_BKGC1, out_BKGCH = carry
-            scores_BKGCS = _block_scores(q_IBKGCH[i], k_IBKSH[j], i, j, window)
+            scores_BKGCS = _block_scores(q_IBKGCH[i], k_IBKSH[j], document_IBC, i, j, window)
             higher_BKGC1 = jnp.maximum(top_BKGC1, scores_BKGCS.max(-1, keepdims=True))
             weights_BKGCS = jnp.exp(scores_BKGCS - higher_BKGC1)
             rescale_BKGC1 = jnp.exp(top_BKGC1 - higher_BKGC1)  # 0 where all before was masked
@@ -240,8 +265,9 @@ def _chunked_forward(q_BTNH, k_BTKH, v_BTKH, window):
     return _from_blocks(out_IBKGCH, T), _from_blocks(lse_IBKGC, T).swapaxes(1, 2)
 
 
-def _chunked_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, window):
+def _chunked_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
     T, K = q_BTNH.shape[1], k_BTKH.shape[2]
+    document_IBC = _document_blocks(document_BT)
     q_IBKGCH, dout_IBKGCH = (_in_blocks(x, K) for x in (q_BTNH, dout_BTNH))
     k_IBKSH, v_IBKSH = (_in_blocks(x, K)[:, :, :, 0] for x in (k_BTKH, v_BTKH))
     lse_IBKGC1, mean_IBKGC1 = (
@@ -253,7 +279,8 @@ def _chunked_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, wind
     def block(dkv, i):
         def step(j, carry):
             dq_BKGCH, dk_IBKSH, dv_IBKSH = carry
-            probs_BKGCS = jnp.exp(_block_scores(q_IBKGCH[i], k_IBKSH[j], i, j, window) - lse_IBKGC1[i])
+            scores_BKGCS = _block_scores(q_IBKGCH[i], k_IBKSH[j], document_IBC, i, j, window)
+            probs_BKGCS = jnp.exp(scores_BKGCS - lse_IBKGC1[i])
             dprobs_BKGCS = product("BKGCH,BKSH->BKGCS", dout_IBKGCH[i], v_IBKSH[j])
             dscores_BKGCS = (probs_BKGCS * (dprobs_BKGCS - mean_IBKGC1[i])).astype(q_BTNH.dtype)
             return (
@@ -277,7 +304,7 @@ def _chunked_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, wind
 # The public jax.nn.dot_product_attention rounds lse to bfloat16 and lets no gradient through it; its insides do not.
 
 
-def _cudnn_forward(q_BTNH, k_BTKH, v_BTKH, window):
+def _cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here: what may be missing must not stop the rest
 
     return cudnn.dot_product_attention(
@@ -291,7 +318,7 @@ def _cudnn_forward(q_BTNH, k_BTKH, v_BTKH, window):
     )
 
 
-def _cudnn_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, window):
+def _cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     unused = jnp.zeros(0, q_BTNH.dtype)  # bias, lengths, offsets, page tables
@@ -333,29 +360,33 @@ def _splash(T: int, N: int, window: int, interpret: bool):
     )
 
 
-def _splash_layout(q_BTNH, *others) -> list[jax.Array]:
-    """[B, heads, T, H] of each, q scaled: the kernel does not scale the scores."""
+def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
+    """The documents for the kernel, and [B, heads, T, H] of each, q scaled: the kernel does not scale the scores."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
     scaled_BTNH = (q_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype)
-    return [x.swapaxes(1, 2) for x in (scaled_BTNH, *others)]
+    segments = None if document_BT is None else lib.SegmentIds(document_BT, document_BT)
+    return segments, [x.swapaxes(1, 2) for x in (scaled_BTNH, *others)]
 
 
-def _splash_forward(q_BTNH, k_BTKH, v_BTKH, window, interpret=False):
+def _splash_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window, interpret=False):
     kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
-    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*_splash_layout(q_BTNH, k_BTKH, v_BTKH))
+    segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH)
+    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
     return out_BNTH.swapaxes(1, 2), lse_BNT
 
 
-def _splash_backward(q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BNT, dout_BTNH, window, interpret=False):
+def _splash_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window, interpret=False):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib
 
     kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
 
-    def backward(q_NTH, k_KTH, v_KTH, out_NTH, dout_NTH, lse_NT):
-        kept = (q_NTH, k_KTH, v_KTH, None, None, out_NTH, lse_NT, kernel.dq_mask_info, kernel.dkv_mask_info)
+    def backward(q_NTH, k_KTH, v_KTH, out_NTH, dout_NTH, lse_NT, segments):
+        kept = (q_NTH, k_KTH, v_KTH, segments, None, out_NTH, lse_NT, kernel.dq_mask_info, kernel.dkv_mask_info)
         return lib._splash_attention_bwd(res=kept, do=dout_NTH, **kernel.kwargs)[3:6]
 
-    layout = _splash_layout(q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)
-    dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT))
+    segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)
+    dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
     return (dq_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype), dk_BTKH, dv_BTKH
 
 

@@ -25,7 +25,7 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 def run_blocks(
     blocks: Sequence[nnx.Module],
     x_BTD: jax.Array,
-    turn: Any,
+    where: Any,
     rngs: nnx.Rngs | None,
     remat: str = "none",
     period: int = 0,
@@ -33,7 +33,7 @@ def run_blocks(
     """All blocks on x [B, T, D], without a cache.
 
     Args:
-      blocks: called as block(x, turn, rngs), the first result being the next x.
+      blocks: called as block(x, where, rngs), the first result being the next x.
       rngs: dropout's, advanced as the blocks draw from it; None without dropout.
       remat: a name in REMAT_POLICIES.
       period: 0 unrolls the blocks. Otherwise a `jax.lax.scan` runs so many blocks an iteration, on their weights
@@ -41,14 +41,14 @@ def run_blocks(
     """
     if remat == "none" and not period:
         for block in blocks:
-            x_BTD, _ = block(x_BTD, turn, rngs)
+            x_BTD, _ = block(x_BTD, where, rngs)
         return x_BTD
     rngs_graph, draws = nnx.split(rngs)
     graphs, weights = zip(*map(nnx.split, blocks), strict=True)
 
     def apply(graph, weights, x_BTD, draws):
         rngs = nnx.merge(rngs_graph, draws)
-        x_BTD, _ = nnx.merge(graph, weights)(x_BTD, turn, rngs)
+        x_BTD, _ = nnx.merge(graph, weights)(x_BTD, where, rngs)
         return x_BTD, nnx.state(rngs)
 
     def run(graph, weights, x_BTD, draws):

@@ -6,7 +6,7 @@ Weights are 2-D, [in, out], and float32; they are cast to the compute dtype wher
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from transformer.rotary import Yarn, rope_frequencies, rotate, rotation
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
+
+
+class Where(NamedTuple):
+    """Where tokens stand: how their heads are turned, and the number of their document, of which 0 may be cut off."""
+
+    turn: Rotation | None
+    document_BT: jax.Array | None
+
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -39,7 +47,8 @@ CHOICES = {
 class TransformerConfig:
     """The shape of a model. `configs/default.py` says what each setting means.
 
-    `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`.
+    `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
+    the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
 
     Raises:
       ValueError: `<field>: <what is wrong>` for a shape that cannot be.
@@ -78,6 +87,7 @@ class TransformerConfig:
     dropout: float = 0.0
     output_init: str = "normal"
     dtype: str = "float32"
+    document_start: int = -1
     attention_kernel: str = "auto"
     loss_chunk: int = 0
     remat: str = "none"
@@ -188,9 +198,7 @@ class Attention(nnx.Module):
         if c.attention_sink:
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
-    def __call__(
-        self, x_BTD: jax.Array, turn: Rotation | None, place: Place | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         B, T, _ = x_BTD.shape
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
@@ -198,12 +206,14 @@ class Attention(nnx.Module):
         v_BTKH = self.value(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if turn is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+        if where.turn is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, where.turn), rotate(k_BTKH, where.turn)
         sink_N = self.sink[...] if c.attention_sink else None
         cache = None
         if place is None:
-            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, sink_N, self.window, c.attention_kernel)
+            y_BTNH = causal_attention(
+                q_BTNH, k_BTKH, v_BTKH, sink_N, self.window, c.attention_kernel, where.document_BT
+            )
         else:
             before, slot, masks = place
             cache = write(before, k_BTKH, v_BTKH, slot)
@@ -252,11 +262,11 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        turn: Rotation | None,
+        where: Where,
         rngs: nnx.Rngs | None,
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), turn, place)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), where, place)
         x_BTD = settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)), cache
@@ -300,13 +310,15 @@ class Transformer(nnx.Module):
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
         if cache is None:
             period = c.period if c.scan_blocks else 0
-            return self.final_norm(run_blocks(self.blocks, x_BTD, turn, rngs, c.remat, period)), None
+            document_BT = None if c.document_start < 0 else jnp.cumsum(tokens_BT == c.document_start, axis=1)
+            where = Where(turn, document_BT)
+            return self.final_norm(run_blocks(self.blocks, x_BTD, where, rngs, c.remat, period)), None
         masks = {
             window: visible_slots(cache, T, window) for window in {block.attention.window for block in self.blocks}
         }
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, after = block(x_BTD, turn, rngs, (before, cache.length, masks))
+            x_BTD, after = block(x_BTD, Where(turn, None), rngs, (before, cache.length, masks))
             layers.append(after)
         return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
 
