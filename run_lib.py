@@ -14,6 +14,7 @@ import config_lib
 from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
 from runtime.checkpoint import Checkpoints, DamagedError
+from runtime.clock import Beside
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
 from transformer.cost import memory_bytes, parameter_counts
@@ -311,3 +312,18 @@ def header(
         ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
         ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
     ]
+
+
+def beside(config: ConfigDict, val_tokens: int) -> dict[str, Beside]:
+    """What a run does beside its steps, with what it is likely to take before it was timed.
+
+    A forward pass is a third of a step's arithmetic. The shares of compilation are a small model's on a CPU.
+    """
+    tokens = config.batch_size * config.context_len * config.accumulation_steps
+    some = min(config.eval_tokens, val_tokens) if config.eval_tokens else val_tokens
+    saves = min(filter(None, (config.save_every, config.eval_every)), default=0)  # as if each evaluation improved
+    return {
+        "evaluation": Beside(config.eval_every, some, val_tokens, share=1 / (3 * tokens), compiling=0.15),
+        "sample": Beside(config.sample_every, compiling=0.7),
+        "save": Beside(saves, compiling=0.4),
+    }

@@ -17,6 +17,7 @@ from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
+from runtime.clock import Clock
 from runtime.console import Console
 from runtime.divergence import Divergence
 from runtime.errors import Interrupted, UserError
@@ -165,18 +166,19 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
+        self.beside = run_lib.beside(config, self.data.val.num_tokens)
         self.divergence = Divergence(
             config.max_bad_steps, config.skip_spikes, params, jax.device_get(self.state.metrics), console.warn
         )
-        self.timed_from: tuple[int, float] | None = None  # micro-step and clock after this session's first step
-        self.lap_from: int | None = None  # micro-step at the last row
+        self.first = True  # the session's first step is still to come
         self.last_loss, self.tracing = math.nan, False
         settings = config_lib.to_dict(config)
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
-        self.tracker = make_tracker(
-            config.wandb_enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn
-        )
+        with self.clock.pause():
+            self.tracker = make_tracker(
+                config.wandb_enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn
+            )
         if self.tracker.where:
             console.line(f"wandb       {self.tracker.where}")
 
@@ -192,7 +194,7 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, replicated(self.mesh), self.console.warn)
             self.state = self.state._replace(params=weights)
-        self.micro_step, self.clock, self.reported = 0, metrics.Clock(), True
+        self.micro_step, self.clock, self.reported = 0, Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -201,7 +203,7 @@ class Trainer:
     def _resume(self, resumed: run_lib.Resumed) -> None:
         """Go on from a checkpoint, and drop what was logged after it."""
         self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
-        self.clock, self.reported = metrics.Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
@@ -231,10 +233,10 @@ class Trainer:
                     with jax.transfer_guard("disallow"):  # nothing may slip to or from the host unseen
                         self.state, step_metrics = self.train_step(self.state, batch)
                     self.micro_step = span.stop
-                    if self.timed_from is None:  # the first step compiles, which is kept out of the timings
+                    if self.first:  # it compiles, which is kept out of the timings
                         jax.block_until_ready(step_metrics)
-                        self.timed_from, self.lap_from = (self.micro_step, self.clock.elapsed), self.micro_step
-                        self.clock.lap(1)
+                        self.clock.start_laps(self.micro_step)
+                        self.first = False
                     self.watchdog.beat()
                     if self.micro_step % k == 0:
                         self.reported = False
@@ -270,20 +272,20 @@ class Trainer:
         if evaluated or due(config.log_every):
             row = self._row(step_metrics)
             if evaluated:
-                with self.clock.pause(), self.watchdog.pause():
+                with self.clock.pause("evaluation"), self.watchdog.pause():
                     row |= self._evaluate(0 if last else config.eval_tokens)
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)
         if due(config.sample_every):
-            with self.clock.pause(), self.watchdog.pause():
+            with self.clock.pause("sample"), self.watchdog.pause():
                 self._sample()
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
         if improved or due(config.save_every):
-            with self.clock.pause():
+            with self.clock.pause("save"):
                 self._save(self.val_loss if evaluated else None)
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -309,20 +311,15 @@ class Trainer:
     def _timing(self, tokens_per_step: int) -> dict[str, float | None]:
         """Seconds a real step since the last row, and what follows from it; evaluation, samples, saving left out."""
         k = self.config.accumulation_steps
-        elapsed = self.clock.elapsed
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": elapsed}
-        if self.lap_from is not None and self.micro_step > self.lap_from:
-            seconds = self.clock.lap(self.micro_step - self.lap_from) * k
-            rate = tokens_per_step / seconds
-            row["step_seconds"], row["tokens_per_second"] = seconds, rate
+        ) | {"elapsed_seconds": self.clock.elapsed}
+        if (seconds := self.clock.lap(self.micro_step)) is not None:
+            rate = tokens_per_step / (seconds * k)
+            row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
             kind = jax.devices()[0].device_kind
             row["mfu"] = metrics.mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
-            first_step, first_elapsed = self.timed_from
-            left = self.total * k - self.micro_step
-            row["eta_seconds"] = (elapsed - first_elapsed) / (self.micro_step - first_step) * left
-            self.lap_from = self.micro_step
+            row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:

@@ -9,8 +9,6 @@ import resource
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -177,37 +175,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Clock:
-    """A stop-watch for steps, which leaves pauses out. It never sees the wall clock, which may jump.
-
-    Args:
-        elapsed: seconds already spent by earlier sessions of the same run.
-    """
-
-    def __init__(self, elapsed: float = 0.0) -> None:
-        now = time.monotonic()
-        self._start = now - elapsed
-        self._lap_start = now
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the run began, pauses and earlier sessions included, the time between sessions not."""
-        return time.monotonic() - self._start
-
-    def lap(self, steps: int) -> float:
-        """Seconds per step since the last lap (or the start), without pauses; begins the next lap."""
-        now = time.monotonic()
-        seconds = (now - self._lap_start) / steps
-        self._lap_start = now
-        return seconds
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What runs inside counts for `elapsed` but for no lap."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._lap_start += time.monotonic() - began

@@ -126,21 +126,6 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_clock_leaves_pauses_out_of_laps_and_keeps_them_in_elapsed(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock may jump"))
-    clock = metrics.Clock(elapsed=50)
-    now[0] += 6
-    with clock.pause():
-        now[0] += 10
-    now[0] += 2
-    assert clock.lap(4) == 2
-    now[0] += 9
-    assert clock.lap(3) == 3
-    assert clock.elapsed == 50 + 6 + 10 + 2 + 9
-
-
 # Plots
 
 
