@@ -4,7 +4,7 @@ python main.py --config=configs/gpt2_124m.py --config.mesh="data=8"
 python main.py --config=configs/gpt2_124m.py --config.batch_size=64 --config.accumulation_steps=8    # on one GPU
 python main.py export --workdir=runs/gpt2_124m --out=exported
 
-123.7 million parameters, 3.1 billion tokens of FineWeb in steps of half a million. Made for GPUs, where it has not been
+123.6 million parameters, 3.1 billion tokens of FineWeb in steps of half a million. Made for GPUs, where it has not been
 trained yet: its rates are those of modded-nanogpt's early records, not tuned here. The first loss to expect is
 ln 50257 = 10.825; GPT-2's size reaches 3.28 on this validation shard. `main.py plan` says what it takes.
 """
