@@ -49,7 +49,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1 and below 2147483648",
         lambda x: 1 <= x < 2**31,
         "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context train_shards "
-        "accumulation_steps batch_size steps_per_dispatch max_bad_steps eval_every log_every save_every keep",
+        "accumulation_steps batch_size steps_per_dispatch max_bad_steps peer_seconds eval_every log_every save_every "
+        "keep",
     ),
     (
         "at least 0 and below 2147483648",
@@ -75,7 +76,7 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
     *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
-    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "mesh"),
+    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from input_pipeline import Batches
+from runtime.processes import num_processes, put
 from transformer.dense import compiler_options
 from transformer.sharding import batch_sharded, replicated
 from transformer.step import TrainState
@@ -41,12 +42,33 @@ def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
 
     For one: [B, T + 1]. For several: [most, B, T + 1], of which the first are those of `span`, and how many those are.
     """
+    if num_processes() > 1:
+        return _place_own_rows(batches, mesh, most, span)
     if most == 1:
         return jax.device_put(batches(span.start), batch_sharded(mesh))
     own = [batches(step) for step in span]
     stack_SBT1 = np.stack(own + own[-1:] * (most - len(own)))
     places = NamedSharding(mesh, PartitionSpec(None, *batch_sharded(mesh).spec)), replicated(mesh)
     return jax.device_put((stack_SBT1, np.int32(len(own))), places)
+
+
+def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
+    """The same in one of several processes: it reads the rows that its own devices take."""
+    B, T1 = batches.batch_size, batches.context_len + 1
+
+    def rows(step: int, index: tuple[slice, slice]) -> np.ndarray:
+        return batches.rows(step, *index[0].indices(B)[:2])[:, index[1]]
+
+    def rows_of_all(index: tuple[slice, slice, slice]) -> np.ndarray:
+        own = [rows(step, index[1:]) for step in span]
+        return np.stack(own + own[-1:] * (most - len(own)))
+
+    place = batch_sharded(mesh)
+    if most == 1:
+        return jax.make_array_from_callback((B, T1), place, lambda index: rows(span.start, index))
+    stack = NamedSharding(mesh, PartitionSpec(None, *place.spec))
+    stack_SBT1 = jax.make_array_from_callback((most, B, T1), stack, rows_of_all)
+    return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
 
 
 def several_steps(train_step: Callable) -> Callable[[TrainState, tuple], tuple[TrainState, dict[str, jax.Array]]]:

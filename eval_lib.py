@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from input_pipeline import Split, eval_batches
+from runtime.processes import from_all, put
 from transformer.model import Params, TransformerConfig
 from transformer.sharding import batch_sharded
 from transformer.step import make_eval_step
@@ -33,19 +34,23 @@ class Evaluator:
           max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
           check: called between batches; may raise to break off.
         """
-        total, tokens = 0.0, 0
+        sums: list[tuple[float, int]] = []  # of loss and tokens on this process's devices, a batch each
         in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
 
         def collect(at_most: int) -> None:
-            nonlocal total, tokens
             while len(in_flight) > at_most:
-                losses, counts = jax.device_get(in_flight.popleft())
-                total += float(losses.sum(dtype=np.float64))
-                tokens += int(counts.sum())
+                losses, counts = map(_own_part, in_flight.popleft())
+                sums.append((losses.sum(dtype=np.float64), counts.sum(dtype=np.float64)))
 
         for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
             check()
-            in_flight.append(self._step(params, jax.device_put(batch, self._place)))
+            in_flight.append(self._step(params, put(batch, self._place)))
             collect(at_most=2)  # keeps the devices busy, and a signal does not wait for the whole split
         collect(at_most=0)
-        return total / tokens, tokens
+        total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
+        return total / tokens, int(tokens)
+
+
+def _own_part(x: jax.Array) -> np.ndarray:
+    """Of an array over the devices of all processes the part that this process counts."""
+    return np.concatenate([np.zeros(0, x.dtype), *(s.data for s in x.addressable_shards if s.replica_id == 0)])

@@ -17,6 +17,7 @@ from runtime.checkpoint import Checkpoints, DamagedError
 from runtime.clock import Beside
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
+from runtime.processes import require_same
 from transformer.cost import memory_bytes, parameter_counts
 from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
@@ -197,6 +198,17 @@ def check_finite(params: Params, workdir: Path) -> None:
     """
     if name := first_not_finite(params):
         raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
+
+
+def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
+    """Whether all processes of a run train the same model on the same text.
+
+    Raises:
+      UserError: one of them does not.
+    """
+    own = ("cpu_devices", "data_dir")
+    require_same({key: value for key, value in config_lib.to_dict(config).items() if key not in own}, "config")
+    require_same((data.sha256, data.tokenizer.fingerprint), f"config.dataset: {config.dataset}")
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
 from runtime.clock import Clock
 from runtime.console import Console
+from runtime.distributed import peers_alive
 from runtime.divergence import Divergence
 from runtime.errors import Interrupted, UserError
 from runtime.files import append_text, cut_back, move_aside, size_of, write_json
 from runtime.guard import StopSignals, WorkdirLock, prepare_workdir
 from runtime.plots import plot_loss
+from runtime.processes import by_first, is_first
 from runtime.trackers import make_tracker
 from runtime.watchdog import Watchdog
 from transformer import optimizer as optimizer_lib
@@ -76,7 +78,7 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    console = Console()
+    console = Console(silent=not is_first())
     workdir = prepare_workdir(workdir)
     devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
     devices.set_up_compile_cache()
@@ -90,6 +92,7 @@ def train(
             with (
                 Watchdog(workdir, config.watchdog_seconds) as watchdog,
                 Checkpoints(workdir, config.keep) as checkpoints,
+                peers_alive(),
                 devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
             ):
                 trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog, rebatch)
@@ -120,6 +123,7 @@ class Trainer:
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
+        run_lib.require_same_everywhere(config, self.data)
         try:
             self.tokenizer.encode(config.sample_prompt)
         except UnknownCharacters as error:
@@ -177,7 +181,11 @@ class Trainer:
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             self.tracker = make_tracker(
-                config.wandb_enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn
+                config.wandb_enabled and is_first(),
+                name=workdir.name,
+                config=settings,
+                workdir=workdir,
+                warn=console.warn,
             )
         if self.tracker.where:
             console.line(f"wandb       {self.tracker.where}")
@@ -248,7 +256,7 @@ class Trainer:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
-        plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name)
+        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
         return Run(
             model=self._model(),
             tokenizer=self.tokenizer,
@@ -279,7 +287,7 @@ class Trainer:
             self.tracker.log(row, step)
         if due(config.sample_every):
             with self.clock.pause("sample"), self.watchdog.pause():
-                self._sample()
+                by_first(self._sample)
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
@@ -290,7 +298,7 @@ class Trainer:
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
-        config, step, device = self.config, self.step, jax.devices()[0]
+        config, step, device = self.config, self.step, jax.local_devices()[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         self.last_loss = on_host["loss"]

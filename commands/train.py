@@ -4,6 +4,8 @@ from absl import flags
 
 import config_lib
 import train_lib
+from runtime.console import Console
+from runtime.distributed import joined
 from runtime.errors import UserError
 
 
@@ -18,6 +20,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", flag_values=values
     )
+    for flag, help_text in (
+        ("coordinator", "HOST:PORT of process 0, where several processes train and no launcher tells."),
+        ("num_processes", "How many processes there are."),
+        ("process_id", "Which one this is, from 0."),
+    ):
+        define = flags.DEFINE_string if flag == "coordinator" else flags.DEFINE_integer
+        define(flag, None, help_text, flag_values=values)
     flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", flag_values=values)
 
 
@@ -35,4 +44,7 @@ def main(argv: list[str]) -> None:
     profile = _profile_steps(values.profile_steps)
     config_lib.check(values.config)
     workdir = values.workdir or config_lib.default_workdir(argv, values.config)
-    train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile, rebatch=values.rebatch)
+    with joined(
+        *(values.coordinator, values.num_processes, values.process_id, values.config.peer_seconds), Console().line
+    ):
+        train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile, rebatch=values.rebatch)

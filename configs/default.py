@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
     config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off
     config.skip_spikes = False  # the gradient of such a step is not applied
     config.watchdog_seconds = 1800  # a step or a save that takes longer has hung: exit status 6; 0: wait for ever
+    config.peer_seconds = 120  # of several processes: how long to wait for the others to start, and to answer
     config.eval_every = 250  # real steps between evaluations; the last step is always evaluated
     config.eval_tokens = 0  # evaluate on this many tokens of the validation split in training; 0: on all
 

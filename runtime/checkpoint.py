@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
 from runtime.fingerprint import fingerprints, paths_of, signature
+from runtime.processes import by_first, is_first, require_same, seen_by_first
 from runtime.quiet import quieten
 from runtime.retention import Mark, Retention, best_first, newest_first
 from runtime.seal import changed_files, read_sealed, seal, write_file_list
@@ -55,7 +56,7 @@ def _bytes_on_disk(state: Any) -> int:
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `workdir/checkpoints`.
 
     Kept are the newest `keep` and the one with the lowest validation loss. Saving is asynchronous: an error of the disk
@@ -89,17 +90,16 @@ class Checkpoints:
         )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
-            self._finish_replacing()
+            by_first(self._finish_replacing)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
         for step in self._steps_on_disk():
             try:
                 meta = self.meta(step)
                 self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"])
             except DamagedError as error:
                 self._damaged[step] = str(error)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
+        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -110,8 +110,7 @@ class Checkpoints:
 
     def _known(self) -> dict[int, Mark]:
         """Of the checkpoints that are there and whose meta is sound."""
-        there = set(self._manager.all_steps())
-        return {step: mark for step, mark in self._marks.items() if step in there}
+        return {step: self._marks[step] for step in self._manager.all_steps() if step in self._marks}
 
     def steps(self) -> list[int]:
         """All that are there, damaged ones included."""
@@ -179,13 +178,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             replaces = step in self._manager.all_steps()
             if replaces:
-                (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}")
+                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
             self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
             if replaces:
                 self._manager.wait_until_finished()
-                self._finish_replacing()
+                by_first(self._finish_replacing)
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except Exception as error:
@@ -193,7 +192,7 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Orbax calls this when all is written and not yet committed, from its own thread."""
-        if jax.process_index() == 0:
+        if is_first():
             with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
                 write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
 
@@ -277,6 +276,8 @@ class Checkpoints:
 
     def _arrays(self, step: int, wanted: dict[str, Any], sharding: jax.sharding.Sharding) -> dict[str, Any]:
         stored = self.meta(step)["arrays"]
+        if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
+            raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
         for item, tree in wanted.items():
             self._require_same_kind(f"{self.directory}/{step}", item, stored[item], tree)
         return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
@@ -372,7 +373,7 @@ class Checkpoints:
         number = 1
         while (place := self.directory / f"{step}{DAMAGED}{number}").exists():
             number += 1
-        (self.directory / str(step)).rename(place)
+        by_first(lambda: (self.directory / str(step)).rename(place))
         self._marks.pop(step, None)
         self._damaged.pop(step, None)
         self._manager.reload()

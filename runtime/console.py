@@ -78,11 +78,11 @@ class ProgressBar:
 
 
 class Console:
-    """Prints a run's output to stdout, and its warnings and errors to stderr."""
+    """Prints a run's output to stdout, and its warnings and errors to stderr; with `silent`, nothing."""
 
-    def __init__(self) -> None:
-        self._out = _Output(sys.stdout)
-        self._err = _Output(sys.stderr)
+    def __init__(self, silent: bool = False) -> None:
+        self._out = _Output(None if silent else sys.stdout)
+        self._err = _Output(None if silent else sys.stderr)
         self._live: Progress | None = None
         self._rich = None
         if self._out.isatty() and os.environ.get("TERM") != "dumb":

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from runtime.errors import UserError, one_line
+from runtime.processes import num_processes
 
 
 def physical_cores() -> int:
@@ -33,8 +34,8 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in flags:
         return
-    if cpu_devices == "auto":
-        count = max(n for n in range(1, physical_cores() + 1) if batch_size % n == 0)
+    if cpu_devices == "auto":  # of several processes each has its share of the batch
+        count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
     else:
         count = int(cpu_devices)
     if xla_bridge.backends_are_initialized():
@@ -86,7 +87,7 @@ def require_memory(model: int, batch: int) -> None:
     Raises:
       UserError: the memory is not there.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     there = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key, need, advice in (
         ("embedding_dim", model, "make the model narrower (embedding_dim, mlp_dim, head_dim) or lower num_blocks"),

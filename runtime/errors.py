@@ -39,6 +39,10 @@ class HungError(ExpectedError):
     status = 6
 
 
+class LostPeerError(HungError):
+    """Another process of the run never came, or is gone. Never raised either: exit status 6."""
+
+
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the run saves its state and exits with 128 + the signal's number."""
 

@@ -1,4 +1,4 @@
-"""The small files of a run's directory, and putting a whole run aside."""
+"""The small files of a run's directory, and putting a whole run aside. Of several processes the first alone writes."""
 
 import errno
 import json
@@ -7,10 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import StorageError, UserError, one_line
+from runtime.processes import by_first, is_first
 
 MAKE_ROOM = "make room, then run the same command again"
 
@@ -74,6 +76,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       StorageError: the disk did not take it.
     """
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -90,6 +94,8 @@ def append_text(path: Path, text: str) -> None:
     Raises:
       StorageError: the disk did not take it.
     """
+    if not is_first():
+        return
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -111,6 +117,8 @@ def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
       StorageError: the disk did not take it.
     """
     found = size_of(path)
+    if not is_first():
+        return
     if found > size:
         try:
             os.truncate(path, size)
@@ -122,6 +130,10 @@ def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
 
 def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     """Move what an earlier run left in `workdir` to `workdir.old-N` beside it. Its lock stays, for we hold it."""
+    by_first(partial(_move_aside, workdir, say))
+
+
+def _move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     left = [entry for entry in workdir.iterdir() if entry.name != ".lock"]
     if not left:
         return

@@ -1,6 +1,7 @@
 """What keeps a run whole: ways to stop it, a lock so that two never share a workdir, and a check before it starts."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import NoReturn, Self
 
 from runtime.errors import ExpectedError, Interrupted, UserError, one_line
+from runtime.processes import is_first, num_processes, reached_stop, wait_for_all
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -28,6 +30,9 @@ class StopSignals:
 
     Handlers can be set in the main thread alone; in any other this does nothing.
 
+    Of several processes each hands its signal on to JAX, which makes it known to the others; all stop at the same call
+    of `raise_if_set`, and so all must call it equally often.
+
     Args:
         say: takes one line when the first signal arrives, called from that other thread.
     """
@@ -35,6 +40,8 @@ class StopSignals:
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.signum: int | None = None
         self._say = say
+        self._together = num_processes() > 1
+        self._calls = 0  # of `raise_if_set`
 
     def __enter__(self) -> Self:
         self._installed = threading.current_thread() is threading.main_thread()
@@ -42,6 +49,7 @@ class StopSignals:
             self._pipe_out, self._pipe_in = os.pipe()
             os.set_blocking(self._pipe_in, False)  # a signal must not wait for a full pipe
             self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
+            self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
             self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
             self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
             self._reader.start()
@@ -58,7 +66,11 @@ class StopSignals:
 
     def raise_if_set(self) -> None:
         """Raises `Interrupted` once a signal came: the way out of an evaluation or a sample."""
-        if self.signum is not None:
+        if self._together:
+            self._calls += 1
+            if reached_stop(self._calls):
+                raise Interrupted(self.signum or signal.SIGTERM)
+        elif self.signum is not None:
             raise Interrupted(self.signum)
 
     def _request(self, signum: int, _frame: FrameType | None) -> None:
@@ -74,7 +86,16 @@ class StopSignals:
             if heard:
                 exit_at_once(128 + signum)
             heard = True
+            self._tell_jax(signal.SIGTERM)
             self._say("stopping: this step is finished and saved first; once more stops at once and saves nothing")
+
+
+def _c_handler(signum: int) -> Callable[[int], object]:
+    """The handler that a library has set: JAX's of SIGTERM, which notes that this process is about to be preempted."""
+    look_up = ctypes.pythonapi.PyOS_getsig
+    look_up.restype, look_up.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    address = look_up(signum) or 0
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address > 1 else lambda signum: None  # 0, 1: default, none
 
 
 def exit_at_once(why: int | ExpectedError) -> NoReturn:
@@ -90,8 +111,9 @@ def exit_at_once(why: int | ExpectedError) -> NoReturn:
 class WorkdirLock:
     """Holds `workdir/.lock` while a run uses the directory.
 
-    The lock is `flock`'s: the kernel frees it when the process ends in whatever way, so none is ever stale. The file
-    names its holder, and stays behind. On a file system that knows no locks the run goes on with a warning.
+    The lock is `flock`'s: the kernel frees it when the process ends in whatever way, so none is ever stale. The
+    file names its holder, and stays behind. Of several processes the first holds it for all. On a file system that
+    knows no locks the run goes on with a warning.
 
     Args:
         workdir: an existing directory.
@@ -107,6 +129,10 @@ class WorkdirLock:
 
     def __enter__(self) -> Self:
         where = f"workdir {self._path.parent}"
+        if not is_first():
+            self._file = open(os.devnull)
+            wait_for_all("lock")
+            return self
         try:
             self._file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
@@ -123,6 +149,7 @@ class WorkdirLock:
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+        wait_for_all("lock")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,139 @@
+"""Several processes that train one model find each other, and none outlives the others for long.
+
+The engine is `jax.distributed`, whose service runs in the first process. It finds by itself what SLURM, Open MPI,
+Kubernetes (indexed jobs, with the `kubernetes` package) and TPU pods say of the others; elsewhere three flags say it.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import jax
+
+from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
+from runtime.files import disk_error
+from runtime.guard import exit_at_once
+from runtime.processes import is_first, num_processes, process_id
+
+_SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
+_LINGER = 2.0  # seconds that the first process stays after an error: when it goes, JAX aborts the others at once
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|coordination service|socket closed", re.IGNORECASE)
+
+
+def launched() -> bool | None:
+    """Whether a launcher has started several processes; None on a TPU, which JAX alone can ask."""
+    for present, size in _SIZES.items():
+        if present in os.environ:
+            return os.environ.get(size, "1") != "1"
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
+        return True
+    return None if importlib.util.find_spec("libtpu") else False
+
+
+@contextmanager
+def joined(
+    coordinator: str | None, count: int | None, number: int | None, seconds: int, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Inside, this process is one of those that a launcher, or three explicit values, say there are.
+
+    An error inside ends the process at once, without JAX's wait for the others, who would wait for it. To be entered
+    before JAX's backend is first used; where JAX has been initialised already it is used as it is.
+
+    Args:
+      coordinator, count, number: HOST:PORT of the first process, how many there are, and which this is; or None.
+      seconds: how long to wait for the others to come, and later for a sign of life of one.
+      say: takes a line about what is waited for.
+
+    Raises:
+      UserError: the three are incomplete or impossible, or the launcher's variables are.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": number}
+    if missing := [flag for flag, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            raise UserError(f"{missing[0]}: missing; give all of {', '.join(given)}, or none where a launcher tells")
+    elif not re.fullmatch(r".+:\d{1,5}", coordinator or ""):
+        raise UserError(f"--coordinator: expected HOST:PORT of process 0, as node1:1234; got {coordinator!r}")
+    elif not (count and number is not None and 0 <= number < count):
+        raise UserError(f"--process_id: {number} is not from 0 to {(count or 0) - 1}; number {count} processes so")
+    if not jax.distributed.is_initialized() and (coordinator or launched() is not False):
+        _connect(coordinator, count, number, seconds, say)
+    try:
+        yield
+    except Interrupted:  # all stop together, in order
+        raise
+    except BaseException as error:
+        if num_processes() == 1:
+            raise
+        _leave(error)
+
+
+def _connect(
+    coordinator: str | None, count: int | None, number: int | None, seconds: int, say: Callable[[str], None]
+) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if number in (0, None):
+        where = f" at {coordinator}" if coordinator else ""
+        say(f"waiting for the other processes{where}, {seconds} s at most")
+    patience = threading.Timer(seconds, exit_at_once, [_nobody_came(coordinator, count, number, seconds)])
+    patience.daemon = True
+    patience.start()  # JAX itself would abort, with a stack trace
+    try:
+        jax.distributed.initialize(
+            *(coordinator, count, number),
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=seconds + 60,
+            heartbeat_timeout_seconds=seconds,
+            shutdown_timeout_seconds=seconds,
+        )
+    except (ValueError, RuntimeError) as error:
+        if coordinator or launched():
+            raise UserError(
+                f"--coordinator: {coordinator or 'a launcher started several processes'}, and JAX cannot join them: "
+                f"{one_line(error)}; give a free port of process 0's host, and --num_processes and --process_id"
+            ) from error
+    finally:
+        patience.cancel()
+
+
+def _nobody_came(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> LostPeerError:
+    who = "the others" if number in (0, None) else f"process 0 or others of the {count}"
+    return LostPeerError(
+        f"--coordinator: {coordinator or 'from the launcher'}: {who} did not come within {seconds} s; look at their "
+        "output, start all with the same address, and config.peer_seconds says how long to wait"
+    )
+
+
+@contextmanager
+def peers_alive() -> Iterator[None]:
+    """Ends this process with one line when the devices inside say that they lost those of another process."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if num_processes() == 1 or not _LOST.search(str(error)):
+            raise
+        exit_at_once(
+            LostPeerError(
+                f"process {process_id()}: another process is gone ({one_line(error, 120)}); see what it said, then "
+                "start all again: the same command goes on from the last checkpoint"
+            )
+        )
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Say what happened as `main` would, and go."""
+    sys.stdout.flush()
+    expected = disk_error(error) if isinstance(error, OSError) else error
+    if not isinstance(expected, ExpectedError):
+        traceback.print_exc()
+        exit_at_once(1)
+    if is_first():
+        time.sleep(_LINGER)  # the others may be about to say the same
+        exit_at_once(expected)
+    exit_at_once(type(expected)(f"process {process_id()}: {expected}"))
