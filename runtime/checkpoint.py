@@ -9,7 +9,6 @@ items lies a list of all files' hashes, for `verify`.
 import contextlib
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ import orbax.checkpoint as ocp
 
 from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
-from runtime.fingerprint import fingerprints, paths_of, signature
+from runtime.fingerprint import fingerprints, require_same_kind
+from runtime.leftovers import DELETED, REPLACED, UNFINISHED, any_set_aside, empty_trash, finish_replacing, place_aside
 from runtime.processes import by_first, is_first, require_same, seen_by_first
 from runtime.quiet import quieten
 from runtime.retention import Mark, Retention, best_first, newest_first
@@ -31,9 +31,6 @@ ITEMS = ("params", "rest")
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
 LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 NEVER = 100 * 365 * 86400  # seconds
-REPLACED = ".replaced"  # ends the name of a checkpoint that waits for the one that replaces it
-DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
-UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
 BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last: times, read by nobody
 
 
@@ -76,8 +73,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._marks: dict[int, Mark] = {}
         self._damaged: dict[int, str] = {}  # those whose meta says nothing any more, and why
         self._saving: int | None = None
+        self._read_only = read_only
+        self._retention = Retention(self._marks, keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(self._marks, keep),
+            preservation_policy=self._retention,
+            todelete_subdir=None if read_only else DELETED,  # a kill in mid-deletion must not look like damage
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -90,7 +90,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
-            by_first(self._finish_replacing)
+            by_first(lambda: finish_replacing(self.directory))
+        self._empty_trash()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
         for step in self._steps_on_disk():
@@ -154,7 +155,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
           StorageError: this save, or the one before, could not be written.
         """
-        self.require_room(1, (params, rest))  # a disk that is full in the middle of a save is seen at the next one only
         mark = Mark(
             position=int(step if position is None else position),
             val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
@@ -176,6 +176,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         try:
             self._manager.wait_until_finished()
+            self._empty_trash()
+            self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
             replaces = step in self._manager.all_steps()
             if replaces:
                 by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
@@ -184,9 +186,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
             if replaces:
                 self._manager.wait_until_finished()
-                by_first(self._finish_replacing)
+                by_first(lambda: finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
+        except StorageError:
+            raise
         except Exception as error:
             raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
 
@@ -205,13 +209,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         what = f"{count} checkpoints" if count > 1 else "a checkpoint"
         require_room(self.directory, count * _bytes_on_disk(state), what)
 
-    def _finish_replacing(self) -> None:
-        """Remove replaced checkpoints; bring back those whose successor was never completed."""
-        for old in self.directory.glob(f"*{REPLACED}"):
-            if old.with_suffix("").exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(old.with_suffix(""))
+    def _empty_trash(self) -> None:
+        if is_first() and not self._read_only:
+            empty_trash(self.directory)
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -221,6 +221,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         try:
             self._manager.close()
+            self._empty_trash()
         except Exception as error:
             raise self._not_saved("the last checkpoint was not saved", error) from error
 
@@ -279,21 +280,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
         for item, tree in wanted.items():
-            self._require_same_kind(f"{self.directory}/{step}", item, stored[item], tree)
+            require_same_kind(f"{self.directory}/{step}: {item}/", stored[item], tree)
         return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
-
-    def _require_same_kind(self, where: str, item: str, stored: dict[str, list], tree: Any) -> None:
-        """Orbax would cast, and leave out what nobody asked for, without a word."""
-        there = {path: entry[:2] for path, entry in stored.items()}
-        here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
-        different = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
-        if different:
-            describe = lambda entry: f"{entry[1]}{entry[0]}" if entry else "not there"
-            was, wanted = (describe(side.get(different[0])) for side in (there, here))
-            raise UserError(
-                f"{where}: {item}/{different[0]} is {was} in the checkpoint and {wanted} in this run "
-                f"({len(different)} of {len(there)} arrays differ); use the config and the program that wrote it"
-            )
 
     def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: jax.sharding.Sharding) -> Any:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -337,8 +325,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             for bad, reason in sorted(damaged.items()):
                 place = self._set_aside(bad)
                 warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
+            self._prune()
             return step, meta, params, rest
-        if damaged or (self.directory.is_dir() and any(self.directory.glob(f"*{DAMAGED}*"))):
+        if damaged or any_set_aside(self.directory):
             raise self._all_damaged(damaged)
         return None
 
@@ -370,14 +359,19 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def _set_aside(self, step: int) -> Path:
-        number = 1
-        while (place := self.directory / f"{step}{DAMAGED}{number}").exists():
-            number += 1
-        by_first(lambda: (self.directory / str(step)).rename(place))
+        path = self.directory / str(step)
+        place = place_aside(path)
+        by_first(lambda: path.rename(place))
         self._marks.pop(step, None)
         self._damaged.pop(step, None)
         self._manager.reload()
         return place
+
+    def _prune(self) -> None:
+        """Delete what a save, had it not been cut short, would have: not before one that stays was found sound."""
+        for step in self._retention.superfluous(self._known()):
+            self._manager.delete(step)
+        self._empty_trash()
 
     def examine(self, step: int) -> "Finding":
         """Look at every file and at every array of a checkpoint, on one device."""

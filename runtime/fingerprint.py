@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from runtime.errors import UserError
+
 Fingerprints = dict[str, list]  # path of a leaf -> [shape, dtype, sixteen hexadecimal digits], as JSON gives it back
 
 _WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of an entry; eight bytes are two words
@@ -41,6 +43,29 @@ def paths_of(tree: Any) -> dict[str, Any]:
 def signature(leaf: Any) -> list:
     """[shape, dtype] of an array, or of what stands for one."""
     return [list(leaf.shape), np.dtype(leaf.dtype).name]
+
+
+def require_same_kind(where: str, stored: Fingerprints, tree: Any) -> None:
+    """Orbax would cast, and leave out what nobody asked for, without a word.
+
+    Args:
+      where: what an array's path is put behind, to name it.
+      stored: of a checkpoint.
+      tree: of arrays, or of what stands for them, as this run has them.
+
+    Raises:
+      UserError: an array has another shape or dtype, is missing, or is one too many: the first, and both sides.
+    """
+    there = {path: entry[:2] for path, entry in stored.items()}
+    here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
+    different = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+    if different:
+        describe = lambda entry: f"{entry[1]}{entry[0]}" if entry else "not there"
+        was, wanted = (describe(side.get(different[0])) for side in (there, here))
+        raise UserError(
+            f"{where}{different[0]} is {was} in the checkpoint and {wanted} in this run "
+            f"({len(different)} of {len(there)} arrays differ); use the config and the program that wrote it"
+        )
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Which of a run's checkpoints is the newest, which the best, and which stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,14 @@ class Retention:
     def __init__(self, marks: Mapping[int, Mark], keep: int):
         self._marks, self._keep = marks, keep
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        ours = {info.step: self._marks[info.step] for info in checkpoints if info.step in self._marks}
+    def superfluous(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps that need not stay."""
+        ours = {step: self._marks[step] for step in steps if step in self._marks}
         evaluated = {step: mark for step, mark in ours.items() if mark.val_loss is not None}
         stay = {*newest_first(ours)[: self._keep], *best_first(evaluated)[:1]}
-        return [info.step in stay or info.step not in ours for info in checkpoints]
+        return [step for step in ours if step not in stay]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        superfluous = self.superfluous(info.step for info in checkpoints)
+        return [info.step not in superfluous for info in checkpoints]

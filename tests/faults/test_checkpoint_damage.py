@@ -1,6 +1,7 @@
 """Whatever happens to the files of a checkpoint: it is restored exactly, or passed over for the one before it."""
 
 import json
+import os
 import pickle
 import random
 from collections import Counter
@@ -24,10 +25,10 @@ def sound(tmp_path_factory) -> Path:
     return small_run(tmp_path_factory.mktemp("sound"))
 
 
-def restore(workdir: Path, wanted=None) -> tuple[int, list, list[str]]:
+def restore(workdir: Path, wanted=None, keep: int = 2) -> tuple[int, list, list[str]]:
     """Which step is restored, its bits, and the warnings."""
     warnings: list[str] = []
-    with Checkpoints(workdir, keep=2) as checkpoints:
+    with Checkpoints(workdir, keep) as checkpoints:
         step, _, *found = checkpoints.restore_newest(lambda step, meta: wanted or trees(0), PLACE, warnings.append)
     return step, bits(found), warnings
 
@@ -264,16 +265,52 @@ def test_nothing_in_a_checkpoint_is_run(sound, tmp_path):
 
 
 def test_a_kill_between_commit_and_pruning_leaves_one_too_many(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    """Only until one that stays was found sound, and it serves where that is damaged."""
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
     checkpoints.save(1, *trees(1), {}, None)
     monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", lambda steps: None)
     checkpoints.save(2, *trees(2), {}, None)
     checkpoints.close()
-    assert stored(tmp_path) == ["1", "2"]
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert stored(tmp_path / "run") == ["1", "2"]
+    copies = [copy_of(tmp_path / "run", tmp_path / name) for name in ("saved", "restored", "damaged")]
+    with Checkpoints(copies[0], keep=1) as checkpoints:
         assert checkpoints.latest() == 2
         checkpoints.save(3, *trees(3), {}, None)
-    assert stored(tmp_path) == ["3"]
+    assert stored(copies[0]) == ["3"]
+    assert restore(copies[1], keep=1) == (2, bits(trees(2)), [])
+    assert stored(copies[1]) == ["2"]
+    (copies[2] / "checkpoints" / "2" / "rest" / "manifest.ocdbt").unlink()
+    assert restore(copies[2], keep=1)[:2] == (1, bits(trees(1)))
+    assert stored(copies[2]) == ["1", "2.damaged-1"]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a `kill -9`."""
+
+
+@pytest.mark.parametrize("deletions", [0, 1, 4, 9])
+def test_a_kill_in_the_middle_of_a_deletion_is_no_damage(tmp_path, monkeypatch, deletions):
+    """After so many files: the checkpoint is no longer one, and the rest of it goes at the next start."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, *trees(1), {}, None)
+    checkpoints.save(2, *trees(2), {}, None)
+    left, unlink = [deletions], os.unlink
+
+    def unlink_some(path, **where):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        unlink(path, **where)
+
+    monkeypatch.setattr(os, "unlink", unlink_some)
+    with pytest.raises(Killed):
+        checkpoints.close()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2]
+    assert stored(tmp_path) == ["2", "deleted"]
+    assert restore(tmp_path, keep=1) == (2, bits(trees(2)), [])
+    assert stored(tmp_path) == ["2"]
 
 
 def test_an_unfinished_save_is_cleared_away(sound, tmp_path):
