@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
+from runtime.errors import NoCheckpointError, StorageError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
 from runtime.fingerprint import fingerprints, require_same_kind
 from runtime.leftovers import DELETED, REPLACED, UNFINISHED, any_set_aside, empty_trash, finish_replacing, place_aside
