@@ -16,6 +16,7 @@ from transformer.model import (
     CHOICES,
     Transformer,
     TransformerConfig,
+    Where,
     init_params,
     model_of,
     params_of,
@@ -331,7 +332,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(random_params):
     @jax.jit
     def added(key):
         block = model_of(config, params).blocks[0]
-        run = lambda rngs: block(x_BTD, None, rngs)[0] - x_BTD
+        run = lambda rngs: block(x_BTD, Where(None, None), rngs)[0] - x_BTD
         plain, dropped = run(None), run(nnx.Rngs(dropout=key))
         silent = params | {"blocks.0.attention.out.kernel": 0 * params["blocks.0.attention.out.kernel"]}
         embedded, _ = model_of(config, silent).hidden(tokens(), rngs=nnx.Rngs(dropout=key))
