@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from input_pipeline import Batches
-from runtime.processes import num_processes, put
+from runtime.agreement import put
+from runtime.processes import num_processes
 from transformer.dense import compiler_options
 from transformer.sharding import batch_sharded, replicated
 from transformer.step import TrainState

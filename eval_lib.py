@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from input_pipeline import Split, eval_batches
-from runtime.processes import from_all, put
+from runtime.agreement import from_all, put
 from transformer.model import Params, TransformerConfig
 from transformer.sharding import batch_sharded
 from transformer.step import make_eval_step

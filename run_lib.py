@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 import config_lib
 from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
+from runtime.agreement import require_same
 from runtime.checkpoint import Checkpoints, DamagedError
 from runtime.clock import Beside
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
-from runtime.processes import require_same
 from transformer.cost import memory_bytes, parameter_counts
 from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from runtime.agreement import require_same, seen_by_first
 from runtime.errors import NoCheckpointError, StorageError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
 from runtime.fingerprint import fingerprints, require_same_kind
 from runtime.leftovers import DELETED, REPLACED, UNFINISHED, any_set_aside, empty_trash, finish_replacing, place_aside
-from runtime.processes import by_first, is_first, require_same, seen_by_first
+from runtime.processes import by_first, is_first
 from runtime.quiet import quieten
 from runtime.retention import Mark, Retention, best_first, newest_first
 from runtime.seal import changed_files, read_sealed, seal, write_file_list

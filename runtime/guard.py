@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
+from runtime.agreement import reached_stop
 from runtime.errors import ExpectedError, Interrupted, UserError, one_line
-from runtime.processes import is_first, num_processes, reached_stop, wait_for_all
+from runtime.processes import is_first, num_processes, wait_for_all
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"

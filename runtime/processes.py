@@ -1,32 +1,35 @@
-"""The processes of one run, once `runtime.distributed` has joined them: which one this is, and what all agree on.
+"""The processes of one run, once `runtime.distributed` has joined them: which one this is, and where all wait.
 
-The first process alone prints, and writes the small files of a run. With a single process nothing here does anything.
-What exchanges something must be called by all of them, in the same order.
+The first process alone prints, and writes the small files of a run. With a single process nothing here does anything,
+nor imports JAX, for which `main.py --help` need not wait. What all have to agree on is `runtime.agreement`'s.
 """
 
-import hashlib
 import itertools
+import sys
 from collections.abc import Callable
-
-import jax
-import numpy as np
-from jax._src.distributed import global_state  # `jax.process_index` would wake the backend, whose flags come later
-from jax.experimental import multihost_utils
-
-from runtime.errors import UserError
+from typing import Any
 
 _FOREVER = 10 * 86400 * 1000  # milliseconds; a process that is gone is noticed by its missing heartbeat
 _barriers = itertools.count()
 
 
+def _joined() -> Any:
+    """What `jax.distributed` knows of the processes; None before anybody has imported it.
+
+    `jax.process_index` would wake the backend, whose flags come later.
+    """
+    module = sys.modules.get("jax._src.distributed")
+    return module and module.global_state
+
+
 def process_id() -> int:
     """The number of this process."""
-    return global_state.process_id
+    return joined.process_id if (joined := _joined()) else 0
 
 
 def num_processes() -> int:
     """How many processes there are."""
-    return global_state.num_processes
+    return joined.num_processes if (joined := _joined()) else 1
 
 
 def is_first() -> bool:
@@ -41,7 +44,7 @@ def wait_for_all(what: str) -> None:
     meet.
     """
     if num_processes() > 1:
-        global_state.client.wait_at_barrier(f"{what} {next(_barriers)}", timeout_in_ms=_FOREVER)
+        _joined().client.wait_at_barrier(f"{what} {next(_barriers)}", timeout_in_ms=_FOREVER)
 
 
 def by_first(action: Callable[[], object]) -> None:
@@ -50,50 +53,3 @@ def by_first(action: Callable[[], object]) -> None:
     if is_first():
         action()
     wait_for_all("done")
-
-
-def from_all(values: np.ndarray) -> np.ndarray:
-    """What each process has [...], one after the other: [processes, ...], bit for bit. Shapes must be equal.
-
-    Travels between devices, which must not be at work on a step.
-    """
-    if num_processes() == 1:
-        return values[None]
-    data = np.frombuffer(values.tobytes(), np.uint8)  # JAX would make 32 bits of 64
-    return np.asarray(multihost_utils.process_allgather(data)).view(values.dtype).reshape(-1, *values.shape)
-
-
-def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-    """An array that all processes have, on the devices of all of them."""
-    if num_processes() == 1:
-        return jax.device_put(array, place)
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-
-
-def seen_by_first(look: Callable[[], object]) -> bool:
-    """Whether the first of several processes sees something; with a single one nobody looks."""
-    return num_processes() > 1 and bool(from_all(np.asarray(is_first() and bool(look())))[0])
-
-
-def require_same(value: object, what: str) -> None:
-    """Refuse to go on where processes differ in a value, told by what `repr` writes of it.
-
-    Raises:
-      UserError: it is not the same in all of them.
-    """
-    hashes = from_all(np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8))
-    others = np.flatnonzero((hashes != hashes[0]).any(axis=1))
-    if len(others):
-        raise UserError(
-            f"{what}: not the same in process {others[0]} as in process 0; start all with the same command "
-            "where they see the same files"
-        )
-
-
-def reached_stop(call: int) -> bool:
-    """Whether all processes have agreed to stop at this call: a notice to one of them is passed on to the others.
-
-    Args:
-      call: how often this was called, so that all of them stop at the same.
-    """
-    return multihost_utils.reached_preemption_sync_point(call)

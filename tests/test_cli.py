@@ -21,6 +21,11 @@ from runtime.errors import StorageError, UserError
 DEFAULTS = default.get_config()
 
 
+def test_help_does_not_wait_for_jax():
+    program = "import main, sys; main.main(['--help']); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+
+
 @pytest.fixture
 def refused(capsys):
     """Runs a command that must fail with a status, in one line that begins with `start` and has `words`."""
