@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from runtime.plots import plot_loss
 from runtime.processes import by_first, is_first
 from runtime.trackers import make_tracker
 from runtime.watchdog import Watchdog
-from transformer import optimizer as optimizer_lib
+from step_lib import make_step
 from transformer.cost import flops_per_token, parameter_counts
-from transformer.model import Transformer, init_params, model_of
+from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, replicated
-from transformer.step import init_state, make_train_step
 from transformer.tokenizer import Tokenizer, UnknownCharacters
 
 
@@ -142,39 +140,28 @@ class Trainer:
         )
         self.total = total_steps(config, self.batches)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        params = jax.eval_shape(partial(init_params, self.model_config), init_key)
-        optimizer_config = config_lib.optimizer_config(config)
-        self.labels = optimizer_lib.labels_of(params, config.use_muon)
-        optimizer = optimizer_lib.make_optimizer(optimizer_config, params, self.total, self.mesh)
-        schedule = optimizer_lib.schedule_shape(optimizer_config, self.total)
+        step = make_step(config, self.model_config, self.total, dropout_key, self.mesh)
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = make_train_step(
-            *(self.model_config, optimizer, schedule, self.labels, config.accumulation_steps, dropout_key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-        )
-        if config.steps_per_dispatch > 1:
-            self.train_step = several_steps(self.train_step)
+        self.train_step = several_steps(step.run) if config.steps_per_dispatch > 1 else step.run
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
-        console.header(run_lib.header(workdir, config, self.model_config, self.data, self.labels, self.total))
+        console.header(run_lib.header(workdir, config, self.model_config, self.data, step.labels, self.total))
         if config.print_per_layer_params:
-            for name, leaf in params.items():
-                console.line(f"  {name:<40} {leaf.shape!s:>14} {self.labels[name]}")
+            for name, leaf in step.shapes.items():
+                console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
 
         if resumed:
             self._resume(resumed)
         else:
-            self._begin(partial(init_state, self.model_config, optimizer, self.labels), init_key)
+            self._begin(step.init, init_key)
         if source:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
         self.beside = run_lib.beside(config, self.data.val.num_tokens)
         self.divergence = Divergence(
-            config.max_bad_steps, config.skip_spikes, params, jax.device_get(self.state.metrics), console.warn
+            config.max_bad_steps, config.skip_spikes, step.shapes, jax.device_get(self.state.metrics), console.warn
         )
-        self.first = True  # the session's first step is still to come
         self.last_loss, self.tracing = math.nan, False
         settings = config_lib.to_dict(config)
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
@@ -241,10 +228,9 @@ class Trainer:
                     with jax.transfer_guard("disallow"):  # nothing may slip to or from the host unseen
                         self.state, step_metrics = self.train_step(self.state, batch)
                     self.micro_step = span.stop
-                    if self.first:  # it compiles, which is kept out of the timings
+                    if not self.clock.in_laps:  # the session's first step compiles, which is kept out of the timings
                         jax.block_until_ready(step_metrics)
                         self.clock.start_laps(self.micro_step)
-                        self.first = False
                     self.watchdog.beat()
                     if self.micro_step % k == 0:
                         self.reported = False

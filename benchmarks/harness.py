@@ -18,14 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-import config_lib
 import run_lib
 from runtime import devices
 from runtime.metrics import environment
-from transformer import optimizer as optimizer_lib
-from transformer.model import init_params
+from step_lib import make_step
 from transformer.sharding import batch_sharded, make_mesh, replicated
-from transformer.step import init_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -121,19 +118,10 @@ class TrainerStep:
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
         self.mesh, key = make_mesh(), jax.random.key(config.seed)
         self.config, self.model_config = config, run_lib.model_config_of(config, vocab_size)
-        params = jax.eval_shape(partial(init_params, self.model_config), key)
-        settings, total = config_lib.optimizer_config(config), config.max_steps or 1000
-        labels = optimizer_lib.labels_of(params, config.use_muon)
-        optimizer = optimizer_lib.make_optimizer(settings, params, total, self.mesh)
-        init = partial(init_state, self.model_config, optimizer, labels)
-        schedule = optimizer_lib.schedule_shape(settings, total)
-        self._init = lambda: jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        step = make_step(config, self.model_config, config.max_steps or 1000, key, self.mesh)
+        self._init = lambda: jax.jit(step.init, out_shardings=replicated(self.mesh))(key)
         self.reset()
-        self.train_step = make_train_step(
-            *(self.model_config, optimizer, schedule, labels, config.accumulation_steps, key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-        )
+        self.train_step = step.run
 
     def reset(self) -> None:
         """Back to the state before the first step."""

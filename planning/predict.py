@@ -5,7 +5,6 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import config_lib
 import run_lib
 from planning.hardware import ATTAINED, Hardware
 from planning.traffic import Collective, collectives
+from step_lib import Step, make_step
 from transformer import optimizer as optimizer_lib
 from transformer.cost import flops_per_token, memory_bytes, parameter_counts
-from transformer.model import TransformerConfig, init_params
-from transformer.sharding import batch_sharded, replicated
-from transformer.step import init_state, make_train_step
+from transformer.model import TransformerConfig
+from transformer.sharding import DATA, FSDP, batch_sharded, replicated
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Planned:
     compiled_bytes: int  # arguments and temporary arrays, as the compiler of the simulated devices has them
     traffic: list[Collective]
     muon_flops: float  # of the device that has most to do
-    seconds: float  # to compile
     program: Any
     init: Any  # () -> the state before the first step
 
@@ -54,31 +52,13 @@ class Planned:
 
 def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
     """The config's step for a mesh; the dtype is the config's own, "auto" being that of the device here."""
-    start, key = time.perf_counter(), jax.random.key(config.seed)
-    model = run_lib.model_config_of(config, vocab_size, eot)
-    params = jax.eval_shape(partial(init_params, model), key)
-    settings, total = config_lib.optimizer_config(config), config.max_steps or 1000
-    labels = optimizer_lib.labels_of(params, config.use_muon)
-    optimizer = optimizer_lib.make_optimizer(settings, params, total, mesh)
-    init = partial(init_state, model, optimizer, labels)
-    shapes = jax.eval_shape(init, key)
-    shardings = jax.tree.map(lambda _: replicated(mesh), shapes)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    key, model = jax.random.key(config.seed), run_lib.model_config_of(config, vocab_size, eot)
+    step = make_step(config, model, config.max_steps or 1000, key, mesh)
+    place = replicated(mesh)
+    shapes = jax.eval_shape(step.init, key)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    step = make_train_step(
-        *(
-            model,
-            optimizer,
-            optimizer_lib.schedule_shape(settings, total),
-            labels,
-            config.accumulation_steps,
-            key,
-            mesh,
-        ),
-        spike_sigmas=config.spike_sigmas,
-        skip_spikes=config.skip_spikes,
-    )
-    program = step.lower(state, batch).compile()
+    program = step.run.lower(state, batch).compile()
     held = program.memory_analysis()
     return Planned(
         mesh=mesh,
@@ -87,10 +67,9 @@ def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) 
         memory=_memory(config, model, state, mesh),
         compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
         traffic=collectives(program.as_text(), mesh.size),
-        muon_flops=_muon_flops(params, labels, settings, mesh.size),
-        seconds=time.perf_counter() - start,
+        muon_flops=_muon_flops(step, config_lib.optimizer_config(config), mesh.size),
         program=program,
-        init=lambda: jax.jit(init, out_shardings=shardings)(key),
+        init=lambda: jax.jit(step.init, out_shardings=place)(key),
     )
 
 
@@ -101,7 +80,7 @@ def _held(tree: Any) -> int:
 
 
 def _memory(config: ConfigDict, model: TransformerConfig, state: Any, mesh: Mesh) -> dict[str, int]:
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = mesh.shape[DATA] * mesh.shape[FSDP]
     by_rule = memory_bytes(
         model, config.batch_size // rows, config.use_muon, config.accumulation_steps, min(mesh.size, 2)
     )
@@ -116,9 +95,9 @@ def _memory(config: ConfigDict, model: TransformerConfig, state: Any, mesh: Mesh
     }
 
 
-def _muon_flops(params: Any, labels: dict[str, str], settings: optimizer_lib.OptimizerConfig, devices: int) -> float:
+def _muon_flops(step: Step, settings: optimizer_lib.OptimizerConfig, devices: int) -> float:
     """Newton-Schulz as `optimizer.orthogonalize` does it, matrices of a shape shared out over the devices."""
-    shapes = Counter(tuple(sorted(p.shape)) for name, p in params.items() if labels[name] == "muon")
+    shapes = Counter(tuple(sorted(p.shape)) for name, p in step.shapes.items() if step.labels[name] == "muon")
     steps, total = settings.newton_schulz_steps, 0.0
     for (m, n), count in shapes.items():
         starts = math.ceil(steps / optimizer_lib.GRAM_STEPS)

@@ -54,6 +54,11 @@ class Clock:
         """Seconds since the run began, pauses and earlier sessions included, the time between sessions not."""
         return time.monotonic() - self._start
 
+    @property
+    def in_laps(self) -> bool:
+        """Whether `start_laps` was called."""
+        return self._lap_from is not None
+
     def start_laps(self, step: int) -> None:
         """The session's first step is done, `step` steps are: it compiled, so that laps begin here."""
         now = time.monotonic()

@@ -93,7 +93,7 @@ def test_a_forecast_by_hand(group, op, speed):
     model = TransformerConfig(17, 16)
     planned = Planned(
         *(SimpleNamespace(size=64), config, model, {"parameters": 70, "optimizer": 20, "gradients": 10, "logits": 999}),
-        *(0, [Collective(op, group, 2, 120.0, False)], 300.0, 0.0, None, None),
+        *(0, [Collective(op, group, 2, 120.0, False)], 300.0, None, None),
     )
     expected = forecast(planned, chip)
     assert planned.tokens == 3072 and planned.flops == flops_per_token(model) * 3072

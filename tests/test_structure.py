@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 # From the top down: a module imports only what stands below it. A name stands for a module or for a package's modules;
 # those of one package may import each other, but never in a circle.
 LAYERS = [
-    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning", "run_lib"),
-    *("corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime", "transformer"),
+    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning"),
+    *("run_lib", "step_lib", "corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime"),
+    "transformer",
 ]
 INSIDE_TRANSFORMER = [
     *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),

@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT, arguments, assert_one_line, finished_run, losses, make_text, rows, run_main, tiny_config
 
 import main
+import step_lib
 import train_lib
 from runtime import devices
 from runtime.errors import UserError
@@ -118,7 +119,7 @@ def test_out_of_memory_names_the_size_and_the_key_to_lower(tmp_path, monkeypatch
 
         return step
 
-    monkeypatch.setattr(train_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(step_lib, "make_train_step", make_train_step)
     assert main.main(arguments(tiny_config(), tmp_path)) == 2
     error = capsys.readouterr().err
     assert_one_line(
