@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks.harness import about, flags_of, override, report
-from commands.plan import simulate, vocabulary
+from commands.plan import vocabulary
 from configs import gpt2_124m
 from planning.hardware import TABLE
 from planning.predict import forecast, plan_step
+from runtime import devices
 from runtime.console import Console
+from runtime.plots import save_figure
 from transformer.sharding import make_mesh
 
 WORK = ("fixed model", "fixed work")
@@ -83,8 +85,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0, 0].set_ylabel("GB on a device")
     panels[1, 0].set_ylabel("GB sent by a device, a step")
     panels[0, 0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     start = override(gpt2_124m.get_config(), {"num_blocks": 2, "dtype": "bfloat16"})
     flags, config = flags_of(parser, start, argv, rounds=1)
     counts = [2**i for i in range(flags.most.bit_length())]
-    simulate(counts[-1])
+    devices.simulate_cpu_devices(counts[-1])
     rows = [row for layout in flags.layouts for w in WORK for row in measure(config, layout, w, counts, flags.rows)]
     note = f"Compiled for simulated devices, not run; times for {HARDWARE}s, by data sheets and assumptions."
     report("scale", f"A step of {about(config)}, on 1 to {counts[-1]} devices", rows, note, flags.out)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import TrainerStep, about, flags_of, interleaved, override, report, spread, wake_devices
 from configs import shakespeare
+from runtime.plots import save_figure
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.flash import choose
 
@@ -127,8 +128,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0, 0].set_ylabel("ms a step (counted: FLOPs)")
     panels[1, 0].set_ylabel("MB on a device")
     panels[0, 0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,11 +4,10 @@ The step is compiled for so many simulated devices, from shapes alone; speeds co
 `--hardware=here` measures this machine instead, and `--check_steps` runs the step on it.
 """
 
+import dataclasses
 import math
-import os
 import textwrap
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
     if here:
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
     else:
-        simulate(num_devices(config, values.devices))
+        devices.simulate_cpu_devices(num_devices(config, values.devices))
         if config.dtype == "auto":
             config.dtype = "bfloat16"
     devices.set_up_compile_cache()
@@ -90,18 +89,6 @@ def num_devices(config: ConfigDict, asked: int) -> int:
     """How many devices the mesh is of: as many as it names, or as were asked for."""
     sizes = parse_mesh(config.mesh).values()
     return asked or (1 if -1 in sizes else math.prod(sizes))
-
-
-def simulate(count: int) -> None:
-    """Let JAX show so many CPU devices; before it wakes up. Raises UserError where it has."""
-    from jax._src import xla_bridge
-
-    if xla_bridge.backends_are_initialized():
-        if jax.default_backend() != "cpu" or jax.device_count() != count:
-            raise UserError(f"--devices: JAX is already running with {jax.device_count()}, not {count}; start anew")
-        return
-    jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
@@ -141,7 +128,7 @@ def report(planned: Planned, hardware: Hardware, efficiency: float, budget: floa
         row("  nothing", "", "compiled")
     console.line("")
     if efficiency:
-        hardware = Hardware(**{**vars(hardware), "efficiency": efficiency})
+        hardware = dataclasses.replace(hardware, efficiency=efficiency)
     seconds = forecast(planned, hardware)
     console.line("time of a step")
     assumed = "measured" if hardware.measured else f"assumed: {hardware.efficiency:.0%} of peak"

@@ -29,21 +29,43 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     an effect this comes before JAX's backend is first used. A user's own XLA_FLAGS about it are left as they are, and
     GPUs and TPUs do not care.
     """
-    from jax._src import xla_bridge  # the one way to ask without waking the backend; jax.extend has none
-
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags:
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if cpu_devices == "auto":  # of several processes each has its share of the batch
         count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
     else:
         count = int(cpu_devices)
-    if xla_bridge.backends_are_initialized():
+    if _awake():
         if jax.default_backend() == "cpu" and jax.device_count() != count:
             warn(f"JAX is already running with {jax.device_count()} CPU device(s), not {count}; using what is there")
         return
-    one_thread_each = " --xla_cpu_multi_thread_eigen=false" if count > 1 else ""
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}{one_thread_each}".strip()
+    _show(count, *(["--xla_cpu_multi_thread_eigen=false"] if count > 1 else []))
+
+
+def simulate_cpu_devices(count: int) -> None:
+    """Let JAX show so many CPU devices, and nothing else, whatever is here: to compile for them, not to run.
+
+    Raises:
+      UserError: it is already running with others.
+    """
+    if not _awake():
+        jax.config.update("jax_platforms", "cpu")
+        _show(count)
+    elif jax.default_backend() != "cpu" or jax.device_count() != count:
+        raise UserError(f"--devices: JAX is already running with {jax.device_count()}, not {count}; start anew")
+
+
+def _awake() -> bool:
+    """Whether JAX's backend was used, after which it reads no flags."""
+    from jax._src import xla_bridge  # the one way to ask without waking it; jax.extend has none
+
+    return xla_bridge.backends_are_initialized()
+
+
+def _show(count: int, *more: str) -> None:
+    """Of a flag that stands there twice XLA takes the last."""
+    flags = os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *more
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 def set_up_compile_cache() -> None:

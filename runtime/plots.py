@@ -66,7 +66,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     _dress(axes, "tokens", _UNITS["val_loss"])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class Curve(NamedTuple):
@@ -133,7 +133,7 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _dress(axes: "Axes", x: str, y: str) -> None:
@@ -146,7 +146,12 @@ def _dress(axes: "Axes", x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG so that at no moment a half of it is there.
+
+    Raises:
+      StorageError: the disk did not take it.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with warnings.catch_warnings():

@@ -11,10 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the batch is split, everything else is whole on every device
-FSDP = "fsdp"  # the batch is split, and so are parameters and optimizer, which are brought together where they are used
-SEQUENCE = "sequence"  # activations are split by tokens, for long contexts
-TENSOR = "tensor"  # heads, hidden widths and the vocabulary are split
-AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are each other's neighbours: it talks the most
+FSDP, SEQUENCE, TENSOR = "fsdp", "sequence", "tensor"  # nothing is split along these yet: their devices do the same
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are each other's neighbours
 
 
 def parse_mesh(text: str) -> dict[str, int]:
