@@ -46,7 +46,7 @@ def signature(leaf: Any) -> list:
 
 
 def require_same_kind(where: str, stored: Fingerprints, tree: Any) -> None:
-    """Orbax would cast, and leave out what nobody asked for, without a word.
+    """Refuse a checkpoint of other arrays; Orbax would cast, and leave out what nobody asked for, without a word.
 
     Args:
       where: what an array's path is put behind, to name it.
