@@ -1,6 +1,6 @@
 """The shape of Llama 3.2 1B, with GPT-2's vocabulary, on ten billion tokens of FineWeb.
 
-python main.py --config=configs/llama_1b.py --config.mesh="data=2,fsdp=8"
+python main.py --config=configs/llama_1b.py --config.mesh="data=16"
 python main.py export --workdir=runs/llama_1b --out=exported
 
 1.08 billion parameters, steps of a million tokens. Made for a cluster, where it has not been trained yet: its rates are
