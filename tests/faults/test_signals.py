@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, arguments, assert_same_bits, finished_run, losses, run_patched, saved_state, tiny_config
 
 import main
+import step_lib
 import train_lib
 from runtime.checkpoint import Checkpoints
 
@@ -23,7 +24,7 @@ def assert_goes_on(workdir, config) -> None:
 
 
 def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, capsys):
-    make = train_lib.make_train_step
+    make = step_lib.make_train_step
 
     def make_train_step(*args, **kwargs):
         step = make(*args, **kwargs)
@@ -36,7 +37,7 @@ def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, cap
         return compiling
 
     sent: list = []
-    monkeypatch.setattr(train_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(step_lib, "make_train_step", make_train_step)
     assert main.main(arguments(tiny_config(), tmp_path)) == 143
     assert "saved step 1; the same command goes on from here" in capsys.readouterr().out
     monkeypatch.undo()
