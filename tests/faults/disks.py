@@ -41,8 +41,10 @@ def fill(leave: int) -> None:
 
 def turn_read_only() -> None:
     """As a kernel does to a disk with errors, files open for writing or not: another mount covers the first."""
-    subprocess.run(["mount", "--bind", DISK, DISK], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", DISK], check=True)
+    cover = tempfile.mkdtemp()  # made ready elsewhere: a file that a save opens through it would keep it writable
+    subprocess.run(["mount", "--bind", DISK, cover], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", cover], check=True)
+    subprocess.run(["mount", "--move", cover, DISK], check=True)
 
 
 @contextmanager

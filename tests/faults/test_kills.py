@@ -51,5 +51,5 @@ def test_two_kills_at_random_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_times(tmp_path):
-    told = end_the_same_after(100, 8_000, tmp_path)
+    told = end_the_same_after(100, 20_000, tmp_path)  # more than a fast machine makes between the kills
     assert told["in_a_save"] >= 10, told
