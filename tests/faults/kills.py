@@ -1,7 +1,7 @@
-"""python tests/faults/kills.py NUMBER SEED ARGUMENT ...
+"""python tests/faults/kills.py NUMBER SEED STEPS ARGUMENT ...
 
 runs `main.py ARGUMENT ...` again and again, each time ended by `kill -9` at a random moment, NUMBER times in all, and
-then to its end. Prints what happened as JSON. Each run is a fork of this process, which has imported everything and
+then to its end, which is at so many STEPS. Prints what happened as JSON. Each run is a fork of this process, which has imported everything and
 used nothing yet: importing would take most of the time.
 """
 
@@ -33,13 +33,24 @@ def start(argv: list[str]) -> int:
     return pid
 
 
-def kill_often(number: int, seed: int, argv: list[str]) -> dict[str, int]:
+def wait(seconds: float, metrics: Path, step: int) -> None:
+    """So many seconds, or until the run has logged the step: a fast machine must not end it before the last kill."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        logged = metrics.read_bytes().splitlines() if metrics.exists() else []
+        if len(logged) > 1 and json.loads(logged[-2]).get("step", 0) >= step:  # the last may be half written
+            return
+
+
+def kill_often(number: int, seed: int, steps: int, argv: list[str]) -> dict[str, int]:
     rng = random.Random(seed)
-    checkpoints = Path(next(word for word in argv if word.startswith("--workdir=")).partition("=")[2]) / "checkpoints"
+    workdir = Path(next(word for word in argv if word.startswith("--workdir=")).partition("=")[2])
+    checkpoints = workdir / "checkpoints"
     kills = in_a_save = ended = 0
     while kills < number:
         pid = start(argv)
-        time.sleep(rng.uniform(*SECONDS))
+        wait(rng.uniform(*SECONDS), workdir / "metrics.jsonl", steps * (kills + 1) // (number + 1))
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
             ended += 1
             break
@@ -52,4 +63,4 @@ def kill_often(number: int, seed: int, argv: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_often(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
+    print(json.dumps(kill_often(*map(int, sys.argv[1:4]), sys.argv[4:])))

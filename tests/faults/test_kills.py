@@ -25,7 +25,7 @@ def end_the_same_after(kills: int, steps: int, tmp_path: Path) -> dict[str, int]
     }
     config = tiny_config(max_steps=steps, **changes)
     reference = train_lib.train(config, tmp_path / "reference")
-    script = [sys.executable, str(ROOT / "tests" / "faults" / "kills.py"), str(kills), "0"]
+    script = [sys.executable, str(ROOT / "tests" / "faults" / "kills.py"), str(kills), "0", str(steps)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*script, *arguments(config, tmp_path / "run")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
@@ -51,5 +51,5 @@ def test_two_kills_at_random_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_times(tmp_path):
-    told = end_the_same_after(100, 20_000, tmp_path)  # more than a fast machine makes between the kills
+    told = end_the_same_after(100, 20_000, tmp_path)
     assert told["in_a_save"] >= 10, told
