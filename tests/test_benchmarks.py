@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SCRATCH, make_text
 
-from benchmarks import gpu, harness, optimizer, scaling, tables, time_to_loss
+from benchmarks import ablations, gpu, harness, optimizer, scaling, tables, time_to_loss
 from configs import default
 
 TINY = {"num_blocks": 1, "num_heads": 2, "embedding_dim": 16, "mlp_dim": 24, "context_len": 8, "batch_size": 4}
@@ -56,6 +56,13 @@ def test_shares_of_a_step_are_taken_within_a_round():
     assert [row["a step with Muon takes longer by (ms)"] for row in rows] == [0.0, 3.0, 6.0]
     assert [row["of that step"] for row in rows] == ["0%", "25%", "50%"]
     assert [row["ms"] for row in rows] == [12.0, 9.0, 6.0]
+
+
+def test_a_ratio_is_taken_within_a_round_and_says_how_many_steps_take_as_long():
+    rows = ablations.cost_rows({"base": [1.0, 2.0, 4.0], "other": [1.25, 2.5, 3.0]}, steps=10, steps_of_a_run=400)
+    assert [row["ms a step"] for row in rows] == [200.0, 250.0]
+    assert [row["ratio"] for row in rows] == ["1.000", "1.250"]
+    assert [row["steps in the same time"] for row in rows] == [400, 320]
 
 
 def test_slopes_are_exponents():
@@ -153,6 +160,12 @@ def test_every_kept_result_is_a_table(capsys):
     for path in kept:
         result = json.loads(path.read_text())
         assert result["title"] in printed and result["machine"]["versions"]["jax"] in printed
+
+
+def test_ablations(tmp_path):
+    said = run_benchmark("ablations", "--choices", "tied", "--rounds=2", "--steps=1", f"--out={tmp_path}", *OVERRIDES)
+    rows = json.loads((tmp_path / "ablations_cost.json").read_text())["rows"]
+    assert [row["config"] for row in rows] == [ablations.ITSELF, "tied"] and "| tied |" in said
 
 
 def test_optimizer_scaling_and_data(tmp_path, text):
