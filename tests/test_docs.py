@@ -2,10 +2,11 @@
 
 Blocks of docs/*.md run in the order of their page, in a directory of their own, with a tiny model and text:
 
-    ```sh        each command runs; one with a comment `# takes ...` would train for long, and is only parsed
+    ```sh        each command runs, most pages' under `-m slow`; one with a comment `# takes ...` is only parsed, as it
+                 would train for long. The real command line parses all of them each time.
     ```python    runs; when its first line is `# FILE`, it is an excerpt of that file, or a new file that is written
 
-Commands of the README, which train for minutes and read corpora, are parsed by the real command line; its Python runs.
+Commands of the README, which train for minutes and read corpora, are parsed alone; its Python runs.
 """
 
 import argparse
@@ -27,7 +28,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LONG = "# takes "
-OTHER = r"tail|(\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
+OTHER = r"tail|(?:\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
 
 
 class Parsed(Exception):
@@ -40,7 +41,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def shell_lines(page: Path) -> list[str]:
     """The lines of fenced shell blocks, and of indented ones that begin with a program."""
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))  # a line that goes on
     indented = re.findall(rf"^    ((?:time |\.venv/bin/)?(?:python3?|pytest|{OTHER}) .*)$", FENCED.sub("", text), re.M)
     fenced = [line for body in blocks(page, "sh") for line in body.splitlines() if line.strip()]
     return fenced + indented
@@ -52,7 +53,7 @@ def commands(line: str) -> list[list[str]]:
     for word in words:
         if word == "&&":
             found.append([])
-        else:
+        elif word != "&":
             found[-1].append(word)
     return found
 
@@ -133,6 +134,13 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def write_new_files(page: Path, place: Path) -> None:
+    for body in blocks(page, "python"):
+        first = re.match(r"# (\S+\.py)\n", body)
+        if first and not (ROOT / first[1]).exists():
+            (place / first[1]).write_text(body.removeprefix(first[0]), encoding="utf-8")
+
+
 def run(argv: list[str]) -> None:
     """A command with a tiny model and text, as far as the page does not say otherwise."""
     trains = not argv or argv[0].startswith("-") or argv[0] == "train"
@@ -143,14 +151,16 @@ def run(argv: list[str]) -> None:
     assert main.main([*argv, *tiny]) == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_page(page, place, monkeypatch):
-    for body in blocks(page, "python"):
-        first = re.match(r"# (\S+\.py)\n", body)
-        if first and not (ROOT / first[1]).exists():
-            (place / first[1]).write_text(body.removeprefix(first[0]), encoding="utf-8")
+RUN_EACH_TIME = "configs"  # the page whose commands all are run without `-m slow` too
+PAGES_TO_RUN = [
+    pytest.param(page, id=page.stem, marks=[] if page.stem == RUN_EACH_TIME else pytest.mark.slow) for page in PAGES
+]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN)
+def test_the_commands_of_a_page_run(page, place):
+    write_new_files(page, place)
     for line in shell_lines(page):
-        check(line, monkeypatch)
         for words in commands(line):
             argv = main_arguments(words)
             if argv is not None and LONG not in line:
@@ -159,7 +169,9 @@ def test_the_commands_of_a_page(page, place, monkeypatch):
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_the_python_of_a_page(page, place, monkeypatch):
-    monkeypatch.setattr(shakespeare, "get_config", tiny_config)  # that run is there
+    shutil.rmtree("runs/shakespeare")
+    small = tiny_config(tokenizer="byte", num_blocks=1, max_steps=2, sample_every=0, sample_tokens=1)
+    monkeypatch.setattr(shakespeare, "get_config", lambda: small)
     for body in blocks(page, "python"):
         first = re.match(r"# (\S+\.py)\n", body)
         if first is None:
@@ -168,9 +180,11 @@ def test_the_python_of_a_page(page, place, monkeypatch):
             assert body.removeprefix(first[0]) in (ROOT / first[1]).read_text(encoding="utf-8"), body
 
 
-def test_the_readme_says_what_the_command_line_takes(place, monkeypatch):
-    lines = shell_lines(README)
-    assert len(lines) > 20
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_a_page_says_what_the_command_line_takes(page, place, monkeypatch):
+    write_new_files(page, place)
+    lines = shell_lines(page)
+    assert len(lines) > 20 or page != README
     for line in lines:
         check(line, monkeypatch)
 
