@@ -1,8 +1,8 @@
 """python tests/faults/kills.py NUMBER SEED STEPS ARGUMENT ...
 
 runs `main.py ARGUMENT ...` again and again, each time ended by `kill -9` at a random moment, NUMBER times in all, and
-then to its end, which is at so many STEPS. Prints what happened as JSON. Each run is a fork of this process, which has imported everything and
-used nothing yet: importing would take most of the time.
+then to its end, which is at so many STEPS. Prints what happened as JSON. Each run is a fork of this process, which has
+imported everything and used nothing yet: importing would take most of the time.
 """
 
 import json
