@@ -10,7 +10,6 @@ from helpers import SCRATCH
 import run_lib
 
 Rows = dict[tuple[str, str], tuple[float, float]]  # implementation, what was compared -> largest difference, limit
-ROWS = pytest.StashKey[Rows]()
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -21,12 +20,11 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 @pytest.fixture
-def agree(pytestconfig: pytest.Config) -> Callable[..., None]:
+def agree(request: pytest.FixtureRequest) -> Callable[..., None]:
     """(implementation, what, ours, theirs, limit): relative L2 of each tensor is at most `limit`; noted for the table.
 
     `ours` and `theirs` are arrays, or dicts of arrays with the same names.
     """
-    rows = pytestconfig.stash.setdefault(ROWS, {})
 
     def check(implementation: str, what: str, ours: Any, theirs: Any, limit: float) -> None:
         if not isinstance(theirs, Mapping):
@@ -34,8 +32,8 @@ def agree(pytestconfig: pytest.Config) -> Callable[..., None]:
         assert theirs and ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
         found = {name: difference(ours[name], theirs[name]) for name in theirs}
         assert all(value <= limit for value in found.values()), {n: v for n, v in found.items() if not v <= limit}
-        largest, loosest = rows.get((implementation, what), (0.0, 0.0))
-        rows[implementation, what] = max(largest, *found.values()), max(loosest, limit)
+        row = [implementation, what, max(found.values()), float(limit)]  # plain numbers: they may cross processes
+        request.node.user_properties.append(("parity", row))
 
     return check
 
@@ -74,9 +72,17 @@ def muon_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """From the reports, which also come from the processes of pytest-xdist."""
+    rows: Rows = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for key, value in getattr(report, "user_properties", []) if getattr(report, "when", "") == "call" else []:
+            if key == "parity":
+                implementation, what, found, limit = value
+                largest, loosest = rows.get((implementation, what), (0.0, 0.0))
+                rows[implementation, what] = max(largest, found), max(loosest, limit)
     by_implementation: dict[str, list[str]] = {}
-    for (implementation, what), (largest, limit) in sorted(config.stash.get(ROWS, {}).items()):
+    for (implementation, what), (largest, limit) in sorted(rows.items()):
         by_implementation.setdefault(implementation, []).append(f"{what} {largest:.1e} ({limit:.0e})")
     if by_implementation:
         terminalreporter.section("parity")
