@@ -124,7 +124,8 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     """Run a process to its end: its exit status, negative for a signal that killed it, and the signal that came to us.
 
     It stands in a process group of its own, so that a signal reaches it once, from here, whoever else in the terminal
-    got it too. SIGHUP, which it does not know, becomes SIGTERM.
+    got it too. SIGHUP, which it does not know, becomes SIGTERM. Ctrl-Z stops it together with this process, and both go
+    on together.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -134,8 +135,19 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
         if child is not None:
             child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.signal(signum, forward) for signum in signals}
+    def suspend(signum: int, _frame: FrameType | None = None) -> None:
+        if child is not None:
+            child.send_signal(signal.SIGSTOP)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)  # comes back with SIGCONT
+        signal.signal(signum, suspend)
+        if child is not None:
+            child.send_signal(signal.SIGCONT)
+
+    handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), forward)
+    if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:  # a shell without job control ignores it
+        handlers[signal.SIGTSTP] = suspend
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         child = subprocess.Popen(command, process_group=0)
         for signum in list(received):  # those that came before there was a process

@@ -21,6 +21,11 @@ _LINE_WIDTH = 120
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
+def printable(text: str) -> str:
+    """A text without control characters, which would move a terminal's cursor or worse; tabs and newlines stay."""
+    return _CONTROL.sub("?", text)
+
+
 def human(n: float) -> str:
     """A count in at most six characters: 950, 19.7k, 1.2M, 3.4B, 5.6T."""
     for decimals, unit in (0, ""), (1, "k"), (1, "M"), (1, "B"):
@@ -168,7 +173,7 @@ class Console:
 
     def _print(self, *spans: tuple[str, str]) -> None:
         """One line of (text, rich style) pairs on stdout."""
-        spans = tuple((_CONTROL.sub("?", text), style) for text, style in spans)  # a sample may hold escape sequences
+        spans = tuple((printable(text), style) for text, style in spans)  # a sample may hold escape sequences
         if self._rich is None:
             self._out.write("".join(text for text, _ in spans).rstrip() + "\n")
             self._out.flush()
@@ -178,7 +183,7 @@ class Console:
             self._rich.print(Text.assemble(*spans))
 
     def _complain(self, text: str, style: str) -> None:
-        text = _CONTROL.sub("?", " ".join(text.split()))
+        text = printable(" ".join(text.split()))
         if self._live is not None and self._err.isatty():
             self._print((text, style))  # above the bar; written past rich, it would tear the bar
         else:
@@ -197,7 +202,7 @@ def _rich_table(table: Table) -> "RichTable":
         title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, for the sake of the first column
         grid.add_column(Text(title), justify="right" if number else "left", overflow="fold")
     for i, row in enumerate(table.rows):
-        grid.add_row(*(Text(_CONTROL.sub("?", text)) for text in row), style="bold green" if i in table.bold else None)
+        grid.add_row(*(Text(printable(text)) for text in row), style="bold green" if i in table.bold else None)
     return grid
 
 

@@ -231,7 +231,7 @@ def test_a_long_prompt_is_cut_with_a_note(capsys):
 def test_sample_stops_quietly_when_nobody_reads():
     command = [sys.executable, str(ROOT / "main.py"), "sample", f"--workdir={finished_run().workdir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*command, "--num_tokens=100000"], **pipes) as process:
+    with subprocess.Popen([*command, "--num_tokens=100000"], stdin=subprocess.DEVNULL, **pipes) as process:
         assert process.stdout.read(5)
         process.stdout.close()
         assert process.wait(60) == 0 and process.stderr.read() == b""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the top down: a module imports only what stands below it. A name stands for a module or for a package's modules;
 # those of one package may import each other, but never in a circle.
 LAYERS = [
-    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning"),
+    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning", "talk_lib"),
     *("run_lib", "step_lib", "corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime"),
     "transformer",
 ]

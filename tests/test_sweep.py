@@ -2,13 +2,18 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, assert_one_line, run_main, tiny_config
+from terminal import Terminal
 
 import config_lib
 import main
@@ -43,7 +48,9 @@ if lr == 0.7 and not (workdir / "stopped").exists():
         sys.exit(128 + signum)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    (workdir / "ready").touch()
+    import os
+    (workdir / "ready.part").write_text(str(os.getpid()))
+    (workdir / "ready.part").rename(workdir / "ready")
     time.sleep(30)
     sys.exit("no signal came")
 """
@@ -156,6 +163,44 @@ def test_a_signal_reaches_the_run_once_and_ends_the_sweep(sent, heard, stand_in,
     assert calls(stand_in) == {"lr=0.5,seed=0": 1, "lr=0.7,seed=0": 1}
     assert main.main(argv) == 0
     assert calls(stand_in) == {"lr=0.5,seed=0": 1, "lr=0.6,seed=0": 1, "lr=0.7,seed=0": 2}
+
+
+def state_of(pid: int) -> str:
+    """What the kernel says of a process: S sleeps, T is stopped."""
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout[:1]
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("ps")), reason="needs a shell that stops jobs, and ps")
+def test_ctrl_z_stops_the_sweep_and_its_run_and_ctrl_c_ends_both(stand_in):
+    """Keys in a real terminal, which signal a whole process group, and a shell that looks after it."""
+    code = "import main, pathlib; from commands import sweep; sweep.PROGRAM = pathlib.Path(%r); "
+    argv = ["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.7,0.6"]
+    code = code % str(sweep.PROGRAM) + f"raise SystemExit(main.main({argv}))"
+    line = shlex.join([sys.executable, "-c", code])
+    run = stand_in / "lr=0.7,seed=0"
+
+    def wait_until(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    with Terminal("bash", "--norc", "--noprofile", "-i", cwd=ROOT, PYTHONPATH=str(ROOT), PS1="$ ") as shell:
+        shell.wait_for("$ ")
+        shell.type(f"{line}\r")
+        wait_until((run / "ready").exists)
+        child = int((run / "ready").read_text())
+        shell.type("\x1a")
+        shell.wait_for("Stopped")
+        assert state_of(child) == "T"
+        shell.type("fg\r")
+        wait_until(lambda: state_of(child) == "S")
+        shell.type("\x03")
+        shell.wait_for("stopped in run 1 of 2: lr=0.7,seed=0; the same command goes on")
+        shell.type("echo status $?\r")
+        shell.wait_for("status 130")
+        assert (run / "stopped").read_text() == f"{signal.SIGINT.value}\n"  # once
+        assert state_of(child) == "" and not (stand_in / "lr=0.6,seed=0").exists()
 
 
 def test_a_runs_own_directory_is_no_sweeps(stand_in, capsys):
