@@ -70,7 +70,7 @@ def parse_only(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def parse(command, about, argv, define, config=False, words=None):
         values = real(command, about, argv, define, config, words)
         if command == "sweep":
-            monkeypatch.setattr(config_lib, "parse_flags", real)
+            patch.setattr(config_lib, "parse_flags", real)
             sweep.grid(argv, values.set, values.seeds)
         elif config:
             config_lib.check(values.config)
