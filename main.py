@@ -7,9 +7,8 @@ python main.py COMMAND --help
 import importlib
 import sys
 
-from runtime.console import Console
 from runtime.errors import ExpectedError, Interrupted
-from runtime.files import disk_error
+from runtime.large_pages import restart_with_large_pages
 
 COMMANDS = {
     "train": "train a model, or go on where the run stopped",
@@ -26,13 +25,17 @@ COMMANDS = {
 }
 
 
+def _parted(argv: list[str]) -> tuple[str, list[str]]:
+    """The command, and its flags."""
+    return (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+
+
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
-    named = bool(argv) and not argv[0].startswith("-")
-    command, flags = (argv[0], argv[1:]) if named else ("train", argv)
+    command, flags = _parted(argv)
     try:
         if command not in COMMANDS:
             raise ExpectedError(f"{command}: unknown command; use one of {', '.join(COMMANDS)}")
@@ -42,6 +45,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ExpectedError, OSError) as error:
+        from runtime.console import Console  # not at the top: a restart begins before anything is imported
+        from runtime.files import disk_error
+
         expected = error if isinstance(error, ExpectedError) else disk_error(error)
         if expected is None or "--debug" in flags:
             raise
@@ -51,4 +57,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
+        restart_with_large_pages()
     sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness import TrainerStep, about, flags_of, interleaved, override, report, spread, wake_devices
 from configs import shakespeare
+from runtime.large_pages import restart_with_large_pages
 
 ITSELF = "the config itself"
 CHOICES: dict[str, dict[str, Any]] = {  # config changes
@@ -61,4 +62,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

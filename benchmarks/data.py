@@ -27,6 +27,7 @@ from benchmarks.harness import ROOT, TrainerStep, about, flags_of, interleaved, 
 from benchmarks.step import RECIPE, SHAPES, config_of
 from configs import nanogpt_char_cpu
 from input_pipeline import Batches, Split, prefetch
+from runtime.large_pages import restart_with_large_pages
 
 
 def random_split(path: Path, num_tokens: int, vocab_size: int) -> Split:
@@ -111,4 +112,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, GPT2LMHeadModel
 
 from benchmarks.harness import interleaved, report, spread
 from runtime import devices
+from runtime.large_pages import restart_with_large_pages
 from transformer.interop import to_theirs
 from transformer.model import Transformer, TransformerConfig, init_params, model_of, params_of
 from transformer.sampling import Sampling, generate_tokens
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

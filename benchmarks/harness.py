@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import run_lib
 from runtime import devices
+from runtime.large_pages import SETTING
 from runtime.metrics import environment
 from step_lib import make_step
 from transformer.sharding import batch_sharded, make_mesh, replicated
@@ -44,6 +45,7 @@ def machine() -> dict[str, Any]:
         "devices": jax.device_count(),
         "python": platform.python_version(),
         "versions": versions,
+        "setting": f"{SETTING}={os.environ.get(SETTING, '')}",  # whether memory comes in large pages, for all compared
         "commit": environment()["git_commit"],
         "load": os.getloadavg()[0],  # of the last minute: others' work shows here
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -208,9 +210,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A result as a heading, the machine and a table; `result` is what `report` keeps."""
     machine, rows = result["machine"], result["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    details = "; ".join(filter(None, (versions, machine.get("setting"), machine["time"][:10])))
     lines = [
         f"**{result['title']}**",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; {versions}; {machine['time'][:10]}.",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; {details}.",
         "\n".join(
             "| " + " | ".join(cells) + " |" for cells in (list(rows[0]), ["---"] * len(rows[0]), *map(_cells, rows))
         ),

@@ -26,6 +26,7 @@ from configs import shakespeare
 from eval_lib import Evaluator
 from input_pipeline import Batches, Dataset
 from run_lib import load_data
+from runtime.large_pages import restart_with_large_pages
 from transformer.dense import compiler_options
 from transformer.step import make_loss_and_grads
 
@@ -148,4 +149,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

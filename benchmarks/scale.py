@@ -24,6 +24,7 @@ from planning.hardware import TABLE
 from planning.predict import forecast, plan_step
 from runtime import devices
 from runtime.console import Console
+from runtime.large_pages import restart_with_large_pages
 from runtime.plots import save_figure
 from transformer.sharding import make_mesh
 
@@ -104,4 +105,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

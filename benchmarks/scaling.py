@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import TrainerStep, about, flags_of, interleaved, override, report, spread, wake_devices
 from configs import shakespeare
+from runtime.large_pages import restart_with_large_pages
 from runtime.plots import save_figure
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.flash import choose
@@ -151,4 +152,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()
