@@ -15,12 +15,13 @@ import config_lib
 import run_lib
 from config_docs import written
 from configs import default
-from runtime.console import Console, Table, human
+from runtime.console import Console
 from runtime.errors import UserError, one_line
 from runtime.files import read_json, write_text
 from runtime.metrics import MetricsFile
 from runtime.page import Picture, html_page
 from runtime.plots import Curve, plot_curves
+from runtime.text import Table, human
 
 DEFAULT_OUT = "runs/compare"
 _NAMES_OF_A_RUN = {"seed", "run"}  # runs that differ in no other key are seeds of one config

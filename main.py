@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise ExpectedError(f"{command}: unknown command; use one of {', '.join(COMMANDS)}")
-        importlib.import_module(f"commands.{command}").main(flags)
+        with Console(silent="--process_id" in " ".join(flags)).busy("loading JAX"):
+            module = importlib.import_module(f"commands.{command}")
+        module.main(flags)
     except Interrupted as signal:
         return 128 + signal.signum
     except KeyboardInterrupt:

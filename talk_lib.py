@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from runtime.console import printable
+from runtime.text import printable
 from transformer.model import Transformer
 from transformer.sampling import Sampling, prompt_tokens, stream
 from transformer.tokenizer import Tokenizer, UnknownCharacters

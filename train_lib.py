@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
+import panels_lib
 import run_lib
 from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
@@ -76,28 +77,29 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    console = Console(silent=not is_first())
-    workdir = prepare_workdir(workdir)
-    devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
-    devices.set_up_compile_cache()
-    num_devices = len(devices.wake_up())
-    config_lib.check_devices(config, num_devices)
-    with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
-        if fresh:
-            move_aside(workdir, console.line)
-        trainer = None
-        try:
-            with (
-                Watchdog(workdir, config.watchdog_seconds) as watchdog,
-                Checkpoints(workdir, config.keep) as checkpoints,
-                peers_alive(),
-                devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
-            ):
-                trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog, rebatch)
-                return trainer.run(profile)
-        finally:
-            if trainer:
-                trainer.tracker.finish()  # last: a slow upload must not cost a checkpoint
+    with Console(silent=not is_first()) as console:
+        workdir = prepare_workdir(workdir)
+        console.doing("starting the devices")
+        devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
+        devices.set_up_compile_cache()
+        num_devices = len(devices.wake_up())
+        config_lib.check_devices(config, num_devices)
+        with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+            if fresh:
+                move_aside(workdir, console.line)
+            trainer = None
+            try:
+                with (
+                    Watchdog(workdir, config.watchdog_seconds) as watchdog,
+                    Checkpoints(workdir, config.keep) as checkpoints,
+                    peers_alive(),
+                    devices.memory_limit("config.batch_size", "lower it, and raise config.accumulation_steps instead"),
+                ):
+                    trainer = Trainer(config, workdir, checkpoints, console, stop, watchdog, rebatch)
+                    return trainer.run(profile)
+            finally:
+                if trainer:
+                    trainer.tracker.finish()  # last: a slow upload must not cost a checkpoint
 
 
 class Trainer:
@@ -119,6 +121,7 @@ class Trainer:
         if latest is not None:  # before anything is loaded: the newest may prove damaged later
             run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
+        console.doing("reading the text")
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
         run_lib.require_same_everywhere(config, self.data)
@@ -145,11 +148,13 @@ class Trainer:
         self.train_step = several_steps(step.run) if config.steps_per_dispatch > 1 else step.run
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
-        console.header(run_lib.header(workdir, config, self.model_config, self.data, step.labels, self.total))
+        header = run_lib.header(workdir, config, self.model_config, self.data, step.labels, self.total)
+        console.header(header, panels_lib.opening(dict(header), config, self.model_config))
         if config.print_per_layer_params:
             for name, leaf in step.shapes.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
 
+        console.doing("making the weights")
         if resumed:
             self._resume(resumed)
         else:
@@ -162,7 +167,7 @@ class Trainer:
         self.divergence = Divergence(
             config.max_bad_steps, config.skip_spikes, step.shapes, jax.device_get(self.state.metrics), console.warn
         )
-        self.last_loss, self.tracing = math.nan, False
+        self.tracing = False
         settings = config_lib.to_dict(config)
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
@@ -218,9 +223,7 @@ class Trainer:
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
-            if self.micro_step < end:
-                self.console.line("compiling the step")
-            with self.console.progress(self.total, self.step) as bar:
+            with self.console.progress(self.total, self.step, "compiling the step") as bar:
                 for span, batch in prefetch(make_batch, spans(self.config, self.micro_step, end, profile or ())):
                     self.stop.raise_if_set()
                     if profile:
@@ -235,15 +238,16 @@ class Trainer:
                     if self.micro_step % k == 0:
                         self.reported = False
                         self._report(step_metrics)
-                        bar.update(self.step, self.last_loss)
+                        bar.update(self.step)
             if profile:
                 self._profile(*profile)
         except Interrupted:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
+        self.console.doing("drawing the curves")
         by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
-        return Run(
+        run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,
             history=self.metrics_file.read(),
@@ -253,6 +257,8 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
         )
+        self.console.closing(*panels_lib.closing(run, self.clock.elapsed))
+        return run
 
     def _report(self, step_metrics: dict[str, jax.Array]) -> None:
         """All that is due after a real step: evaluation, log, sample, checkpoint.
@@ -266,20 +272,20 @@ class Trainer:
         if evaluated or due(config.log_every):
             row = self._row(step_metrics)
             if evaluated:
-                with self.clock.pause("evaluation"), self.watchdog.pause():
+                with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
                     row |= self._evaluate(0 if last else config.eval_tokens)
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)
         if due(config.sample_every):
-            with self.clock.pause("sample"), self.watchdog.pause():
+            with self.clock.pause("sample"), self.watchdog.pause(), self.console.busy("sampling"):
                 by_first(self._sample)
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
         if improved or due(config.save_every):
-            with self.clock.pause("save"):
+            with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(self.val_loss if evaluated else None)
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -287,7 +293,6 @@ class Trainer:
         config, step, device = self.config, self.step, jax.local_devices()[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
-        self.last_loss = on_host["loss"]
         factor = on_host.pop("lr_factor")
         tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         row = {

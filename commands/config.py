@@ -6,7 +6,8 @@ from absl import flags
 
 import config_lib
 from config_docs import key_docs, written
-from runtime.console import Console, Table
+from runtime.console import Console
+from runtime.text import Table
 
 
 def _define(values: flags.FlagValues) -> None:

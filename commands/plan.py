@@ -17,8 +17,9 @@ from planning.hardware import ATTAINED, TABLE, Hardware, measure_here
 from planning.predict import Planned, forecast, plan_step, run_steps
 from planning.traffic import axes_of_group
 from runtime import devices
-from runtime.console import Console, duration, human
+from runtime.console import Console
 from runtime.errors import UserError
+from runtime.text import duration, human
 from transformer.cost import parameter_counts
 from transformer.sharding import DATA, make_mesh, parse_mesh
 

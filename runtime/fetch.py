@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from runtime import rebuild
+from runtime import live, rebuild
 from runtime.errors import UserError, one_line
 from runtime.rebuild import FetchError
 from runtime.shards import read_shard
@@ -322,7 +322,7 @@ def _stream(url: str, out: Path, timeout: float) -> None:
         urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
-    with opener.open(url, timeout=timeout) as response, out.open("wb") as file:
+    with live.set_aside(), opener.open(url, timeout=timeout) as response, out.open("wb") as file:
         promised = response.length or 0
         with rich.progress.wrap_file(
             response,

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
+from runtime import live
 from runtime.agreement import reached_stop
 from runtime.errors import ExpectedError, Interrupted, UserError, one_line
 from runtime.processes import is_first, num_processes, wait_for_all
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopSignals:
@@ -29,7 +30,8 @@ class StopSignals:
     signal is not left to the handler: the interpreter writes every signal's number into a pipe the moment it arrives
     (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number.
 
-    Handlers can be set in the main thread alone; in any other this does nothing.
+    Handlers can be set in the main thread alone; in any other this does nothing. On a terminal, Ctrl-Z takes the live
+    view away before it stops the process, by the same thread.
 
     Of several processes each hands its signal on to JAX, which makes it known to the others; all stop at the same call
     of `raise_if_set`, and so all must call it equally often.
@@ -52,6 +54,8 @@ class StopSignals:
             self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
             self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
             self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
+            if sys.stdout and sys.stdout.isatty():
+                self._old_handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
             self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
             self._reader.start()
         return self
@@ -82,6 +86,8 @@ class StopSignals:
         heard = False
         while number := os.read(self._pipe_out, 1):
             signum = number[0]
+            if signum == signal.SIGTSTP:
+                live.suspend()
             if signum not in _SIGNALS:
                 continue
             if heard:
@@ -101,9 +107,8 @@ def _c_handler(signum: int) -> Callable[[int], object]:
 
 def exit_at_once(why: int | ExpectedError) -> NoReturn:
     """End the process from any thread, whatever the others do: a status, or an error's line and its status."""
+    live.leave()
     with contextlib.suppress(OSError):
-        if os.isatty(2):
-            os.write(2, _SHOW_CURSOR)  # a live progress bar has hidden it
         if isinstance(why, ExpectedError):
             os.write(2, f"error: {why}\n".encode(errors="backslashreplace"))
     os._exit(why.status if isinstance(why, ExpectedError) else why)

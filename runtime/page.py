@@ -4,7 +4,7 @@ import base64
 from dataclasses import dataclass
 from html import escape
 
-from runtime.console import Table
+from runtime.text import Table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 0 auto;

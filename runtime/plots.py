@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runtime.console import human
 from runtime.files import storage_error
+from runtime.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

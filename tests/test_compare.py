@@ -15,9 +15,10 @@ import config_lib
 import main
 from config_docs import key_docs, written
 from configs import default, shakespeare
-from runtime.console import Console, Table
+from runtime.console import Console
 from runtime.files import write_json
 from runtime.metrics import MetricsFile
+from runtime.text import Table
 
 
 def fabricate(workdir: Path, val: dict[int, float], logged: int = 40, scale: float = 1.0, **changes) -> Path:

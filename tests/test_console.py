@@ -1,49 +1,26 @@
-"""What a person sees: lines, a terminal's colours and bar, and outputs that are gone."""
+"""What a run prints where no person watches, and outputs that are gone."""
 
 import contextlib
 import io
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.console import Console, duration, human
+from runtime.console import Console
 from runtime.errors import UserError
-
-
-class Terminal(io.StringIO):
-    """A stand-in for a stream that a person watches."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Makes a terminal of both streams, when it is called: pytest puts its own in their place before each test."""
-
-    def watch(**environment: str) -> Terminal:
-        screen = Terminal()
-        monkeypatch.setattr(sys, "stdout", screen)
-        monkeypatch.setattr(sys, "stderr", screen)
-        monkeypatch.delenv("NO_COLOR", raising=False)
-        for name, value in ({"TERM": "xterm-256color", "COLUMNS": "140"} | environment).items():
-            monkeypatch.setenv(name, value)
-        return screen
-
-    return watch
+from runtime.text import Table, duration, human
 
 
 def row(**changes) -> dict:
     values = {"step": 300, "tokens": 307200, "loss": 1.8234, "grad_norm": 0.5341, "lr": 0.02, "muon_lr": 0.0004}
     speed = {"step_seconds": 0.0521, "tokens_per_second": 19700.0, "mfu": None}
-    return values | speed | {"elapsed_seconds": 83.0, "eta_seconds": 250.0} | changes
+    times = {"elapsed_seconds": 83.0, "eta_seconds": 250.0, "peak_memory_bytes": 1_300_000_000}
+    return values | speed | times | changes
 
 
 def test_counts_and_spans_of_time():
@@ -95,14 +72,17 @@ def test_steps_line_up_with_and_without_validation(capsys):
 
 def test_without_a_terminal_lines_are_plain_and_there_is_no_bar(capsys):
     console = Console()
-    with console.progress(10, 0) as bar:
-        console.header([("device", "cpu"), ("parameters", "12\n  head 7")])
-        bar.update(3, 0.5)
+    with console, console.progress(10, 0, "compiling") as bar, console.busy("evaluating"):
+        console.doing("reading")
+        console.header([("device", "cpu"), ("parameters", "12\n  head 7")], [Table("Box", ["", ""], [["a", "b"]])])
+        bar.update(3)
+        console.closing(Table("Done", ["", ""], [["a", "b"]]), "command")
         console.sample(3, "ROMEO: [bold]\x1b[31mred\n\nend")
         console.warn("two\nlines")
         console.print_error(UserError("config.lr: bad; mend it"))
     out, err = capsys.readouterr()
     assert out.splitlines() == [
+        "compiling",
         "device      cpu",
         "parameters  12",
         "              head 7",
@@ -112,37 +92,6 @@ def test_without_a_terminal_lines_are_plain_and_there_is_no_bar(capsys):
         "  | end",
     ]
     assert err == "warning: two lines\nerror: config.lr: bad; mend it\n"
-
-
-def test_a_terminal_gets_colour_and_a_bar_that_leaves_nothing_behind(watched):
-    screen = watched()
-    console = Console()
-    with console.progress(40, 8) as bar:
-        bar.update(9, 1.25)
-        console.warn("odd")
-        bar.update(10)
-    console.step_line(row(), 40)
-    text = screen.getvalue()
-    assert "10/40" in text and "loss 1.2500" in text
-    assert "warning: odd" in text
-    assert re.search(r"\x1b\[1m *loss 1.8234", text)  # bold
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again
-    assert "\x1b[1A\x1b[2K" in text.partition("\x1b[?25h")[2]  # one line up, which is erased: the bar's
-
-
-def test_no_color_and_dumb_terminals_are_respected(watched):
-    screen = watched()
-    Console().sample(3, "text")
-    assert "\x1b[36m" in screen.getvalue()
-    screen = watched(NO_COLOR="1")
-    Console().sample(3, "text")
-    assert "sample at step 3" in screen.getvalue() and "\x1b[36m" not in screen.getvalue()
-    screen = watched(TERM="dumb")
-    console = Console()
-    with console.progress(40, 8) as bar:
-        bar.update(9, 1.0)
-        console.line("plain")
-    assert screen.getvalue() == "plain\n"
 
 
 def test_a_closed_stdout_stops_nothing():

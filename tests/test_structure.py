@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # those of one package may import each other, but never in a circle.
 LAYERS = [
     *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning", "talk_lib"),
+    *("panels_lib",),
     *("run_lib", "step_lib", "corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime"),
     "transformer",
 ]
