@@ -137,7 +137,7 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
 
     def suspend(signum: int, _frame: FrameType | None = None) -> None:
         if child is not None:
-            child.send_signal(signal.SIGSTOP)
+            child.send_signal(signal.SIGTSTP)  # not SIGSTOP: it takes its live view away first
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)  # comes back with SIGCONT
         signal.signal(signum, suspend)

@@ -54,7 +54,7 @@ class StopSignals:
             self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
             self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
             self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
-            if sys.stdout and sys.stdout.isatty():
+            if sys.stdout and sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 self._old_handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
             self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
             self._reader.start()

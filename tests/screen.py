@@ -1,9 +1,19 @@
 """What a terminal shows of what was written to it: as much of one as the live view needs."""
 
+import io
 import re
 import unicodedata
 
 _PARTS = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(\x1b.)|([\x00-\x1f])|([^\x00-\x1f])", re.DOTALL)
+
+
+class Watched(io.StringIO):
+    """A stand-in for a stream that a person watches."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
 
 
 class Screen:

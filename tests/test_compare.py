@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_one_line, run_main
+from screen import Watched
 
 import compare_lib
 import config_lib
@@ -172,9 +173,7 @@ def test_names_are_harmless_on_the_page_in_the_pictures_and_on_a_terminal(tmp_pa
 
 @pytest.mark.parametrize("columns", [80, 140])
 def test_on_a_terminal_tables_fold_into_its_width(columns, monkeypatch):
-    from test_console import Terminal
-
-    screen = Terminal()
+    screen = Watched()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, arguments, tiny_config
-from screen import Screen
+from screen import Screen, Watched
 from terminal import Terminal
 from test_console import row
 
@@ -21,15 +21,6 @@ from runtime.console import Console
 from runtime.text import Curve, Table
 
 FAST = {"max_steps": 14, "eval_every": 7, "sample_every": 7, "save_every": 50, "log_every": 2}
-
-
-class Watched(io.StringIO):
-    """A stand-in for a stream that a person watches."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
