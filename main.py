@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "write text with a trained model",
     "eval": "exact loss over a whole split",
     "verify": "check every checkpoint of a run",
+    "report": "one page on a run: curves, samples, config, what the sinks do",
     "compare": "runs side by side: what differs, losses, costs, curves",
     "sweep": "train a grid of configs and seeds, then compare them",
     "config": "every key of a config, its value and its meaning",
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
+    from runtime.console import Console  # not at the top: a restart begins before anything is imported
+
     command, flags = _parted(argv)
     try:
         if command not in COMMANDS:
@@ -47,7 +50,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ExpectedError, OSError) as error:
-        from runtime.console import Console  # not at the top: a restart begins before anything is imported
         from runtime.files import disk_error
 
         expected = error if isinstance(error, ExpectedError) else disk_error(error)

@@ -29,9 +29,25 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+SINKS_FILE = "sinks.jsonl"
+GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # cut back to what a checkpoint knows when a run goes on
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
+
+
+@dataclasses.dataclass
+class Run:
+    """A trained model and how it got there."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    history: list[dict[str, Any]]  # the rows of metrics.jsonl
+    workdir: Path
+    step: int  # real steps made
+    val_loss: float | None  # of the last evaluation, nats per token
+    best_val_loss: float | None
+    best_step: int | None
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import run_lib
 from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
+from report_lib import write_after_training
+from run_lib import Run
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
 from runtime.clock import Clock
@@ -28,26 +29,13 @@ from runtime.plots import plot_loss
 from runtime.processes import by_first, is_first
 from runtime.trackers import make_tracker
 from runtime.watchdog import Watchdog
+from sink_lib import SinkLog
 from step_lib import make_step
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, replicated
-from transformer.tokenizer import Tokenizer, UnknownCharacters
-
-
-@dataclass
-class Run:
-    """A trained model and how it got there."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    history: list[dict[str, Any]]  # the rows of metrics.jsonl
-    workdir: Path
-    step: int  # real steps made
-    val_loss: float | None  # of the last evaluation, nats per token
-    best_val_loss: float | None
-    best_step: int | None
+from transformer.tokenizer import UnknownCharacters
 
 
 def total_steps(config: ConfigDict, batches: Batches) -> int:
@@ -147,7 +135,8 @@ class Trainer:
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = several_steps(step.run) if config.steps_per_dispatch > 1 else step.run
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
-        self.growing = {name: workdir / name for name in (run_lib.METRICS_FILE, run_lib.SAMPLES_FILE)}
+        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val, config.report)
+        self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         header = run_lib.header(workdir, config, self.model_config, self.data, step.labels, self.total)
         console.header(header, panels_lib.opening(dict(header), config, self.model_config))
         if config.print_per_layer_params:
@@ -211,7 +200,7 @@ class Trainer:
                 f"config.max_steps: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
             )
         for name, path in self.growing.items():
-            cut_back(path, meta["sizes"][name], self.console.warn)
+            cut_back(path, meta["sizes"].get(name, 0), self.console.warn)
         self.console.line(
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
@@ -257,6 +246,9 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
         )
+        if self.config.report:
+            self.console.doing("writing report.html")
+            by_first(lambda: write_after_training(run, self.console.warn))
         self.console.closing(*panels_lib.closing(run, self.clock.elapsed))
         return run
 
@@ -274,6 +266,7 @@ class Trainer:
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
                     row |= self._evaluate(0 if last else config.eval_tokens)
+                    by_first(lambda: self.sinks.append(self._model(), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)

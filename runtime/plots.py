@@ -20,7 +20,7 @@ _DASHES = ("-", "--", ":", "-.")  # for the labels that the colours do not reach
 _MOST_LABELS = 16  # in a legend that leaves room for the curves
 _LONGEST_LABEL = 40  # characters
 _UNITS = {"val_loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-_SMOOTH_FROM = 60  # points; fewer can be read as they are
+SMOOTH_FROM = 60  # points; fewer can be read as they are
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -40,14 +40,14 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
 
-    tokens, losses = _series(rows, "loss")
-    if len(losses) < _SMOOTH_FROM:
+    tokens, losses = series(rows, "loss")
+    if len(losses) < SMOOTH_FROM:
         axes.plot(tokens, losses, color=_TRAIN, linewidth=1.4, label="training")
     else:
         axes.plot(tokens, losses, color=_TRAIN, linewidth=0.6, alpha=0.35)
-        axes.plot(tokens, _smoothed(losses), color=_TRAIN, linewidth=1.6, label="training (smoothed)")
+        axes.plot(tokens, smoothed(losses), color=_TRAIN, linewidth=1.6, label="training (smoothed)")
 
-    tokens, losses = _series(rows, "val_loss")
+    tokens, losses = series(rows, "val_loss")
     if len(losses):
         axes.plot(tokens, losses, "o-", color=_VAL, markersize=4, linewidth=1.0, label="validation")
         best = int(np.argmin(losses))
@@ -101,15 +101,15 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     for curve in curves:
         number = labels.index(curve.label)
         style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
-        at, losses = _series(curve.rows, "loss", x)
+        at, losses = series(curve.rows, "loss", x)
         scale = next(
             (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss")), 1
         )
-        if len(losses) >= _SMOOTH_FROM:
-            losses = _smoothed(losses)
+        if len(losses) >= SMOOTH_FROM:
+            losses = smoothed(losses)
         drawn.append((at, losses * scale))
         axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
-        drawn.append(_series(curve.rows, metric, x))
+        drawn.append(series(curve.rows, metric, x))
         (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
     span = max((at[-1] for at, _ in drawn if len(at)), default=0)
     seen = [values[at >= span / 10] for at, values in drawn if len(at)]
@@ -162,14 +162,14 @@ def save_figure(figure: "Figure", path: Path) -> None:
         raise storage_error(path, error) from None
 
 
-def _series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
     """`x` and values of the rows that have a value for `key`."""
     points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
     at, values = np.array(points, dtype=float).reshape(-1, 2).T
     return at, values
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """The mean over a window around each point: a fortieth of them, less at the start, where the loss falls fast."""
     at = np.arange(len(values))
     half = np.minimum(at, max(1, len(values) // 80))

@@ -60,6 +60,7 @@ TINY = {
     "sample_every": 12,
     "sample_tokens": 20,
     "cpu_devices": "1",
+    "report": False,
 }
 
 

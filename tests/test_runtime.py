@@ -155,7 +155,7 @@ def test_the_plot_is_a_picture_and_replaces_the_old_one_whole(tmp_path, monkeypa
 
 @given(st.lists(st.floats(-10, 10), min_size=60, max_size=300))
 def test_smoothing_stays_within_the_values_and_keeps_the_first(values):
-    smooth = plots._smoothed(np.array(values))
+    smooth = plots.smoothed(np.array(values))
     assert len(smooth) == len(values)
     assert smooth[0] == pytest.approx(values[0], abs=1e-12)
     assert min(values) - 1e-9 <= smooth.min() and smooth.max() <= max(values) + 1e-9

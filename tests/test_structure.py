@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,12 @@ ROOT = Path(__file__).parent.parent
 # From the top down: a module imports only what stands below it. A name stands for a module or for a package's modules;
 # those of one package may import each other, but never in a circle.
 LAYERS = [
-    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "compare_lib", "planning", "talk_lib"),
-    *("panels_lib",),
-    *("run_lib", "step_lib", "corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime"),
-    "transformer",
+    *("benchmarks", "main", "commands", "train_lib", "dispatch_lib", "eval_lib", "report_lib", "compare_lib"),
+    *("planning", "talk_lib", "panels_lib", "run_lib", "sink_lib"),
+    *("step_lib", "corpus", "config_lib", "config_docs", "configs", "input_pipeline", "runtime", "transformer"),
 ]
 INSIDE_TRANSFORMER = [
-    *({"sampling", "step", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
+    *({"sampling", "step", "sinks", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
     *({"health"}, {"model"}, {"layers", "flash"}, {"plain"}, {"attention", "rotary"}),
     *({"sharding", "tokenizer", "dense"},),
 ]
@@ -135,6 +135,19 @@ def test_torch_reads_tensors_and_nothing_else():
     calls = [ast.unparse(call) for source in read_sources().values() for call in calls_of(source)]
     loads = [call for call in calls if call.startswith("torch.load(")]
     assert loads and all("weights_only=True" in call for call in loads), loads
+
+
+def test_an_installed_copy_has_every_module():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(listed["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    packages = {path.parent.name for path in ROOT.glob("*/*.py")} - {
+        "tests",
+        "benchmarks",
+        "docs",
+        "launch",
+        "notebooks",
+    }
+    assert set(listed["packages"]) == packages
 
 
 def test_the_source_can_be_read_in_an_evening():

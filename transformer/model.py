@@ -198,27 +198,30 @@ class Attention(nnx.Module):
         if c.attention_sink:
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
-    def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
-        c = self.config
-        B, T, _ = x_BTD.shape
+    def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
+        c, B, T = self.config, *x_BTD.shape[:2]
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
         k_BTKH = self.key(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
         v_BTKH = self.value(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if where.turn is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, where.turn), rotate(k_BTKH, where.turn)
+        if turn is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
+        c = self.config
+        qkv = self.project(x_BTD, where.turn)
         sink_N = self.sink[...] if c.attention_sink else None
         cache = None
         if place is None:
-            y_BTNH = causal_attention(
-                q_BTNH, k_BTKH, v_BTKH, sink_N, self.window, c.attention_kernel, where.document_BT
-            )
+            y_BTNH = causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT)
         else:
             before, slot, masks = place
-            cache = write(before, k_BTKH, v_BTKH, slot)
-            y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink_N)
-        return self.out(y_BTNH.reshape(B, T, c.num_heads * c.head_dim)), cache
+            cache = write(before, *qkv[1:], slot)
+            y_BTNH = attend_heads_first(qkv[0], *cache, masks[self.window], sink_N)
+        return self.out(y_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)), cache
 
 
 class MLP(nnx.Module):

@@ -1,0 +1,40 @@
+"""Write a run's report.html: curves, samples, config, and what its heads attend to."""
+
+from pathlib import Path
+
+from absl import flags
+
+import config_lib
+import report_lib
+import run_lib
+from runtime import devices
+from runtime.console import Console
+from runtime.errors import NoCheckpointError, UserError
+from transformer.model import Transformer
+from transformer.tokenizer import UnknownCharacters
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
+    flags.DEFINE_string("text", None, "Whose attention is shown; default the last sample's.", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    values = config_lib.parse_flags("report", __doc__, argv, _define)
+    workdir, console = Path(values.workdir), Console()
+    devices.set_up_compile_cache()
+    devices.wake_up()
+    model: Transformer | str
+    try:
+        model, tokenizer, _, step = run_lib.load_model(workdir, values.step, console.warn)
+        which = f"checkpoint {step}"
+    except NoCheckpointError as error:
+        if values.step is not None:
+            raise
+        model, tokenizer, which = str(error), run_lib.load_tokenizer(workdir), ""
+    try:
+        path = report_lib.write_report(workdir, model, tokenizer, which, values.text)
+    except UnknownCharacters as error:
+        raise UserError(f"--text: {error}; leave them out") from error
+    console.line(f"wrote {path}")

@@ -1,0 +1,198 @@
+"""The report of a run: what is measured for it on the way, what the page holds, and that it never stops a run."""
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    SCRATCH,
+    assert_one_line,
+    assert_same_bits,
+    finished_run,
+    losses,
+    saved_state,
+    signal_before,
+    tiny_config,
+)
+from test_compare import Page
+
+import config_lib
+import main
+import report_lib
+import run_lib
+import sink_lib
+import train_lib
+from configs import default
+from runtime.errors import Interrupted
+from transformer.model import model_of
+from transformer.sinks import sink_shares
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@cache
+def reported_run() -> train_lib.Run:
+    """`finished_run()` with report = True, made once, in a directory with a name to be escaped."""
+    return train_lib.train(tiny_config(report=True), SCRATCH / "<i>a run_&")
+
+
+def shares_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "sinks.jsonl").read_text().splitlines()]
+
+
+def page_of(workdir: Path) -> tuple[str, str]:
+    """The page's source, and its text."""
+    source = (workdir / "report.html").read_text()
+    return source, "".join(Page(source).text)
+
+
+# --- On the way ---------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
+    run, without, config = reported_run(), finished_run(), tiny_config()
+    assert losses(run.workdir) == losses(without.workdir)
+    vocab_size = run.tokenizer.vocab_size
+    assert_same_bits(*(saved_state(r.workdir, config, vocab_size, r.step) for r in (run, without)))
+    assert not (without.workdir / "sinks.jsonl").exists() and not (without.workdir / "report.html").exists()
+    rows = shares_of(run.workdir)
+    evaluated = [(row["step"], row["tokens"]) for row in run.history if row.get("val_loss") is not None]
+    assert [(row["step"], row["tokens"]) for row in rows] == evaluated
+    data = run_lib.load_data(config, lambda text: None)
+    want_LN = sink_shares(run.model, jnp.asarray(sink_lib.stretch(data.val, config.context_len)))
+    np.testing.assert_allclose(rows[-1]["shares"], want_LN, rtol=0, atol=5.1e-8)
+    assert rows[0]["shares"] != rows[-1]["shares"]
+
+
+def test_a_run_that_goes_on_has_the_same_shares(tmp_path, monkeypatch):
+    config = tiny_config(report=True)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 13))
+        train_lib.train(config, tmp_path)
+    before = (tmp_path / "sinks.jsonl").read_bytes()
+    with (tmp_path / "sinks.jsonl").open("ab") as file:  # as a session that was killed after this checkpoint
+        file.write(b'{"step": 14, "tokens": 1, "shares": [[0.5')
+    train_lib.train(config, tmp_path)
+    after = (tmp_path / "sinks.jsonl").read_bytes()
+    assert after.startswith(before) and after == (reported_run().workdir / "sinks.jsonl").read_bytes()
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(reported_run().workdir, workdir)
+    (workdir / "report.html").unlink()
+    (workdir / "report.html").mkdir()
+    run = train_lib.train(tiny_config(report=True), workdir)
+    assert run.step == reported_run().step
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
+    assert "not written" in warning and "main.py report --workdir=" in warning
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
+    workdir = tmp_path / "<i>a run_&"
+    shutil.copytree(reported_run().workdir, workdir)
+    with (workdir / "samples.txt").open("a") as file:
+        file.write("--- step 99 ---\n<script>alert(1)</script> & so on\n\n")
+    first, _ = page_of(workdir)
+    assert main.main(["report", f"--workdir={workdir}", "--text=My aunt paints"]) == 0
+    assert capsys.readouterr().out == f"wrote {workdir / 'report.html'}\n"
+    source, text = page_of(workdir)
+    page = Page(source)
+    assert not {"script", "link", "iframe", "i"} & set(page.tags) and "http" not in source and "url(" not in source
+    assert len(page.links) == page.tags.count("img") == first.count("<img") == 4 + 2 + 3
+    for link in page.links:
+        kind, data = link.split(",")
+        assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
+    for expected in ("<i>a run_&", "<script>alert(1)</script> & so on", "step 99", "val_fraction", "muon_lr", "jaxlib"):
+        assert expected in text
+    last_LN = np.array(shares_of(workdir)[-1]["shares"])
+    most = np.unravel_index(last_LN.argmax(), last_LN.shape)
+    assert f"the sinks take {last_LN.mean():.1%} of all attention" in text
+    assert f"most in head {most[1] + 1} of layer {most[0] + 1} ({last_LN.max():.1%})" in text
+    assert "My aunt paints" in text and "on a text of 14 tokens" in text
+    differs = source[source.index("what differs from the defaults") : source.index("Every key")].replace("<wbr>", "")
+    base, config = map(config_lib.to_dict, (default.get_config(), run_lib.read_config(workdir)))
+    assert set(re.findall(r'<tr><td class="word">(\w+)<', differs)) == {k for k in base if base[k] != config[k]}
+
+
+def test_a_model_without_sinks_says_so(tmp_path, random_params):
+    workdir, run = tmp_path / "run", finished_run()
+    shutil.copytree(run.workdir, workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["config"]["attention_sink"] = False
+    (workdir / "config.json").write_text(json.dumps(saved))
+    config = dataclasses.replace(run.model.config, attention_sink=False)
+    report_lib.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
+    _, text = page_of(workdir)
+    assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
+
+
+def test_what_is_missing_or_odd(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run().workdir, workdir)  # nothing was measured in it
+    (workdir / "sinks.jsonl").write_text('{"step": 3, "shares": [[1]]}\n[]\n{"step": "x"}\n{"step": 4, "sha')
+    assert main.main(["report", f"--workdir={workdir}", "--text=☃"]) == 2
+    assert_one_line(capsys.readouterr().err, "--text", r"\u2603")
+    shutil.rmtree(workdir / "checkpoints")
+    assert main.main(["report", f"--workdir={workdir}", "--step=12"]) == 3
+    assert main.main(["report", f"--workdir={workdir}"]) == 0
+    _, text = page_of(workdir)
+    assert "No shares were measured" in text and "No attention map" in text
+    capsys.readouterr()
+    assert main.main(["report", f"--workdir={tmp_path / 'none'}"]) == 2
+    assert_one_line(capsys.readouterr().err, "none")
+
+
+# --- In a browser -------------------------------------------------------------------------------------------------
+
+PROBE = """<iframe src="{page}" style="width:{width}px;height:900px;border:0"></iframe><p id="found"></p><script>
+onload = () => {{
+  const view = document.querySelector("iframe"), page = view.contentDocument;
+  page.querySelectorAll("details").forEach(fold => fold.open = true);
+  const broken = [...page.images].filter(image => !(image.complete && image.naturalWidth)).length;
+  found.textContent = JSON.stringify({{
+    wide: page.documentElement.scrollWidth, images: page.images.length, broken,
+    paper: view.contentWindow.getComputedStyle(page.body).backgroundColor,
+  }});
+}};
+</script>"""
+
+
+def seen_in_chromium(page: Path, width: int, *flags: str) -> tuple[dict, list[str]]:
+    """What a page's layout comes to at a width, and what the browser's console says."""
+    probe = page.parent / "probe.html"
+    probe.write_text(PROBE.format(page=page.name, width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    command = [CHROMIUM, *options, "--enable-logging=stderr", f"--window-size={width + 40},1000", *flags]
+    done = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(re.search(r'<p id="found">(.*?)</p>', done.stdout)[1]), console
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_in_a_browser(tmp_path):
+    page = tmp_path / "report.html"
+    shutil.copy(reported_run().workdir / "report.html", page)
+    for width in (390, 1280):
+        found, console = seen_in_chromium(page, width)
+        assert console == [] and found["wide"] <= width and found["images"] == 9 and not found["broken"], found
+        assert found["paper"] == "rgb(255, 255, 255)"
+    found, console = seen_in_chromium(page, 390, "--blink-settings=preferredColorScheme=0")
+    assert console == [] and found["paper"] == "rgb(22, 24, 28)"
+    page.write_text(page.read_text() + "<script>missing()</script><img src='data:,'><div style='width:50rem'>x</div>")
+    found, console = seen_in_chromium(page, 390)  # what is wrong is seen
+    assert console and found["broken"] == 1 and found["wide"] > 390
