@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from runtime import leftovers
 from runtime.agreement import require_same, seen_by_first
+from runtime.distributed import end_if_a_peer_is_lost
 from runtime.errors import NoCheckpointError, StorageError, one_line
 from runtime.files import MAKE_ROOM, require_room, room
 from runtime.fingerprint import fingerprints, require_same_kind
-from runtime.leftovers import DELETED, REPLACED, UNFINISHED, any_set_aside, empty_trash, finish_replacing, place_aside
 from runtime.processes import by_first, is_first
 from runtime.quiet import quieten
 from runtime.retention import Mark, Retention, best_first, newest_first
@@ -78,7 +79,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._retention = Retention(self._marks, keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
-            todelete_subdir=None if read_only else DELETED,  # a kill in mid-deletion must not look like damage
+            todelete_subdir=None if read_only else leftovers.DELETED,  # what a kill leaves there is no damage
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -91,7 +92,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
-            by_first(lambda: finish_replacing(self.directory))
+            by_first(lambda: leftovers.finish_replacing(self.directory))
         self._empty_trash()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
@@ -181,13 +182,13 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
             replaces = step in self._manager.all_steps()
             if replaces:
-                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
+                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{leftovers.REPLACED}"))
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
             self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
             if replaces:
                 self._manager.wait_until_finished()
-                by_first(lambda: finish_replacing(self.directory))
+                by_first(lambda: leftovers.finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
         except StorageError:
@@ -199,7 +200,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Orbax calls this when all is written and not yet committed, from its own thread."""
         if is_first():
             with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
-                write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
+                write_file_list(self.directory / f"{self._saving}{leftovers.UNFINISHED}", BOOKKEEPING)
 
     def require_room(self, count: int, state: Any) -> None:
         """Whether the disk would take `count` more checkpoints of a state.
@@ -212,7 +213,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _empty_trash(self) -> None:
         if is_first() and not self._read_only:
-            empty_trash(self.directory)
+            leftovers.empty_trash(self.directory)
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -228,9 +229,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
         """One line; of the libraries' long one the operating system's reason, if it is in there."""
-        reason = re.search(
-            "No space left on device|Read-only file system|File too large|Disk quota exceeded", str(error)
-        )
+        end_if_a_peer_is_lost(error)
+        reasons = "No space left on device|Read-only file system|File too large|Disk quota exceeded"
+        reason = re.search(reasons, str(error))
         text = reason[0] if reason else one_line(error)
         return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
 
@@ -290,6 +291,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             found = self._manager.restore(step, args=args)[item]
         except Exception as error:
+            end_if_a_peer_is_lost(error)
             raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
         now = fingerprints(found)
         different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))
@@ -307,7 +309,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     ) -> tuple[int, dict[str, Any], Any, Any] | None:
         """Step, meta, `params` and `rest` of the newest sound checkpoint; None where there is none at all.
 
-        What is damaged is renamed, but only once a sound one was restored, and `warn` gets a line about each.
+        What is damaged is renamed, but only once a sound one was restored. `warn` gets a line about each, and one about
+        foreign files.
 
         Args:
           target: takes a step and its meta and gives the trees for `restore`; may raise to refuse.
@@ -316,6 +319,8 @@ class Checkpoints(contextlib.AbstractContextManager):
           NoCheckpointError: all are damaged; nothing was renamed.
         """
         damaged = dict(self._damaged)
+        if names := leftovers.strangers(self.directory):
+            warn(f"{self.directory}: left alone, as no checkpoints have such names: {', '.join(map(ascii, names))}")
         for step in newest_first(self._known()):
             try:
                 meta = self.meta(step)
@@ -328,7 +333,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
             self._prune()
             return step, meta, params, rest
-        if damaged or any_set_aside(self.directory):
+        if damaged or leftovers.any_set_aside(self.directory):
             raise self._all_damaged(damaged)
         return None
 
@@ -361,7 +366,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _set_aside(self, step: int) -> Path:
         path = self.directory / str(step)
-        place = place_aside(path)
+        place = leftovers.place_aside(path)
         by_first(lambda: path.rename(place))
         self._marks.pop(step, None)
         self._damaged.pop(step, None)

@@ -115,9 +115,15 @@ def peers_alive() -> Iterator[None]:
     """Ends this process with one line when the devices inside say that they lost those of another process."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if num_processes() == 1 or not _LOST.search(str(error)):
-            raise
+    except Exception as error:
+        end_if_a_peer_is_lost(error)
+        raise
+
+
+def end_if_a_peer_is_lost(error: Exception) -> None:
+    """Ends this process with one line when that is what an error says."""
+    known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    if known and num_processes() > 1 and _LOST.search(str(error)):
         exit_at_once(
             LostPeerError(
                 f"process {process_id()}: another process is gone ({one_line(error, 120)}); see what it said, then "

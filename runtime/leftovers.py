@@ -4,6 +4,7 @@ Everything happens by a rename, which is whole or has not been: a directory that
 way in or out.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def place_aside(path: Path) -> Path:
     while (place := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
         number += 1
     return place
+
+
+def strangers(directory: Path) -> list[str]:
+    """Names that neither a checkpoint has nor what this program makes of one; hidden files are nobody's business."""
+    ours = rf"(0|[1-9]\d*)({UNFINISHED}.*|{REPLACED}|{DAMAGED}\d+)?|{DELETED}|\..*"
+    names = (entry.name for entry in directory.iterdir())
+    return sorted(name for name in names if not re.fullmatch(ours, name, re.ASCII | re.DOTALL))
 
 
 def any_set_aside(directory: Path) -> bool:

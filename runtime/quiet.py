@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ def quieten() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)  # its own settings, and what it raises
     logging.getLogger("asyncio").addFilter(_is_news)
     sys.unraisablehook = _print_news
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
-# When a read or a write fails, Orbax drops the others, and for each asyncio or Python itself prints a traceback.
+# When a read or a write fails, Orbax drops the others: for each that had begun asyncio or Python itself prints a
+# traceback, for each that had not, a warning. Nothing of ours is a coroutine.
 
 
 def _is_news(record: logging.LogRecord) -> bool:

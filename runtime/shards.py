@@ -36,6 +36,12 @@ class Shard:
     num_tokens: int
     dtype: np.dtype
     offset: int
+    modified: int  # when, in nanoseconds
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole file."""
+        return self.offset + self.num_tokens * self.dtype.itemsize
 
 
 def header(num_tokens: int, dtype: np.dtype) -> bytes:
@@ -62,7 +68,8 @@ def read_shard(path: Path) -> Shard:
       UserError: it cannot be read, is no shard, is cut short or too long, or holds no token.
     """
     try:
-        size = os.path.getsize(path)
+        found = os.stat(path)
+        size = found.st_size
         with path.open("rb") as file:
             words = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
     except OSError as error:
@@ -72,17 +79,17 @@ def read_shard(path: Path) -> Shard:
         expected, dtype = FORMATS[magic]
         if version != expected:
             raise UserError(f"{path}: has version {version} under magic {magic}, expected {expected}; write it again")
-        shard = Shard(path, count, dtype, HEADER_BYTES)
+        shard = Shard(path, count, dtype, HEADER_BYTES, found.st_mtime_ns)
     elif path.name in HEADERLESS:
         if size % 2:
             raise UserError(f"{path}: {size:,} bytes, an odd number, where each token has two; copy it again")
-        shard = Shard(path, size // 2, np.dtype("<u2"), 0)
+        shard = Shard(path, size // 2, np.dtype("<u2"), 0, found.st_mtime_ns)
     else:
         raise UserError(
             f"{path}: begins with {magic}, not a shard's magic ({' or '.join(map(str, FORMATS))}), and only "
             f"{', '.join(HEADERLESS)} may have no header; leave it out, or make shards with `main.py prepare`"
         )
-    promised = shard.offset + shard.num_tokens * shard.dtype.itemsize
+    promised = shard.num_bytes
     if size != promised:
         what = "it is cut short" if size < promised else "it does not end there"
         raise UserError(
@@ -126,7 +133,7 @@ class ShardedTokens:
         """Tokens `start:stop`, from as many shards as it takes.
 
         Raises:
-          UserError: one of them is not in the vocabulary.
+          UserError: one of them is not in the vocabulary, or its file is not what it was.
         """
         start, stop, _ = where.indices(self._size)
         start, stop = start + self._first, stop + self._first
@@ -135,7 +142,10 @@ class ShardedTokens:
         while start < stop:
             shard, begin = self._shards[number], self._starts[number]
             end = min(stop, begin + shard.num_tokens)
-            part = self._map(shard)[start - begin : end - begin]
+            mapped, tokens = self._map(shard)
+            if mapped.size() < shard.num_bytes:  # the kernel ends a process that reads where the file was cut off
+                raise _changed(shard)
+            part = tokens[start - begin : end - begin]
             if part.max() >= self._vocab_size:
                 at = int(np.flatnonzero(part >= self._vocab_size)[0])
                 raise UserError(
@@ -147,14 +157,21 @@ class ShardedTokens:
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
 
-def _map(shard: Shard, scattered: bool) -> np.ndarray:
+def _map(shard: Shard, scattered: bool) -> tuple[mmap.mmap, np.ndarray]:
     try:
+        found = os.stat(shard.path)
+        if (found.st_size, found.st_mtime_ns) != (shard.num_bytes, shard.modified):
+            raise _changed(shard)
         tokens = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.num_tokens,))
     except (OSError, ValueError) as error:
         raise UserError(f"{shard.path}: cannot be mapped ({one_line(error)}); was it changed or moved?") from error
     if scattered:
         tokens._mmap.madvise(mmap.MADV_RANDOM)
-    return np.asarray(tokens)  # drops the memmap class, whose slices cost several times as much
+    return tokens._mmap, np.asarray(tokens)  # drops the memmap class, whose slices cost several times as much
+
+
+def _changed(shard: Shard) -> UserError:
+    return UserError(f"{shard.path}: was changed while this run read it; put the old one back, or begin with --fresh")
 
 
 def sample_hash(shards: Sequence[Shard], vocab_size: int) -> str:

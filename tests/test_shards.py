@@ -192,6 +192,21 @@ def test_few_shards_are_mapped_at_once(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= open_files + 3
 
 
+def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path):
+    """Of a map of a file that was cut off, reading alone would end the process, without a word."""
+    paths = arange_shards(tmp_path / "s", [7, 5, 6])
+    found = [read_shard(path) for path in paths]
+    tokens, later = ShardedTokens(found, 18), ShardedTokens(found, 18)
+    whole = tokens[0:18].tolist()
+    os.replace(llm_c(tmp_path / "new", [3] * 7), paths[0])
+    assert tokens[0:18].tolist() == whole == list(range(18))  # what is mapped is still the old file
+    assert f"{paths[0]}: was changed while" in refusal(later.__getitem__, slice(2, 4))
+    os.truncate(paths[1], 1024 + 2 * 4)
+    for start in (7, 11):
+        assert f"{paths[1]}: was changed while" in refusal(tokens.__getitem__, slice(start, start + 1))
+    assert tokens[12:18].tolist() == later[12:18].tolist() == whole[12:]
+
+
 def test_ten_billion_tokens_cost_no_more_than_their_list(tmp_path):
     """A hundred sparse shards of a hundred million tokens: 20 GB that take no room on the disk, and none in memory."""
     number, size, before = 100, 100_000_000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

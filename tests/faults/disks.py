@@ -112,4 +112,10 @@ FILLER.unlink()
 run("read-only in mid-run", 12, turn_read_only)
 shutil.copytree(DISK / "read-only in mid-run", OUT / "read-only in mid-run")
 run("read-only at the start")
+
+train_lib.prefetch, result = input_pipeline.prefetch, {}
+with captured(result):
+    workdir = f"--workdir={DISK / 'read-only in mid-run'}"
+    result["status"] = max(main.main([*command, workdir]) for command in (["sample", "--num_tokens=2"], ["eval"]))
+RESULTS["read-only and read from"] = [result]
 (OUT / "results.json").write_text(json.dumps(RESULTS))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from damage import KINDS, PLACE, bits, copy_of, files_of, small_run, snapshot, trees
 
+from runtime import processes
 from runtime.checkpoint import BOOKKEEPING, Checkpoints
 from runtime.errors import NoCheckpointError, UserError
 from runtime.seal import FILE_LIST, seal
+
+PAPERS = {*BOOKKEEPING, FILE_LIST, "metadata", "_METADATA", "_sharding", "process_0", "manifest.ocdbt"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,14 @@ def test_some_of_all_files_damaged_in_some_of_all_ways(sound, tmp_path):
     chosen = [*rng.sample(arrays, 8), *rng.sample(cases, 12)]
     found = Counter(outcome(copy_of(sound, tmp_path / "run"), *case, rng) for case in chosen)
     assert found["fell back exactly"] >= 6 and found.total() == 20, found
+
+
+def test_a_flipped_bit_in_each_file_that_holds_no_array(sound, tmp_path):
+    """Of Orbax's papers, ours, and the list of files."""
+    newest, rng = sound / "checkpoints" / "10", random.Random(1)
+    papers = [file.relative_to(newest) for file in files_of(newest) if file.parent.name != "d"]
+    found = {str(file): outcome(copy_of(sound, tmp_path / "run"), file, "flip", rng) for file in papers}
+    assert {file.name for file in papers} == PAPERS and found["meta/metadata"] == "fell back exactly", found
 
 
 @pytest.mark.slow
@@ -143,10 +155,11 @@ def test_what_only_looks_like_a_checkpoint(sound, tmp_path):
     workdir = copy_of(sound, tmp_path / "run")
     (workdir / "checkpoints" / "40").mkdir()
     (workdir / "checkpoints" / "50").write_text("a file")
-    for name in ("notes.txt", "07", "-3", "1e3", "٣"):
+    for name in ("notes.txt", "07", "-3", "1e3", "٣", "a\nb", ".hidden"):
         (workdir / "checkpoints" / name).write_text("not ours")
     step, found, warnings = restore(workdir)
-    assert (step, found) == (10, bits(trees(10))) and len(warnings) == 2
+    assert (step, found) == (10, bits(trees(10))) and len(warnings) == 3
+    assert warnings[0].endswith(r"have such names: '-3', '07', '1e3', 'a\nb', 'notes.txt', '\u0663'")
     assert {"40.damaged-1", "50.damaged-1", "notes.txt", "07"} <= set(stored(workdir))
     with Checkpoints(workdir, keep=2) as checkpoints:
         checkpoints.save(40, *trees(40), {}, None)
@@ -233,6 +246,30 @@ def test_the_newest_is_the_one_that_has_read_most(tmp_path):
             assert checkpoints.latest() == step
     assert stored(tmp_path) == ["12", "20"]
     assert restore(tmp_path)[:2] == (20, bits(trees(160)))
+
+
+def test_of_several_processes_the_first_alone_finishes_a_replacement(sound, tmp_path, monkeypatch):
+    workdir = copy_of(sound, tmp_path / "run")
+    (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "10.replaced")
+    copy_of(workdir / "checkpoints" / "5", workdir / "checkpoints" / "5.replaced")
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "process_id", lambda: 1)
+        Checkpoints(workdir, keep=2).close()
+        assert stored(workdir) == ["10.replaced", "5", "5.replaced"]
+    assert restore(workdir) == (10, bits(trees(10)), [])
+    assert stored(workdir) == ["10", "5"]
+
+
+def test_what_orbax_drops_when_a_read_fails_is_not_warned_of(sound):
+    async def dropped():
+        raise AssertionError
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Checkpoints(sound, read_only=True).close()
+        dropped()
+        warnings.warn("another", RuntimeWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 class Payload:

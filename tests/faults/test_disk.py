@@ -106,6 +106,11 @@ def test_a_disk_that_turns_read_only_ends_the_run_at_once(disk):
         assert checkpoints.latest() in (7, 10)  # as far as the writing in the background had come
 
 
+@pytest.mark.slow
+def test_a_run_on_a_read_only_disk_can_be_read(disk):
+    assert [disk["read-only and read from"][0][key] for key in ("status", "stderr")] == [0, ""]
+
+
 # --- Without a disk of one's own ------------------------------------------------------------------------------------
 
 

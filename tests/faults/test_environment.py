@@ -20,7 +20,9 @@ KEY = "c4a5" * 10  # what a W&B key looks like
 
 
 def test_a_reader_that_leaves_a_strange_locale_and_an_odd_workdir_stop_nothing(tmp_path):
-    """`python main.py ... | head -1`, no terminal, ASCII alone, a relative workdir with blanks, umlauts and `..`."""
+    """`python main.py ... | head -1`, no terminal, ASCII alone, a relative workdir: blanks, umlauts, `..`, a link."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a run ü").symlink_to("elsewhere")
     (tmp_path / "text.txt").write_text(make_text() + "é☃" * 40, encoding="utf-8")
     config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13)
     command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, str(ROOT / "main.py")]
@@ -35,7 +37,7 @@ def test_a_reader_that_leaves_a_strange_locale_and_an_odd_workdir_stop_nothing(t
     )
     assert done.stderr == b"" and done.returncode in (0, 141)
     assert done.stdout.count(b"\n") == 1
-    assert [row["step"] for row in rows(tmp_path / "a run ü")] == list(range(1, 14))
+    assert [row["step"] for row in rows(tmp_path / "elsewhere")] == list(range(1, 14))
     assert "☃" in (tmp_path / "a run ü" / "samples.txt").read_text(encoding="utf-8")
     sample = ["sample", "--workdir=a run ü", "--prompt=☃", "--num_tokens=3"]
     done = subprocess.run(

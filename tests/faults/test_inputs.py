@@ -8,11 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from helpers import assert_one_line, finished_run, make_text, tiny_config
+from helpers import assert_one_line, finished_run, losses, make_text, tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import config_lib
+import input_pipeline
 import main
 import run_lib
 import train_lib
@@ -109,6 +110,7 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory, text, mark, tokenizer, 
 
 
 @given(data=st.binary(min_size=1, max_size=40))
+@example("\ud800".encode("utf-8", "surrogatepass")).via("half of a surrogate pair")
 @settings(max_examples=60, deadline=None)
 def test_bytes_that_are_no_text_are_refused_with_the_place(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("bytes")
@@ -121,6 +123,27 @@ def test_bytes_that_are_no_text_are_refused_with_the_place(tmp_path_factory, dat
             UserError, match=rf"is not UTF-8 at byte {error.start} \(0x{(data * 20)[error.start]:02x}\)"
         ):
             load_dataset(str(folder / "text"), "char", **size)
+
+
+def test_a_text_that_is_rewritten_during_a_run_changes_nothing_until_the_next(tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.write_text(make_text())
+
+    def rewriting(make, spans):
+        for span, batch in input_pipeline.prefetch(make, spans):
+            if 3 in span:
+                text.write_text(make_text(seed=1))
+            yield span, batch
+
+    monkeypatch.setattr(train_lib, "prefetch", rewriting)
+    config = tiny_config(dataset=str(text), max_steps=8, sample_every=0)
+    train_lib.train(config, tmp_path / "run")
+    assert text.read_text() != make_text() and losses(tmp_path / "run")[:7] == losses(finished_run().workdir)[:7]
+    config.max_steps = 9
+    with pytest.raises(UserError, match=r"^config\.dataset: the text has changed .*--fresh"):
+        train_lib.train(config, tmp_path / "run")
+    text.write_text(make_text())
+    assert train_lib.train(config, tmp_path / "run").step == 9
 
 
 def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path):
@@ -175,7 +198,7 @@ def test_an_empty_prompt_a_long_one_and_no_tokens(capsys):
     long, end = "The miller finds two eels at 7.\n", "finds two eels at 7.\n"[-16:]
     model, tokenizer, _, _ = run_lib.load_model(workdir)
     assert train_lib.generate(model, tokenizer, [long], 6) == train_lib.generate(model, tokenizer, [end], 6)
-    assert main.main(["sample", f"--workdir={workdir}", "--top_k=100000", "--num_tokens=2"]) == 0
+    assert main.main(["sample", f"--workdir={workdir}", "--prompt=A", "--top_k=100000", "--num_tokens=2"]) == 0
 
 
 def test_a_sample_prompt_with_strange_characters_is_refused_with_their_places(tmp_path, capsys):

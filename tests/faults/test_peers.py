@@ -8,6 +8,7 @@ from process_runs import HIT, ends, free_port, start, train
 
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.leftovers import UNFINISHED
 
 SETTINGS = {"num_blocks": 1, "save_every": 3, "eval_every": 30, "peer_seconds": 15}
 
@@ -17,14 +18,35 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_a_killed_process_ends_the_other_with_one_line_and_the_run_goes_on(tmp_path):
-    workdir, began = tmp_path / "run", time.monotonic()
-    config = tiny_config(**SETTINGS, max_steps=8)
-    first, second = train(arguments(config, workdir), 2, {1: HIT.format(step=5, name="SIGKILL")}, seconds=90)
-    assert (first.status, second.status) == (6, -9), first.err
-    assert time.monotonic() - began < 80
-    assert_one_line(first.err, "process 0: another process is gone", "the same command goes on from the last")
-    assert (workdir / "checkpoints" / "3").exists()
+KILL_IN_A_SAVE = """
+import os, signal
+import orbax.checkpoint as ocp
+from runtime.checkpoint import Checkpoints
+save, write = Checkpoints.save, ocp.StandardCheckpointHandler.async_save
+async def killed(*args, **others):  # its directory is there, and the other process waits for this one's part
+    os.kill(os.getpid(), signal.SIGKILL)
+def save_or_die(self, step, *args):
+    ocp.StandardCheckpointHandler.async_save = killed if step == 6 else write
+    save(self, step, *args)
+Checkpoints.save = save_or_die
+"""
+
+
+def test_a_process_killed_between_saves_and_in_one_ends_the_other_with_one_line_and_the_run_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    command = arguments(tiny_config(**SETTINGS, max_steps=8), workdir)
+    for patch in (HIT.format(step=5, name="SIGKILL"), KILL_IN_A_SAVE):
+        began = time.monotonic()
+        first, second = train(command, 2, {1: patch}, seconds=90)
+        assert (first.status, second.status) == (6, -9), first.err
+        assert time.monotonic() - began < 80
+        assert_one_line(first.err, "process 0: another process is gone", "the same command goes on from the last")
+        assert (workdir / "checkpoints" / "3").exists() and not (workdir / "checkpoints" / "6").exists()
+    assert "resuming at step 3" in first.out
+    assert list(workdir.glob(f"checkpoints/6{UNFINISHED}*"))
+    first, second = train(command, 2)
+    assert (first.status, second.status, first.err) == (0, 0, "") and "resuming at step 3" in first.out, first.err
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "8"]
 
 
 def test_a_process_that_never_comes_is_not_waited_for_for_ever(tmp_path):
@@ -73,6 +95,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
     for path in (workdir / "checkpoints" / "8").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000 and "params" in path.parts:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (workdir / "checkpoints" / "6").rename(workdir / "checkpoints" / "6.replaced")  # as a kill may leave it
     first, second = train([*arguments(config, workdir), "--config.max_steps=9"], 2)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert first.err.count("set aside as 8.damaged-1, going on from 6") == 1 and "set aside" not in second.err

@@ -20,14 +20,19 @@ def test_every_row_has_an_id_of_its_own_and_all_its_cells():
 
 
 def test_every_test_that_is_named_exists():
-    there: dict[str, set[str]] = {}
-    missing = []
+    """And is marked slow where the table says so."""
+    there: dict[str, dict[str, bool]] = {}
+    wrong = []
     for row in ROWS:
         named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row[3])
         assert named, row
         for path, test in named:
             if path not in there:
                 nodes = ast.walk(ast.parse((ROOT / path).read_text())) if (ROOT / path).exists() else ()
-                there[path] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-            missing += [(row[0], path, test)] * (test not in there[path])
-    assert missing == []
+                there[path] = {
+                    node.name: any("slow" in ast.unparse(mark) for mark in node.decorator_list)
+                    for node in nodes
+                    if isinstance(node, ast.FunctionDef)
+                }
+            wrong += [(row[0], path, test)] * (there[path].get(test) is not row[3].endswith("(slow)"))
+    assert wrong == []
