@@ -54,6 +54,7 @@ def test_it_runs_from_top_to_bottom(executed, tmp_path):
     compared = executed["With and without sinks"]
     assert "attention_sink" in printed(compared) and pictures(compared) == 2
     assert (tmp_path / "compare" / "compare.html").exists()
+    assert pictures(executed["Look at the sinks"]) == 2
     stopped = printed(executed["Stop, and go on"])
     assert "saved step" in stopped and "resuming at step" in stopped and "bit for bit" in stopped
     assert [row["loss"] for row in rows(tmp_path / "stopped")] == [row["loss"] for row in rows(tmp_path / "sinks")]
