@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 
 
 def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path):
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20)
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11)
     reference = train_lib.train(config, tmp_path / "reference")
     workdir = tmp_path / "cut"
     command = arguments(config, workdir)
@@ -70,7 +70,7 @@ def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path
     assert "saved step 7; the same command goes on from here" in stopped.stdout
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest() == 22  # the second micro-batch of step 8 is next
-    killed = run_main(*command, cut=(signal.SIGKILL, 50))
+    killed = run_main(*command, cut=(signal.SIGKILL, 28))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert main.main(command) == 0
     assert_same_run(workdir, reference, config)
