@@ -14,7 +14,7 @@ import run_lib
 from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
-from report_lib import write_after_training
+from report_lib import read_samples, write_after_training
 from run_lib import Run
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
@@ -333,7 +333,7 @@ class Trainer:
         text = config.sample_prompt + text
         append_text(self.workdir / run_lib.SAMPLES_FILE, f"--- step {self.step} ---\n{text}\n\n")
         self.console.sample(self.step, text)
-        self.tracker.text(self.step, text)
+        self.tracker.samples(read_samples(self.workdir / run_lib.SAMPLES_FILE))
 
     def _save(self, val_loss: float | None = None) -> None:
         """A checkpoint of this micro-step, with what a later session must know beside the arrays."""

@@ -5,7 +5,6 @@ and so on), from the environment or a `.env` file in the current directory. Its 
 of them.
 """
 
-import html
 import http.client
 import netrc
 import os
@@ -15,7 +14,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 from runtime.errors import one_line
 
 _PROBE_SECONDS = 3
+_MOST_SAMPLES = 100  # in a table: W&B keeps each of a run's tables whole
 _DEFAULTS = {  # for what the environment leaves open
     "WANDB_PROJECT": "transformer",
     "WANDB_SILENT": "true",  # the console is the run's own
@@ -46,8 +46,8 @@ class Tracker:
     def log(self, row: dict[str, Any], step: int) -> None:
         """The numbers of one logged step."""
 
-    def text(self, step: int, text: str) -> None:
-        """What the model wrote after `step` steps."""
+    def samples(self, samples: Sequence[tuple[int, str]]) -> None:
+        """All that the model wrote so far, by step: the newest is news."""
 
     def finish(self) -> None:
         """Ends the run: uploads what is left, for half a minute at most."""
@@ -66,10 +66,12 @@ class _WandbTracker(Tracker):
         # two checkpoints logs some steps twice.
         self._attempt(lambda run: run.log({**row, "step": step}))
 
-    def text(self, step: int, text: str) -> None:
+    def samples(self, samples: Sequence[tuple[int, str]]) -> None:
         import wandb
 
-        self._attempt(lambda run: run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step}))
+        rows = [list(sample) for sample in samples[-_MOST_SAMPLES:]]
+        table = {"samples": wandb.Table(columns=["step", "sample"], data=rows), "step": rows[-1][0]}
+        self._attempt(lambda run: run.log(table))
 
     def finish(self) -> None:
         self._attempt(lambda run: run.finish())

@@ -11,6 +11,7 @@ import jax
 import pytest
 from helpers import ROOT, assert_one_line, finished_run, run_main, tiny_config
 
+import config_lib
 import main
 import run_lib
 import train_lib
@@ -156,15 +157,27 @@ def test_flags_reach_the_trainer(trained):
     assert (str(second_dir), second_flags) == ("here", {"fresh": False, "profile": (3, 5), "rebatch": True})
 
 
-def test_help_is_no_error(capsys):
+def assert_fits_a_screen(text: str, lines: int) -> None:
+    assert text.count("\n") <= lines and max(map(len, text.splitlines())) <= 80
+
+
+def test_help_is_no_error_and_fits_a_screen(capsys):
     for argv in (["--help"], ["-h"], ["help"]):
         assert main.main(argv) == 0
         text = capsys.readouterr().out
+        assert_fits_a_screen(text, 23)
         assert all(f"  {name} " in text for name in main.COMMANDS)
     for command in main.COMMANDS:
         with pytest.raises(SystemExit) as done:
             main.main([command, "--help"])
-        assert done.value.code == 0 and "--debug" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert done.value.code == 0 and "--debug" in text
+        with_keys = "--config=FILE" in text
+        assert_fits_a_screen(text, 39 if with_keys else 23)
+        if with_keys:
+            values = {key: config_lib.written(DEFAULTS[key]) for key in config_lib.MOST_USED}
+            assert all(f"    {key}={value} " in text for key, value in values.items())
+        assert with_keys == (command in ("train", "sweep", "config", "plan"))
 
 
 def test_a_bug_is_no_expected_error(monkeypatch, capsys):

@@ -1,16 +1,22 @@
 """Weights & Biases, where it is wanted and cannot be had: one warning, no key on disk, never a failure."""
 
 import http.server
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import arguments, losses, run_main, tiny_config
 
+from report_lib import read_samples
 from runtime import trackers
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +44,7 @@ def make(workdir: Path, **changes) -> tuple[trackers.Tracker, list[str]]:
 def test_no_tracker_touches_nothing(tmp_path, wandb_world):
     tracker, warnings = make(tmp_path / "run", enabled=False)
     tracker.log({"loss": 1.0}, 1)
-    tracker.text(1, "text")
+    tracker.samples([(1, "text")])
     tracker.finish()
     assert (warnings, tracker.where, os.listdir(tmp_path / "run")) == ([], None, [])
 
@@ -73,7 +79,7 @@ WANDB_RUN = """if True:
     tracker = trackers.make_tracker(True, name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
                                     workdir=Path(sys.argv[1]), warn=print)
     tracker.log({"loss": 0.123456, "mfu": None}, 7)
-    tracker.text(7, "<ROMEO>")
+    tracker.samples([(step, f"<ROMEO> {step}") for step in range(8)])
     tracker.finish()
 """
 
@@ -141,6 +147,52 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     first = trackers._run_id(tmp_path)
     assert re.fullmatch("[0-9a-f]{8}", first)
     assert trackers._run_id(tmp_path) == first
+
+
+def records(path: Path) -> Iterator[Any]:
+    """What W&B wrote: LevelDB's log format after seven bytes, of W&B's own protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = path.read_bytes(), 7, b""
+    while place < len(data):
+        if (left := -place % 32768) < 7:  # a record's header is never divided
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_what_an_offline_run_wrote_is_all_there_and_a_resumed_one_goes_on_with_its_id(tmp_path, wandb_world):
+    workdir = tmp_path / "run"
+    for max_steps in 8, 12:
+        config = tiny_config(max_steps=max_steps, eval_every=6, sample_every=4, wandb_enabled=True)
+        done = run_main(*arguments(config, workdir), WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+    runs, curve, tables = [], {}, []
+    for file in sorted(workdir.glob("wandb/offline-run-*/run-*.wandb")):
+        for record in records(file):
+            if record.WhichOneof("record_type") == "run":
+                runs.append(record.run)
+            elif record.WhichOneof("record_type") == "history":
+                row = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                if "loss" in row:
+                    curve[row["step"]] = row["loss"], row.get("val_loss")
+                else:
+                    tables.append(json.loads((file.parent / "files" / row["samples/path"]).read_text()))
+    assert {run.run_id for run in runs} == {(workdir / "wandb_id.txt").read_text().strip()}
+    assert {run.display_name for run in runs} == {"run"}
+    settings = [{item.key: json.loads(item.value_json) for item in run.config.update} for run in runs]
+    assert [each["max_steps"] for each in settings] == [8, 12]
+    assert settings[1].items() >= json.loads((workdir / "config.json").read_text())["config"].items()
+    assert curve == {step: (loss, val_loss) for step, loss, val_loss in losses(workdir)} and len(curve) == 12
+    assert [table["data"] for table in tables][-1] == [list(sample) for sample in read_samples(workdir / "samples.txt")]
+    assert [len(table["data"]) for table in tables] == [1, 2, 3] and tables[-1]["columns"] == ["step", "sample"]
 
 
 def test_wandb_failing_in_mid_run_is_one_warning_and_then_silence():
