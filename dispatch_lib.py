@@ -72,11 +72,13 @@ def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any
     return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
 
 
-def several_steps(train_step: Callable) -> Callable[[TrainState, tuple], tuple[TrainState, dict[str, jax.Array]]]:
+def several_steps(
+    train_step: Callable, state: TrainState
+) -> Callable[[TrainState, tuple], tuple[TrainState, dict[str, jax.Array]]]:
     """`make_train_step`'s function in a loop: (state, (batches [S, B, T + 1], count)) -> (state, last metrics).
 
     The first `count` batches are taken. That number is no part of the program: so a state does not depend on how its
-    steps were divided into dispatches, to the bit. The state is donated.
+    steps were divided into dispatches, to the bit. The state is donated; its arrays stay where those of `state` are.
     """
     one_step = train_step.__wrapped__
 
@@ -85,4 +87,6 @@ def several_steps(train_step: Callable) -> Callable[[TrainState, tuple], tuple[T
         state = jax.lax.fori_loop(0, count, lambda i, state: one_step(state, batches_SBT1[i])[0], state)
         return state, state.metrics
 
-    return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options())
+    places = jax.tree.map(lambda x: x.sharding, state)  # of a loop's result XLA would choose them, and compile twice
+    shardings = places, places.metrics
+    return jax.jit(steps, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())

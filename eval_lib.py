@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from input_pipeline import Split, eval_batches
 from runtime.agreement import from_all, put
 from transformer.model import Params, TransformerConfig
-from transformer.sharding import batch_sharded
+from transformer.sharding import batch_sharded, is_data_parallel
 from transformer.step import make_eval_step
 
 
@@ -24,6 +24,8 @@ class Evaluator:
         self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
+        alone = jax.default_backend() == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
+        self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
 
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
@@ -45,7 +47,7 @@ class Evaluator:
         for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
             check()
             in_flight.append(self._step(params, put(batch, self._place)))
-            collect(at_most=2)  # keeps the devices busy, and a signal does not wait for the whole split
+            collect(at_most=self._in_flight)
         collect(at_most=0)
         total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
         return total / tokens, int(tokens)

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
 from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
 from runtime.agreement import require_same
-from runtime.checkpoint import Checkpoints, DamagedError
+from runtime.checkpoint import Checkpoints, DamagedError, Placement
 from runtime.clock import Beside
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
-from transformer.cost import memory_bytes, parameter_counts
+from step_lib import Step, held_bytes
+from transformer.cost import parameter_counts
 from transformer.health import first_not_finite
 from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
 from transformer.optimizer import labels_of, make_optimizer
+from transformer.sharding import held_whole, is_data_parallel
 from transformer.step import TrainState, init_state, regroup
 from transformer.tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -153,7 +156,7 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
 
 
 def load_weights(
-    workdir: Path, model_config: TransformerConfig, sharding: jax.sharding.Sharding, warn: Callable[[str], None]
+    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
 ) -> Params:
     """The weights of a run's best checkpoint, for a model of the same shape.
 
@@ -265,7 +268,7 @@ def resume(
     config: ConfigDict,
     workdir: Path,
     data: Dataset,
-    sharding: jax.sharding.Sharding,
+    sharding: Placement,
     warn: Callable[[str], None],
     rebatch: bool,
 ) -> Resumed | None:
@@ -301,7 +304,8 @@ def resume(
     state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
     if old != new:
         convert = partial(regroup, optimizer=optimizer_of(config), old=old, new=new)
-        state = jax.jit(convert, out_shardings=sharding)(state)
+        places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
+        state = jax.jit(convert, out_shardings=places)(state)
     return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
 
 
@@ -310,28 +314,29 @@ def header(
     config: ConfigDict,
     model_config: TransformerConfig,
     data: Dataset,
-    labels: dict[str, str],
+    step: Step,
+    mesh: Mesh,
     steps: int,
 ) -> list[tuple[str, str]]:
-    """What a person wants to know before a run starts, as names and values; `labels` say who is trained by what."""
+    """What a person wants to know before a run starts, as names and values."""
     device, vocab_size = jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model_config)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    rows, num_devices = config.batch_size // jax.device_count(), jax.device_count()
-    memory = memory_bytes(model_config, rows, config.use_muon, config.accumulation_steps, num_devices)
-    muon = sum(label == "muon" for label in labels.values())
+    memory = held_bytes(config, model_config, step.state, mesh)
+    muon = sum(label == "muon" for label in step.labels.values())
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     epochs = steps * tokens / data.train.num_tokens
     return [
         ("run", str(workdir)),
-        ("device", f"{jax.device_count()} x {device.device_kind} ({device.platform}), {model_config.dtype}"),
+        ("device", f"{mesh.size} x {device.device_kind} ({device.platform}), {model_config.dtype}"),
+        *([] if is_data_parallel(mesh) else [("mesh", _mesh(model_config, step.state.params, mesh))]),
         ("parameters", f"{sum(counts.values()):,} ({by_part})"),
         (
             "data",
             f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens): "
             f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
         ),
-        ("optimizer", f"Muon for {muon} matrices, AdamW for {len(labels) - muon} other arrays"),
+        ("optimizer", f"Muon for {muon} matrices, AdamW for {len(step.labels) - muon} other arrays"),
         (
             "memory",
             f"about {sum(memory.values()) / 1e6:,.0f} MB a device "
@@ -340,6 +345,16 @@ def header(
         ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
         ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
     ]
+
+
+def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
+    """The sizes of a mesh, and what it would split and cannot."""
+    c = model_config
+    sizes = {"tokens": c.context_len, "query_heads": c.num_heads, "key_heads": c.num_kv_heads}
+    whole = held_whole(params, sizes, mesh)
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) + (
+        f"; not divided, so whole on each device: {', '.join(whole)}" if whole else ""
+    )
 
 
 def beside(config: ConfigDict, val_tokens: int) -> dict[str, Beside]:

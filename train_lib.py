@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from step_lib import make_step
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
-from transformer.sharding import make_mesh, replicated
+from transformer.sharding import make_mesh, most_shares, shardings_of, whole
 from transformer.tokenizer import UnknownCharacters
 
 
@@ -118,13 +119,14 @@ class Trainer:
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
-        devices.require_memory(
-            3 * 4 * sum(parameter_counts(self.model_config).values()),
-            2 * config.batch_size * config.context_len * config.embedding_dim,
-        )
         self.mesh = make_mesh(config.mesh)
-        place = replicated(self.mesh)
-        resumed = run_lib.resume(checkpoints, config, workdir, self.data, place, console.warn, rebatch)
+        of_model, of_batch = most_shares(self.mesh)
+        devices.require_memory(
+            3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
+            2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
+        )
+        self.placement = partial(shardings_of, mesh=self.mesh)
+        resumed = run_lib.resume(checkpoints, config, workdir, self.data, self.placement, console.warn, rebatch)
         self.batches = Batches(
             *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
             offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
@@ -133,14 +135,14 @@ class Trainer:
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         step = make_step(config, self.model_config, self.total, dropout_key, self.mesh)
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = several_steps(step.run) if config.steps_per_dispatch > 1 else step.run
+        self.train_step = several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val, config.report)
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        header = run_lib.header(workdir, config, self.model_config, self.data, step.labels, self.total)
+        header = run_lib.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
         console.header(header, panels_lib.opening(dict(header), config, self.model_config))
         if config.print_per_layer_params:
-            for name, leaf in step.shapes.items():
+            for name, leaf in step.state.params.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
 
         console.doing("making the weights")
@@ -153,9 +155,8 @@ class Trainer:
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
         self.beside = run_lib.beside(config, self.data.val.num_tokens)
-        self.divergence = Divergence(
-            config.max_bad_steps, config.skip_spikes, step.shapes, jax.device_get(self.state.metrics), console.warn
-        )
+        counts = jax.device_get(self.state.metrics)
+        self.divergence = Divergence(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn)
         self.tracing = False
         settings = config_lib.to_dict(config)
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
@@ -178,10 +179,10 @@ class Trainer:
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
-        self.state = jax.jit(init, out_shardings=replicated(self.mesh))(key)
+        self.state = init(key)
         if self.config.init_from:
             source = Path(self.config.init_from)
-            weights = run_lib.load_weights(source, self.model_config, replicated(self.mesh), self.console.warn)
+            weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
         self.micro_step, self.clock, self.reported = 0, Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
@@ -266,13 +267,13 @@ class Trainer:
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
                     row |= self._evaluate(0 if last else config.eval_tokens)
-                    by_first(lambda: self.sinks.append(self._model(), row))
+                    by_first(partial(self.sinks.append, self._model(), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)
         if due(config.sample_every):
             with self.clock.pause("sample"), self.watchdog.pause(), self.console.busy("sampling"):
-                by_first(self._sample)
+                by_first(partial(self._sample, self._model()))
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
@@ -321,16 +322,14 @@ class Trainer:
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:
-        """The model on the first device alone."""
-        return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, self.state.params))
+        """The model on the first device alone. All processes bring it together."""
+        params = whole(self.state.params, self.mesh)
+        return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
-    def _sample(self) -> None:
-        config = self.config
-        prompt = [config.sample_prompt]
-        text = generate(
-            self._model(), self.tokenizer, prompt, config.sample_tokens, Sampling(config.temperature, seed=config.seed)
-        )[0]
-        text = config.sample_prompt + text
+    def _sample(self, model: Transformer) -> None:
+        config, prompt = self.config, self.config.sample_prompt
+        sampling = Sampling(config.temperature, seed=config.seed)
+        text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, f"--- step {self.step} ---\n{text}\n\n")
         self.console.sample(self.step, text)
         self.tracker.samples(read_samples(self.workdir / run_lib.SAMPLES_FILE))

@@ -23,7 +23,7 @@ from runtime import devices
 from runtime.large_pages import SETTING
 from runtime.metrics import environment
 from step_lib import make_step
-from transformer.sharding import batch_sharded, make_mesh, replicated
+from transformer.sharding import batch_sharded, make_mesh
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,10 +118,10 @@ class TrainerStep:
     """The trainer's step for a config, with its state and devices, without the files and the console around it."""
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
-        self.mesh, key = make_mesh(), jax.random.key(config.seed)
+        self.mesh, key = make_mesh(config.mesh), jax.random.key(config.seed)
         self.config, self.model_config = config, run_lib.model_config_of(config, vocab_size)
         step = make_step(config, self.model_config, config.max_steps or 1000, key, self.mesh)
-        self._init = lambda: jax.jit(step.init, out_shardings=replicated(self.mesh))(key)
+        self._init = partial(step.init, key)
         self.reset()
         self.train_step = step.run
 

@@ -21,7 +21,7 @@ from runtime.console import Console
 from runtime.errors import UserError
 from runtime.text import duration, human
 from transformer.cost import parameter_counts
-from transformer.sharding import DATA, make_mesh, parse_mesh
+from transformer.sharding import make_mesh, parse_mesh
 
 HERE = "here"
 RULES = (
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> None:
             config.dtype = "bfloat16"
     devices.set_up_compile_cache()
     config_lib.check_devices(config, len(devices.wake_up()))
-    if (mesh := make_mesh(config.mesh)).shape[DATA] != mesh.size:
-        raise UserError("config.mesh: only steps split over data are planned yet; name data alone, as data=8")
+    mesh = make_mesh(config.mesh)
     vocab_size, eot = vocabulary(config, console)
     planned = plan_step(config, vocab_size, eot, mesh)
     if here:

@@ -92,8 +92,8 @@ def get_config() -> ConfigDict:
     config.steps_per_dispatch = 1  # micro-steps sent to the devices at once; more can help small models on a GPU
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.mesh = ""  # devices by axis: "data=2,fsdp=4,sequence=1,tensor=2"; axes left out are 1, and -1 takes the
-    # devices that are left. data splits the batch. So far the other axes split nothing: devices along them repeat the
-    # same work. "": all devices on data
+    # devices that are left. data splits the batch; fsdp the batch, parameters and optimizer; tensor heads, hidden units
+    # and the vocabulary; sequence the tokens of each row. "": all devices on data
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
     config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen at each row)
     config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off

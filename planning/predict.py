@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import config_lib
 import run_lib
 from planning.hardware import ATTAINED, Hardware
 from planning.traffic import Collective, collectives
-from step_lib import Step, make_step
+from step_lib import Step, held_bytes, make_step
 from transformer import optimizer as optimizer_lib
-from transformer.cost import flops_per_token, memory_bytes, parameter_counts
+from transformer.cost import flops_per_token
 from transformer.model import TransformerConfig
-from transformer.sharding import DATA, FSDP, batch_sharded, replicated
+from transformer.sharding import batch_sharded
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Planned:
     mesh: Mesh
     config: ConfigDict
     model: TransformerConfig
-    memory: dict[str, int]  # parameters and optimizer exact, the rest by `transformer.cost.memory_bytes`
+    memory: dict[str, int]  # parameters and optimizer exact, the rest by `step_lib.held_bytes`
     compiled_bytes: int  # arguments and temporary arrays, as the compiler of the simulated devices has them
     traffic: list[Collective]
     muon_flops: float  # of the device that has most to do
@@ -54,52 +55,29 @@ def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) 
     """The config's step for a mesh; the dtype is the config's own, "auto" being that of the device here."""
     key, model = jax.random.key(config.seed), run_lib.model_config_of(config, vocab_size, eot)
     step = make_step(config, model, config.max_steps or 1000, key, mesh)
-    place = replicated(mesh)
-    shapes = jax.eval_shape(step.init, key)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    program = step.run.lower(state, batch).compile()
+    program = step.run.lower(step.state, batch).compile()
     held = program.memory_analysis()
     return Planned(
         mesh=mesh,
         config=config,
         model=model,
-        memory=_memory(config, model, state, mesh),
+        memory=held_bytes(config, model, step.state, mesh),
         compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
         traffic=collectives(program.as_text(), mesh.size),
         muon_flops=_muon_flops(step, config_lib.optimizer_config(config), mesh.size),
         program=program,
-        init=lambda: jax.jit(step.init, out_shardings=place)(key),
+        init=partial(step.init, key),
     )
-
-
-def _held(tree: Any) -> int:
-    """Bytes on each device."""
-    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * size for shape, size in shards)
-
-
-def _memory(config: ConfigDict, model: TransformerConfig, state: Any, mesh: Mesh) -> dict[str, int]:
-    rows = mesh.shape[DATA] * mesh.shape[FSDP]
-    by_rule = memory_bytes(
-        model, config.batch_size // rows, config.use_muon, config.accumulation_steps, min(mesh.size, 2)
-    )
-    parameters, along_a_row = _held(state.params), mesh.size // rows
-    whole = 4 * sum(parameter_counts(model).values())
-    return {
-        "parameters": parameters,
-        "optimizer": _held(state.opt_state),
-        "gradients": by_rule["gradients"] * parameters // whole,
-        "activations": by_rule["activations"] // along_a_row,
-        "logits": by_rule["logits"] // along_a_row,
-    }
 
 
 def _muon_flops(step: Step, settings: optimizer_lib.OptimizerConfig, devices: int) -> float:
-    """Newton-Schulz as `optimizer.orthogonalize` does it, matrices of a shape shared out over the devices."""
-    shapes = Counter(tuple(sorted(p.shape)) for name, p in step.shapes.items() if step.labels[name] == "muon")
+    """Newton-Schulz as `optimizer.orthogonalize` does it, matrices alike shared out over the devices."""
+    params = [p for name, p in step.state.params.items() if step.labels[name] == "muon"]
+    alike = Counter((p.shape, p.sharding.spec) for p in params)  # as `optimizer.scale_by_muon` stacks them
     steps, total = settings.newton_schulz_steps, 0.0
-    for (m, n), count in shapes.items():
+    for (shape, _), count in alike.items():
+        m, n = sorted(shape)
         starts = math.ceil(steps / optimizer_lib.GRAM_STEPS)
         square, wide = steps * 6 * m**3, starts * 4 * m * m * n + steps * 8 * m**3
         total += math.ceil(count / devices) * (square if m == n else wide)

@@ -34,6 +34,7 @@ BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
 LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
 NEVER = 100 * 365 * 86400  # seconds
 BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last: times, read by nobody
+Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a tree of arrays -> one of shardings
 
 
 class DamagedError(NoCheckpointError):
@@ -264,7 +265,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise DamagedError("meta has no table of the arrays")
         return meta
 
-    def restore(self, step: int, params: Any, rest: Any, sharding: jax.sharding.Sharding) -> tuple[Any, Any]:
+    def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
         """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
 
         Raises:
@@ -273,11 +274,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
 
-    def restore_params(self, step: int, params: Any, sharding: jax.sharding.Sharding) -> Any:
+    def restore_params(self, step: int, params: Any, sharding: Placement) -> Any:
         """The weights alone; raises as `restore`."""
         return self._arrays(step, {"params": params}, sharding)["params"]
 
-    def _arrays(self, step: int, wanted: dict[str, Any], sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    def _arrays(self, step: int, wanted: dict[str, Any], sharding: Placement) -> dict[str, Any]:
         stored = self.meta(step)["arrays"]
         if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
@@ -285,8 +286,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             require_same_kind(f"{self.directory}/{step}: {item}/", stored[item], tree)
         return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
 
-    def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: jax.sharding.Sharding) -> Any:
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement) -> Any:
+        at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
+        target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             found = self._manager.restore(step, args=args)[item]
@@ -304,7 +306,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore_newest(
         self,
         target: Callable[[int, dict[str, Any]], tuple[Any, Any]],
-        sharding: jax.sharding.Sharding,
+        sharding: Placement,
         warn: Callable[[str], None],
     ) -> tuple[int, dict[str, Any], Any, Any] | None:
         """Step, meta, `params` and `rest` of the newest sound checkpoint; None where there is none at all.
@@ -337,9 +339,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise self._all_damaged(damaged)
         return None
 
-    def restore_best_params(
-        self, params: Any, sharding: jax.sharding.Sharding, warn: Callable[[str], None]
-    ) -> tuple[int, Any]:
+    def restore_best_params(self, params: Any, sharding: Placement, warn: Callable[[str], None]) -> tuple[int, Any]:
         """Step and weights of the best sound checkpoint. Renames nothing: `warn` gets a line about what is damaged.
 
         Raises:

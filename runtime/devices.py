@@ -104,18 +104,19 @@ def require_memory(model: int, batch: int) -> None:
 
     Args:
       model: bytes that each device needs at least for weights and optimizer.
-      batch: bytes that all devices together need at least for a micro-batch.
+      batch: and for its part of a micro-batch.
 
     Raises:
       UserError: the memory is not there.
     """
-    device = jax.local_devices()[0]
-    there = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there, of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), 1
+    if not there:  # those of a CPU share the machine's
+        there, of_device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), jax.local_device_count()
     for key, need, advice in (
         ("embedding_dim", model, "make the model narrower (embedding_dim, mlp_dim, head_dim) or lower num_blocks"),
-        ("batch_size", batch / jax.device_count(), "lower it, and raise config.accumulation_steps instead"),
+        ("batch_size", batch, "lower it, and raise config.accumulation_steps instead"),
     ):
-        if need > there:
+        if (need := of_device * need) > there:
             raise UserError(
                 f"config.{key}: needs {need / 2**30:,.1f} GiB or more, {there / 2**30:,.1f} GiB are there; {advice}"
             )

@@ -72,8 +72,8 @@ def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
     made = []
     make_train_step = train_lib.several_steps
 
-    def counting(train_step):
-        step = make_train_step(train_step)
+    def counting(train_step, state):
+        step = make_train_step(train_step, state)
         return lambda state, batch: made.extend([0] * int(batch[1].addressable_shards[0].data)) or step(state, batch)
 
     monkeypatch.setattr(train_lib, "several_steps", counting)

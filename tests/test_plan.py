@@ -175,13 +175,6 @@ def test_what_cannot_be_planned_is_one_line(flags, message, capsys):
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def test_a_mesh_beyond_data_is_refused_before_anything_is_compiled(capsys, monkeypatch):
-    monkeypatch.setattr("commands.plan.make_mesh", lambda text: SimpleNamespace(shape={"data": 2, "fsdp": 4}, size=8))
-    flags = ["--config.mesh=data=-1", f"--devices={jax.device_count()}"]
-    assert main.main(["plan", "--config=configs/gpt2_124m.py", *flags]) == 2
-    assert capsys.readouterr().err.startswith("error: config.mesh: only steps split over data are planned yet; ")
-
-
 @pytest.mark.slow
 def test_scale_in_small(tmp_path):
     command = ["-m", "benchmarks.scale", "--most=4", f"--out={tmp_path}", "--config.embedding_dim=96"]

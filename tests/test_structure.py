@@ -19,7 +19,7 @@ LAYERS = [
 INSIDE_TRANSFORMER = [
     *({"sampling", "step", "sinks", "cost", "interop", "interop_tokenizer"}, {"optimizer", "interop_families", "loss"}),
     *({"health"}, {"model"}, {"layers", "flash"}, {"plain"}, {"attention", "rotary"}),
-    *({"sharding", "tokenizer", "dense"},),
+    *({"tokenizer", "dense"}, {"sharding"}),
 ]
 READ_IN_AN_EVENING = [
     *("main", "train_lib", "input_pipeline"),

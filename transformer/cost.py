@@ -42,7 +42,7 @@ def flops_per_token(config: TransformerConfig) -> float:
 
 
 def memory_bytes(
-    config: TransformerConfig, rows: int, use_muon: bool, accumulation_steps: int, num_devices: int = 1
+    config: TransformerConfig, rows: int, use_muon: bool, accumulation_steps: int, num_devices: int = 1, tensor: int = 1
 ) -> dict[str, int]:
     """What a training step holds on each device, by part, in bytes.
 
@@ -54,6 +54,8 @@ def memory_bytes(
 
     Args:
       rows: sequences of context_len tokens a device.
+      tensor: into how many parts heads and hidden units are split, which are activations' alone: a device holds the
+        residual stream whole. Parameters are counted as if they were whole.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
@@ -61,11 +63,12 @@ def memory_bytes(
     parameters, hidden = sum(parameter_counts(c).values()), _hidden_weights(c) if use_muon else 0
 
     qkv = (N + 2 * K) * H
-    block = 6 * D + qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
+    inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
     probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
-    whole = size * block + 4 * probs
-    kept = {"none": whole, "dots": size * (3 * D + qkv + (2 if gated else 1) * F), "block": size * D}[c.remat]
+    whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
+    dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
+    kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)
     return {
         "parameters": 4 * parameters,

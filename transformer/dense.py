@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from transformer.sharding import partitioned
+
 
 def settle(x: Any) -> Any:
     """The same arrays, computed once and stored; on a GPU or TPU, which decide well themselves, nothing is done."""
@@ -22,7 +24,7 @@ def compiler_options() -> dict[str, Any] | None:
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """x [..., in] times w [in, out], for the `dot_general` of an `nnx.Linear`: [..., out]."""
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and not partitioned():  # it merges rows and tokens
         return _product(x, w)
     return jax.lax.dot_general(x, w, dimension_numbers, **options)
 

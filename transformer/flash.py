@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from transformer.attention import MASKED, visible
 from transformer.plain import attend_plain
+from transformer.sharding import by_heads
 
 KERNEL_NAMES = ("auto", "plain", "chunked", "cudnn", "splash")
 
@@ -51,7 +52,7 @@ def causal_attention(
     kernel: str = "auto",
     document_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """What `attend` gives for T tokens that see each other causally, by the kernel of that name.
+    """What `attend` gives for T tokens that see each other causally, [B, T, N, H] in the dtype of v.
 
     Args:
       sink_N: the sinks' logits in float32, or None.
@@ -59,17 +60,18 @@ def causal_attention(
       kernel: one of KERNEL_NAMES.
       document_BT: a number for each token's document, across whose border nothing is seen; None: all is one.
 
-    Returns:
-      [B, T, N, H] in the dtype of v.
-
     Raises:
       ValueError: `attention_kernel: <why>` when a kernel asked for by name cannot run here.
     """
-    _, T, N, H = q_BTNH.shape
-    name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype, document_BT is not None)
-    if name == "plain":
-        return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT)
-    return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+        _, T, N, H = q_BTNH.shape
+        name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype, document_BT is not None)
+        if name == "plain":
+            return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT)
+        return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+
+    return by_heads(attend, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
 
 
 # --- The choice ---------------------------------------------------------------------------------------------------

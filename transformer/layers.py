@@ -11,15 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from transformer.dense import settle
+from transformer.sharding import bring_together, is_part, travels
 
 # What the forward pass keeps of a block for the backward pass beside its input; the rest is computed again.
-REMAT_POLICIES: dict[str, Callable | None] = {
+REMAT_POLICIES: dict[str, Callable] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights, not attention's
     "block": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def _name(path: tuple) -> str:
+    """Of a weight of some block, as tables of parameters call it."""
+    return ".".join(["blocks.0", *(str(part.key) for part in path if hasattr(part, "key"))])
 
 
 def run_blocks(
@@ -39,22 +46,27 @@ def run_blocks(
       period: 0 unrolls the blocks. Otherwise a `jax.lax.scan` runs so many blocks an iteration, on their weights
         stacked; block i must then be alike, up to its weights, to block i + period.
     """
-    if remat == "none" and not period:
+    width, dtype = x_BTD.shape[-1], x_BTD.dtype
+    in_parts = any(is_part(_name(path), x, width) for path, x in tree_leaves_with_path(nnx.state(blocks[0])))
+    if remat == "none" and not period and not in_parts:
         for block in blocks:
             x_BTD, _ = block(x_BTD, where, rngs)
         return x_BTD
     rngs_graph, draws = nnx.split(rngs)
+    policy = lambda *operation, **how: not travels(*operation, **how) and REMAT_POLICIES[remat](*operation, **how)
     graphs, weights = zip(*map(nnx.split, blocks), strict=True)
 
     def apply(graph, weights, x_BTD, draws):
         rngs = nnx.merge(rngs_graph, draws)
+        if in_parts:
+            weights = tree_map_with_path(lambda path, x: bring_together(_name(path), x, width, dtype), weights)
         x_BTD, _ = nnx.merge(graph, weights)(x_BTD, where, rngs)
         return x_BTD, nnx.state(rngs)
 
     def run(graph, weights, x_BTD, draws):
         function = partial(apply, graph)
-        if remat != "none":  # in a loop nothing can be merged with the forward pass, so it need not be prevented
-            function = jax.checkpoint(function, policy=REMAT_POLICIES[remat], prevent_cse=not period)
+        if remat != "none" or in_parts:  # in a loop nothing merges with the forward pass: no need to prevent it
+            function = jax.checkpoint(function, policy=policy, prevent_cse=not period)
         return function(weights, x_BTD, draws)
 
     if not period:

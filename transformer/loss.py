@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.model import Params, TransformerConfig, head_logits, model_of
+from transformer.sharding import bring_together, constrain
 
 
 def batch_loss(
     config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
+    width, dtype = config.embedding_dim, config.dtype  # those of the blocks come together where they are used
+    params = {n: p if n.startswith("blocks.") else bring_together(n, p, width, dtype) for n, p in params.items()}
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)
     x_BTD, _ = model.hidden(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs)
     targets_BT = batch_BT1[:, 1:]
     if not 0 < config.loss_chunk < targets_BT.size:
-        return loss_sum(model.logits(x_BTD), targets_BT)
+        return loss_sum(constrain(model.logits(x_BTD), "BTV"), targets_BT)
     graph, weights = nnx.split(model.output)
 
     def chunk_loss(weights, x_CD, targets_C):
@@ -70,7 +73,7 @@ def _in_chunks(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax
     missing = -targets_BT.size % chunks
     x_ND = jnp.pad(x_BTD.reshape(-1, x_BTD.shape[-1]), ((0, missing), (0, 0)))
     targets_N = jnp.pad(targets_BT.reshape(-1), (0, missing), constant_values=-1)
-    return x_ND.reshape(chunks, -1, x_BTD.shape[-1]), targets_N.reshape(chunks, -1)
+    return constrain(x_ND.reshape(chunks, -1, x_BTD.shape[-1]), "ICD"), targets_N.reshape(chunks, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

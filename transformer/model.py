@@ -17,6 +17,7 @@ from transformer.dense import dot_general, settle
 from transformer.flash import KERNEL_NAMES, causal_attention
 from transformer.layers import REMAT_POLICIES, run_blocks
 from transformer.rotary import Yarn, rope_frequencies, rotate, rotation
+from transformer.sharding import constrain, part_shape
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
@@ -249,7 +250,7 @@ class MLP(nnx.Module):
             case _:  # swiglu_clamped: gpt-oss, arXiv:2508.10925
                 gate_BTF = jnp.minimum(self.gate(x_BTD), 7.0)
                 h_BTF = (jnp.clip(up_BTF, -7.0, 7.0) + 1) * gate_BTF * jax.nn.sigmoid(1.702 * gate_BTF)
-        return self.down(h_BTF)
+        return self.down(constrain(h_BTF, "BTF"))
 
 
 class Block(nnx.Module):
@@ -270,9 +271,9 @@ class Block(nnx.Module):
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), where, place)
-        x_BTD = settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs))
+        x_BTD = settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return settle(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs)), cache
+        return settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
 
 
 class Transformer(nnx.Module):
@@ -307,7 +308,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embedding(tokens_BT)
         if c.position == "learned":
             x_BTD = x_BTD + self.positions(position_BT)
-        x_BTD = self.dropout(x_BTD, deterministic=rngs is None, rngs=rngs)
+        x_BTD = self.dropout(constrain(x_BTD, "BTD"), deterministic=rngs is None, rngs=rngs)
         turn = None
         if c.position == "rope":
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
@@ -372,7 +373,7 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
     flat = nnx.to_flat_state(state)
-    want = {_name(path): variable.shape for path, variable in flat}
+    want = {_name(path): part_shape(_name(path), variable.shape) for path, variable in flat}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]

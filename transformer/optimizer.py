@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from transformer.model import Params
-from transformer.sharding import share_out
+from transformer.sharding import param_spec, share_out
 
 Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
 
@@ -201,13 +201,15 @@ def scale_by_muon(config: OptimizerConfig, mesh: Mesh | None = None) -> optax.Gr
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, momentum, updates)
 
-        leaves, treedef = jax.tree.flatten(nesterov)
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for i, leaf in enumerate(leaves):
-            by_shape.setdefault(leaf.shape, []).append(i)
-        stacks = [jnp.stack([leaves[i] for i in members]) for members in by_shape.values()]
-        done = share_out(lambda x_XMN: orthogonalize(x_XMN, config), stacks, mesh)
-        for ((n_in, n_out), members), done_XMN in zip(by_shape.items(), done, strict=True):
+        named, treedef = jax.tree_util.tree_flatten_with_path(nesterov)
+        leaves = [leaf for _, leaf in named]
+        alike: dict[tuple, list[int]] = {}  # in shape, and in how they are split
+        for i, (path, leaf) in enumerate(named):
+            spec = param_spec(path[-1].key, leaf.shape, mesh) if mesh else None
+            alike.setdefault((*leaf.shape, spec), []).append(i)
+        stacks = [jnp.stack([leaves[i] for i in members]) for members in alike.values()]
+        done = share_out(lambda x_XMN: orthogonalize(x_XMN, config), stacks, [spec for *_, spec in alike], mesh)
+        for ((n_in, n_out, _), members), done_XMN in zip(alike.items(), done, strict=True):
             wide = math.sqrt(max(1, n_out / n_in))
             scale = wide if config.muon_scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
             for j, i in enumerate(members):

@@ -1,8 +1,15 @@
-"""The mesh of devices and who holds what on it. Today: every device a replica, the batch split over them."""
+"""The mesh of devices, and the one table of who holds what on it.
+
+Rows of a batch are shared out by hand (`jax.shard_map` over data and fsdp, with all-gathers of fsdp's parameters where
+they are used and reduce-scatters of their gradients); within a row, along sequence and tensor, XLA partitions the
+program by the constraints that `constrain` and `by_heads` put on its activations.
+"""
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +18,41 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the batch is split, everything else is whole on every device
-FSDP, SEQUENCE, TENSOR = "fsdp", "sequence", "tensor"  # nothing is split along these yet: their devices do the same
-AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are each other's neighbours
+FSDP = "fsdp"  # the batch is split, and so are parameters and optimizer, which are brought together where they are used
+SEQUENCE = "sequence"  # activations are split by tokens, for long contexts
+TENSOR = "tensor"  # heads, hidden widths and the vocabulary are split
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are each other's neighbours: it talks the most
+ROWS = (DATA, FSDP)  # devices that differ in one of these take different rows of a batch
+
+# Which mesh axes split which axis of an array. An axis that stands in no rule, or that its mesh axes do not divide, is
+# whole on every device.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ROWS,
+    "tokens": (SEQUENCE,),
+    "width": (FSDP,),  # the residual stream's, of parameters alone: activations hold it whole
+    "query_heads": (TENSOR,),
+    "key_heads": (TENSOR,),
+    "mlp": (TENSOR,),
+    "vocab": (TENSOR,),
+}
+PARAMETERS = {  # pattern of the name -> axes; what matches none (biases, norms, sinks) is whole everywhere
+    r"embedding\.embedding": ("vocab", "width"),
+    r"positions\.embedding": ("", "width"),
+    r"blocks\.\d+\.attention\.query\.kernel": ("width", "query_heads"),
+    r"blocks\.\d+\.attention\.(key|value)\.kernel": ("width", "key_heads"),
+    r"blocks\.\d+\.attention\.out\.kernel": ("query_heads", "width"),
+    r"blocks\.\d+\.mlp\.(gate|up)\.kernel": ("width", "mlp"),
+    r"blocks\.\d+\.mlp\.down\.kernel": ("mlp", "width"),
+    r"head\.kernel": ("width", "vocab"),
+}
+ACTIVATIONS = {  # by the suffix of their names
+    "BTD": ("rows", "tokens", ""),
+    "BTF": ("rows", "tokens", "mlp"),
+    "BTV": ("rows", "tokens", "vocab"),
+    "BTNH": ("rows", "tokens", "query_heads", ""),
+    "BTKH": ("rows", "tokens", "key_heads", ""),
+    "ICD": ("", "tokens", ""),  # chunks of tokens
+}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -66,6 +106,17 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def is_data_parallel(mesh: Mesh) -> bool:
+    """Whether every device holds everything and takes rows of its own."""
+    return mesh.shape[DATA] == mesh.size
+
+
+def most_shares(mesh: Mesh) -> tuple[int, int]:
+    """Into how many parts the mesh splits the parameters, and the residual stream of a batch, where all divides."""
+    sizes = mesh.shape
+    return sizes[FSDP] * sizes[TENSOR], sizes[DATA] * sizes[FSDP] * sizes[SEQUENCE]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -73,27 +124,260 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices that take different rows."""
-    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+# --- Who holds what -----------------------------------------------------------------------------------------------
+
+
+def spec_of(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """How an array with these axes (see RULES) and sizes is split.
+
+    Raises:
+      ValueError: two of its axes would be split by one mesh axis.
+    """
+    used = [name for axis in axes for name in RULES.get(axis, ())]
+    if len(used) != len(set(used)):
+        raise ValueError(f"{axes}: two axes of one array are split by one axis of the mesh")
+    return PartitionSpec(*(_splitting(axis, size, mesh.shape) for axis, size in zip(axes, shape, strict=True)))
+
+
+def _splitting(axis: str, size: int, mesh_shape: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    """The mesh axes that split an axis of that size."""
+    names = tuple(name for name in RULES.get(axis, ()) if mesh_shape[name] > 1)
+    if not names or size % math.prod(mesh_shape[name] for name in names):
+        return None
+    return names if len(names) > 1 else names[0]
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of a parameter, () for one that is whole everywhere."""
+    return next((axes for pattern, axes in PARAMETERS.items() if re.fullmatch(pattern, name)), ())
+
+
+def param_spec(name: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """How a parameter is split."""
+    axes = axes_of(name)
+    return spec_of(axes, shape, mesh) if axes else PartitionSpec()
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a training state or of a part of it, abstract or real.
+
+    What stands under a parameter's name and is of its rank (itself, its momentum, its moments) is split as it is,
+    everything else is whole everywhere.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        spec = param_spec(name, leaf.shape, mesh) if len(axes_of(name)) == leaf.ndim else ()
+        while spec and spec[-1] is None:  # as JAX writes those of results: else a step is compiled twice
+            spec = spec[:-1]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def held_whole(params: Mapping[str, Any], activations: Mapping[str, int], mesh: Mesh) -> list[str]:
+    """What the mesh would split and does not divide, in words: "vocab 65 (tensor 8)".
+
+    Args:
+      params: arrays or shapes by name.
+      activations: sizes of axes that only activations have, or that they count in other units, as heads.
+    """
+    sizes = {(axis, size) for name, p in params.items() for axis, size in zip(axes_of(name), p.shape, strict=False)}
+    result = []
+    for axis, size in sorted(sizes | set(activations.items())):
+        names = [name for name in RULES.get(axis, ()) if mesh.shape[name] > 1]
+        if names and _splitting(axis, size, mesh.shape) is None:
+            result.append(f"{axis} {size} ({', '.join(f'{name} {mesh.shape[name]}' for name in names)})")
+    return result
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays, split as `shardings_of` says, whole on every device."""
+    if is_data_parallel(mesh):
+        return tree
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
+# --- Rows: data and fsdp ------------------------------------------------------------------------------------------
+
+
+def on_rows(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each group of devices that shares rows, `jax.shard_map` over ROWS and over axes of size 1."""
+    names = {axis for axis in AXES if axis in ROWS or mesh.shape[axis] == 1}
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+
+
+def rows_specs(params: Mapping[str, Any], mesh: Mesh) -> dict[str, PartitionSpec]:
+    """The parameters' specs for `on_rows`: those of fsdp alone."""
+    of_fsdp = lambda name: FSDP if name == FSDP else None
+    return {name: PartitionSpec(*map(of_fsdp, param_spec(name, p.shape, mesh))) for name, p in params.items()}
+
+
+def sum_over(axes: Sequence[str], tree: Any, mesh: Mesh) -> Any:
+    """The sum over these axes, inside `on_rows`; none over axes of size 1 compiles beside axes left to XLA."""
+    names = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return jax.lax.psum(tree, names) if names else tree
+
+
+def part_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which the model gets a parameter: inside `on_rows`, those of blocks in parts (see `run_blocks`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if FSDP not in mesh.manual_axes or not name.startswith("blocks."):
+        return shape
+    axis = _width_axis(name)
+    split = axis is not None and param_spec(name, shape, mesh)[axis] == FSDP
+    return tuple(size // mesh.shape[FSDP] if split and i == axis else size for i, size in enumerate(shape))
+
+
+def _width_axis(name: str) -> int | None:
+    return axes_of(name).index("width") if "width" in axes_of(name) else None
+
+
+def is_part(name: str, x: jax.Array, width: int) -> bool:
+    """Whether a device holds a part of a parameter alone; `width` is the residual stream's."""
+    axis = _width_axis(name)
+    return axis is not None and x.shape[axis] != width
+
+
+def bring_together(name: str, x: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """A parameter whole over fsdp, in the dtype of the arithmetic if it travelled; its gradient is shared out again."""
+    return _gather(_width_axis(name), jnp.dtype(dtype).name, x) if is_part(name, x, width) else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axis: int, dtype: str, x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x.astype(dtype), FSDP, axis=axis, tiled=True)
+
+
+def _gather_forward(axis: int, dtype: str, x: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(axis, dtype, x), None
+
+
+def _gather_backward(axis: int, dtype: str, kept: None, dx: jax.Array) -> tuple[jax.Array]:
+    del dtype, kept  # gradients are summed in float32, as those of data parallelism are
+    return (jax.lax.psum_scatter(dx.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def travels(primitive: Any, *_: Any, **parts: Any) -> bool:
+    """Whether an operation is `bring_together`: the backward pass shall do it anew rather than keep its result."""
+    del primitive
+    return "call_jaxpr" in parts and any(each.primitive.name == "all_gather" for each in parts["call_jaxpr"].eqns)
+
+
+# --- Along a row: sequence and tensor -----------------------------------------------------------------------------
+
+
+def _left_to_xla() -> dict[str, int]:
+    """The mesh axes, with their sizes, along which XLA partitions what is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: mesh.shape[axis] for axis in mesh.auto_axes if mesh.shape[axis] > 1}
+
+
+def partitioned() -> bool:
+    """Whether XLA partitions what is being traced, so that axes must not be merged that it splits."""
+    return bool(_left_to_xla())
+
+
+def constrain(x: jax.Array, suffix: str) -> jax.Array:
+    """The same activation, split as its suffix in ACTIVATIONS says along the axes that are left to XLA."""
+    free = _left_to_xla()
+    if not free:
+        return x
+    sizes = dict.fromkeys(AXES, 1) | free
+    names = (_splitting(axis, size, sizes) for axis, size in zip(ACTIVATIONS[suffix], x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
+
+
+def by_heads(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    sink_N: jax.Array | None,
+    document_BT: jax.Array | None,
+) -> jax.Array:
+    """`attend(q, k, v, sink, document)` [B, T, N, H], each device taking whole sequences of heads of its own.
+
+    Tokens that were split over the sequence axis come together for it, an all-to-all before and one after (Ulysses,
+    arXiv:2309.14509): so kernels need not know of meshes. Heads are split over tensor and sequence, as far as these
+    divide them; key heads that are too few for that are repeated.
+    """
+    free = _left_to_xla()
+    if not free:
+        return attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+    N, K, shares = q_BTNH.shape[2], k_BTKH.shape[2], 1
+    names: list[str] = []
+    for axis in (TENSOR, SEQUENCE):
+        if axis in free and N % (shares * free[axis]) == 0:
+            names, shares = [*names, axis], shares * free[axis]
+    k_BTKH, v_BTKH = (jnp.repeat(x, math.lcm(K, shares) // K, axis=2) for x in (k_BTKH, v_BTKH))
+    heads = PartitionSpec(None, None, tuple(names) or None)
+    sinks = None if sink_N is None else PartitionSpec(tuple(names) or None)
+    documents = None if document_BT is None else PartitionSpec()
+    in_specs = (heads, heads, heads, sinks, documents)
+    mapped = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, axis_names=set(free), check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+
+
+# --- Muon ---------------------------------------------------------------------------------------------------------
 
 
 def share_out(
-    work: Callable[[jax.Array], jax.Array], stacks: Sequence[jax.Array], mesh: Mesh | None
+    work: Callable[[jax.Array], jax.Array],
+    stacks: Sequence[jax.Array],
+    specs: Sequence[PartitionSpec],
+    mesh: Mesh | None,
 ) -> list[jax.Array]:
-    """`work` on stacks [X, M, N] of matrices, each device doing an equal part of every stack; the whole results.
+    """`work` on stacks [X, M, N] of matrices, each device doing an equal part of every stack.
 
-    `work` takes and gives stacks of any length. All results travel in one flat all-gather. Without a mesh, or on one
-    device, it is simply called.
+    `work` takes and gives stacks of any length. Without a mesh, or on one device, it is simply called.
+
+    Args:
+      specs: how the matrices [M, N] of each stack are split, before and after. An all-to-all for each axis that splits
+        them makes them whole, some on each device, and another shares them out again. The devices that held the same
+        bring their results together, where all did, in one flat all-gather.
     """
     if mesh is None or mesh.size == 1:
         return [work(stack_XMN) for stack_XMN in stacks]
 
     def on_each_device(*parts: jax.Array) -> list[jax.Array]:
         flat, unravel = ravel_pytree([work(part_XMN) for part_XMN in parts])
-        return jax.vmap(unravel)(jax.lax.all_gather(flat, DATA))
+        whole = jax.vmap(unravel)(jax.lax.all_gather(flat, AXES))
+        return [x.reshape(-1, *x.shape[2:]) for x in whole]
+
+    def on_each_part(*parts: jax.Array) -> list[jax.Array]:
+        return [_on_whole_matrices(work, part, spec) for part, spec in zip(parts, specs, strict=True)]
 
     padded = [jnp.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0))) for stack in stacks]
-    mapped = jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=PartitionSpec(DATA), out_specs=PartitionSpec(), check_vma=False
-    )
-    done = mapped(*padded)
-    return [x.reshape(-1, *x.shape[2:])[: len(stack)] for x, stack in zip(done, stacks, strict=True)]
+    if any(name for spec in specs for name in spec):
+        splits = [PartitionSpec(None, *spec) for spec in specs]
+        mapped = jax.shard_map(on_each_part, mesh=mesh, in_specs=tuple(splits), out_specs=splits, check_vma=False)
+    else:
+        mapped = jax.shard_map(
+            on_each_device, mesh=mesh, in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(), check_vma=False
+        )
+    return [x[: len(stack)] for x, stack in zip(mapped(*padded), stacks, strict=True)]
+
+
+def _on_whole_matrices(work: Callable[[jax.Array], jax.Array], part_Xmn: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`work` on the matrices of which this device holds the part that `spec` says, and that part of the result."""
+    exchanges = [(name, axis) for axis, name in enumerate(spec, 1) if name]  # a matrix's axes follow one mesh axis each
+    x = part_Xmn
+    for name, axis in exchanges:
+        x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
+    same = tuple(axis for axis in AXES if axis not in dict(exchanges))  # devices that differ in these hold the same
+    if (count := jax.lax.axis_size(same)) > 1:
+        own = len(x) // count
+        x = work(jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(same) * own, own))
+        x = jax.lax.all_gather(x, same, tiled=True)
+    else:
+        x = work(x)
+    for name, axis in reversed(exchanges):
+        x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=0, tiled=True)
+    return x

@@ -17,7 +17,7 @@ from transformer.health import Health, fresh_health, see_gradients, see_loss
 from transformer.loss import batch_loss
 from transformer.model import Params, TransformerConfig, init_params
 from transformer.optimizer import Schedule, grad_norm_of
-from transformer.sharding import DATA
+from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
 
 COUNTS = ("bad_steps", "bad_batches", "bad_leaf", "loss_spikes")  # those of the metrics that are whole numbers
 
@@ -57,8 +57,8 @@ def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str
 def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:
     """(params, batch, key) -> summed loss, targets, summed gradients, over the whole batch.
 
-    On several devices each works on its rows, and everything travels in one flat all-reduce: XLA would send an array
-    a parameter, and on small models most of the time would go into starting them.
+    On several devices each works on its rows. Where all hold everything, it travels in one flat all-reduce: XLA would
+    send an array a parameter, and on small models most of the time would go into starting them.
     """
 
     def on_one_device(params, batch_BT1, key):
@@ -67,33 +67,42 @@ def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable
         return total, tokens, grads
 
     def on_each_device(params, batch_BT1, key):
-        total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
+        total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(ROWS)))
+        if not is_data_parallel(mesh):
+            width = model_config.embedding_dim  # gradients of what was split are summed over fsdp already
+            sums = {n: sum_over((DATA,) if is_part(n, g, width) else ROWS, g, mesh) for n, g in grads.items()}
+            return *sum_over(ROWS, (total, tokens), mesh), sums
         flat, unravel = ravel_pytree((total, tokens.astype(jnp.float32), grads))  # float32 counts up to 2^24 exactly
         total, tokens, grads = unravel(jax.lax.psum(flat, DATA))
         return total, tokens.astype(jnp.int32), grads
 
     if mesh.size == 1:
         return on_one_device
-    everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
-    return jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
-    )
+
+    def on_all(params, batch_BT1, key):
+        everywhere, rows, parts = PartitionSpec(), PartitionSpec(ROWS), rows_specs(params, mesh)
+        return on_rows(on_each_device, mesh, (parts, rows, everywhere), (everywhere, everywhere, parts))(
+            params, batch_BT1, key
+        )
+
+    return on_all
 
 
 def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Params, jax.Array], tuple]:
-    """(params, batch) -> summed loss and number of targets, one entry a device.
+    """(params, batch) -> summed loss and number of targets, one entry for each of the devices with rows of their own.
 
-    Nothing is summed over the devices: evaluation steps do not depend on each other, and on CPUs collectives of several
+    Nothing is summed over these: evaluation steps do not depend on each other, and on CPUs collectives of several
     programs in flight at once can wait for each other for ever.
     """
 
-    def eval_step(params, batch_BT1):
+    def on_each_device(params, batch_BT1):
         return jax.tree.map(lambda x: x[None], batch_loss(model_config, params, batch_BT1, None))
 
-    rows = PartitionSpec(DATA)
-    return jax.jit(
-        jax.shard_map(eval_step, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
-    )
+    def eval_step(params, batch_BT1):
+        rows = PartitionSpec(ROWS)
+        return on_rows(on_each_device, mesh, (rows_specs(params, mesh), rows), rows)(params, batch_BT1)
+
+    return jax.jit(eval_step)
 
 
 def make_train_step(
@@ -161,6 +170,8 @@ def make_train_step(
             health=seen,
             metrics=step_metrics,
         )
+        if not is_data_parallel(mesh):
+            state = jax.lax.with_sharding_constraint(state, shardings_of(state, mesh))
         return state, step_metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
@@ -171,7 +182,7 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
     result = {}
     for group in sorted(set(labels.values())):
         leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
-        total = sum(jnp.vdot(leaf, leaf) for leaf in leaves)
+        total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # no vdot, which would move a split array
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
     return result
 

@@ -1,0 +1,168 @@
+"""Training on meshes of eight simulated devices, for a process of its own: python tests/mesh_runs.py DIRECTORY
+
+leaves what it found in DIRECTORY/found.json; what the trainer prints goes to standard output.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles in half the time
+)
+
+import jax
+import numpy as np
+from helpers import signal_before, tiny_config
+from jax.sharding import PartitionSpec
+
+import run_lib
+import train_lib
+from planning.traffic import axes_of_group, collectives
+from runtime.checkpoint import Checkpoints
+from runtime.errors import Interrupted
+from step_lib import held_bytes, make_step
+from transformer.sharding import batch_sharded, held_whole, make_mesh, parse_mesh, shardings_of, share_out
+
+# All sizes differ, and all but the vocabulary of 65 can be split in eight; the key heads are fewer.
+MODEL = {
+    "num_blocks": 2,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 6,
+    "embedding_dim": 40,
+    "mlp_dim": 72,
+    "context_len": 16,
+    "batch_size": 24,
+    "max_steps": 20,
+    "tie_embeddings": False,
+    "qk_norm": "scaled",
+    "lr": 0.01,
+    "muon_lr": 0.02,
+    "dtype": "float32",
+}
+VOCABULARY = 65
+MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
+MORE = {  # what else a step can be asked for, all at once
+    "accumulation_steps": 2,
+    "batch_size": 12,
+    "max_steps": 6,
+    "dropout": 0.1,
+    "scan_blocks": True,
+    "remat": "block",
+    "loss_chunk": 24,
+    "tie_embeddings": True,
+    "position": "learned",
+    "mlp": "swiglu",
+    "norm": "layernorm",
+    "mask_documents": True,
+    "sliding_window": 7,
+}
+
+
+class Trained:
+    """A config's step on a mesh of the first devices, and what came of it."""
+
+    def __init__(self, mesh: str, **changes: Any):
+        config = tiny_config(**{**MODEL, **changes}, mesh=mesh)
+        self.config, sizes = config, parse_mesh(mesh).values()
+        self.mesh = make_mesh(mesh, jax.devices()[: math.prod(sizes)])
+        self.model = run_lib.model_config_of(config, VOCABULARY, eot=3)
+        self.step = make_step(config, self.model, config.max_steps, jax.random.key(5), self.mesh)
+        self.state = self.step.init(jax.random.key(3))
+        self.born = bits_of(self.state)
+        self.program = self.step.run.lower(self.state, self.batch(0)).compile()
+
+    def batch(self, i: int) -> jax.Array:
+        shape = self.config.batch_size, self.config.context_len + 1
+        text = np.random.default_rng(i).integers(0, 9, shape, np.int32)
+        text[::5, -3:] = -1  # no targets
+        return jax.device_put(text, batch_sharded(self.mesh))
+
+    def run(self) -> list[float]:
+        losses = []
+        for i in range(self.config.max_steps * self.config.accumulation_steps):
+            self.state, metrics = self.program(self.state, self.batch(i))
+            losses.append(float(metrics["loss"]))
+        return losses
+
+    def found(self) -> dict[str, Any]:
+        held, params = self.program.memory_analysis(), self.step.state.params
+        sizes = {"tokens": self.model.context_len, "query_heads": self.model.num_heads}
+        return {
+            "losses": self.run(),
+            "born": self.born,
+            "shards": {name: p.sharding.shard_shape(p.shape) for name, p in params.items()},
+            "moved": [name for name, p in params.items() if p.sharding != self.state.params[name].sharding],
+            "traffic": [
+                (c.op, axes_of_group(c.group, dict(self.mesh.shape)), c.count, c.sent)
+                for c in collectives(self.program.as_text(), self.mesh.size)
+            ],
+            "whole": held_whole(params, sizes | {"key_heads": self.model.num_kv_heads}, self.mesh),
+            "held": held_bytes(self.config, self.model, self.step.state, self.mesh),
+            "compiled": held.argument_size_in_bytes + held.temp_size_in_bytes,
+        }
+
+
+def bits_of(tree: Any) -> str:
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest()
+
+
+def elsewhere(saved: Trained, directory: Path) -> dict[str, bool]:
+    """Whether a state saved on one mesh comes back to the bit on others, split as it is there."""
+    same = {}
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, saved.state.params, saved.state[1:], {}, None)
+    for text in ("fsdp=8", "data=1"):
+        mesh = make_mesh(text, jax.devices()[: math.prod(parse_mesh(text).values())])
+        place = partial(shardings_of, mesh=mesh)
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore(1, saved.step.state.params, saved.step.state[1:], place)
+        placed = jax.tree.leaves(jax.tree.map(lambda x, to: x.sharding == to, restored, place(restored)))
+        same[text] = all(placed) and bits_of(restored) == bits_of((saved.state.params, saved.state[1:]))
+    return same
+
+
+def shared_out() -> dict[str, Any]:
+    """What each device gets to do of 5 and 9 matrices that are split, or not, and whether all is done."""
+    mesh, rng, found = make_mesh("data=2,fsdp=2,tensor=2"), np.random.default_rng(0), {}
+    stacks = [rng.integers(0, 9, shape).astype(np.float32) for shape in ((5, 6, 4), (9, 2, 8))]
+    for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", None), PartitionSpec(None, None)):
+        done: list[tuple[int, ...]] = []
+        work = lambda x_XMN, done=done: done.append(x_XMN.shape) or x_XMN.sum(axis=(1, 2), keepdims=True) - x_XMN
+        results = jax.jit(lambda stacks, spec=spec, work=work: share_out(work, stacks, [spec] * 2, mesh))(stacks)
+        right = [np.array_equal(y, x.sum(axis=(1, 2), keepdims=True) - x) for x, y in zip(stacks, results, strict=True)]
+        found[str(tuple(spec))] = {"shapes": done, "right": all(right)}
+    return found
+
+
+def cut_and_resumed(directory: Path) -> None:
+    """The trainer, stopped on one mesh and going on with another; several steps a dispatch on the first."""
+    config = tiny_config(mesh="fsdp=2,tensor=4", steps_per_dispatch=3)
+    with mock.patch.object(train_lib, "prefetch", signal_before(signal.SIGTERM, 9)), contextlib.suppress(Interrupted):
+        train_lib.train(config, directory)
+    config.update({"mesh": "data=2,sequence=4", "steps_per_dispatch": 1})
+    train_lib.train(config, directory)
+
+
+def main(directory: Path) -> None:
+    found = {mesh: Trained(mesh).found() for mesh in ["data=1", *MESHES]}
+    more = {mesh: Trained(mesh, **MORE) for mesh in ("data=2", "fsdp=2,sequence=2,tensor=2")}
+    found |= {f"more: {mesh}": trained.found() for mesh, trained in more.items()}
+    found["restored"] = elsewhere(more["fsdp=2,sequence=2,tensor=2"], directory)
+    found["shared out"] = shared_out()
+    cut_and_resumed(directory / "run")
+    (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
