@@ -77,7 +77,7 @@ def test_a_payload_in_a_checkpoint_is_never_run(copy, trace, capsys):
     for path in files:
         content = path.read_bytes()
         path.write_bytes(pickle.dumps(Payload(trace)))
-        status = main.main(["sample", f"--workdir={copy}", "--num_tokens=1"])
+        status = main.main(["sample", f"--workdir={copy}", "--prompt=at", "--num_tokens=1"])
         error = capsys.readouterr().err
         assert status in (0, 3), error
         assert not status or error.splitlines()[-1].startswith("error: ")
