@@ -1,7 +1,6 @@
 """The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import run_lib
 import sink_lib
 from compare_lib import RunRecord, read_runs, result_of
 from config_docs import key_docs, written
-from runtime.console import Table, duration, human
 from runtime.errors import one_line
 from runtime.files import read_json, write_text
-from runtime.metrics import MetricsFile
 from runtime.page import Block, Fold, Heading, Picture, Verbatim, html_page
 from runtime.report_plots import plot_all_maps, plot_map, plot_series, plot_shares, plot_shares_over_training
+from runtime.text import Table, duration, human
 from transformer.cost import parameter_counts
 from transformer.model import Transformer, TransformerConfig
 from transformer.sinks import attention_maps
@@ -29,7 +27,6 @@ _MAP_TOKENS = 48  # of the text whose attention is shown
 _LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
 _MOST_MAPS = 8  # layers, and heads of each, that are drawn
 _MOST_SAMPLES = 12
-_SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
 _VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 
 
@@ -62,8 +59,8 @@ def write_report(
     """
     run, saved = read_runs([workdir])[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = run_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
-    samples = read_samples(workdir / run_lib.SAMPLES_FILE)
-    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config)
+    samples = run_lib.read_samples(workdir)
+    steps, shares_ELN = sink_lib.read_shares(workdir / run_lib.SINKS_FILE, model_config)
     blocks = [
         _summary(run, model_config),
         *_curves(run),
@@ -79,30 +76,6 @@ def write_report(
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_samples(path: Path) -> list[tuple[int, str]]:
-    """What the model wrote, by step."""
-    if not path.exists():
-        return []
-    parts = _SAMPLE.split(path.read_text(encoding="utf-8", errors="replace"))[1:]
-    return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def read_shares(path: Path, model_config: TransformerConfig) -> tuple[list[int], np.ndarray]:
-    """The steps and shares [E, L, N] of `sinks.jsonl`; rows that are not this model's are left out."""
-    shape = (model_config.num_blocks, model_config.num_heads)
-    steps, shares = [], []
-    for row in MetricsFile(path).read():
-        try:
-            shares_LN = np.array(row["shares"], np.float64)
-            step = int(row["step"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if shares_LN.shape == shape and np.isfinite(shares_LN).all():
-            steps.append(step)
-            shares.append(shares_LN)
-    return steps, np.array(shares).reshape(-1, *shape)
 
 
 def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunRecord, tokenizer: Tokenizer) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -39,6 +40,9 @@ EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
 
 
+_SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+
+
 @dataclasses.dataclass
 class Run:
     """A trained model and how it got there."""
@@ -73,6 +77,20 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             "set it to False, or take one that has, such as gpt2"
         )
     return config_lib.transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+
+
+def sample_entry(step: int, text: str) -> str:
+    """What a sample adds to `samples.txt`."""
+    return f"--- step {step} ---\n{text}\n\n"
+
+
+def read_samples(workdir: Path) -> list[tuple[int, str]]:
+    """What the model wrote, by step."""
+    path = workdir / SAMPLES_FILE
+    if not path.exists():
+        return []
+    parts = _SAMPLE.split(path.read_text(encoding="utf-8", errors="replace"))[1:]
+    return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def read_config(workdir: Path) -> ConfigDict:

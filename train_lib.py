@@ -15,7 +15,7 @@ import run_lib
 from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
-from report_lib import read_samples, write_after_training
+from report_lib import write_after_training
 from run_lib import Run
 from runtime import devices, metrics
 from runtime.checkpoint import Checkpoints
@@ -137,7 +137,8 @@ class Trainer:
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
-        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val, config.report)
+        measured = config.report and config.attention_sink
+        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         header = run_lib.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
         console.header(header, panels_lib.opening(dict(header), config, self.model_config))
@@ -267,7 +268,8 @@ class Trainer:
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
                     row |= self._evaluate(0 if last else config.eval_tokens)
-                    by_first(partial(self.sinks.append, self._model(), row))
+                    if self.sinks:
+                        by_first(partial(self.sinks.append, self._model(), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.tracker.log(row, step)
@@ -330,9 +332,9 @@ class Trainer:
         config, prompt = self.config, self.config.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
         text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
-        append_text(self.workdir / run_lib.SAMPLES_FILE, f"--- step {self.step} ---\n{text}\n\n")
+        append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
         self.console.sample(self.step, text)
-        self.tracker.samples(read_samples(self.workdir / run_lib.SAMPLES_FILE))
+        self.tracker.samples(partial(run_lib.read_samples, self.workdir))
 
     def _save(self, val_loss: float | None = None) -> None:
         """A checkpoint of this micro-step, with what a later session must know beside the arrays."""

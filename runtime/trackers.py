@@ -46,8 +46,8 @@ class Tracker:
     def log(self, row: dict[str, Any], step: int) -> None:
         """The numbers of one logged step."""
 
-    def samples(self, samples: Sequence[tuple[int, str]]) -> None:
-        """All that the model wrote so far, by step: the newest is news."""
+    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
+        """There is a new sample: `read` gives all that the model wrote so far, by step, the newest last."""
 
     def finish(self) -> None:
         """Ends the run: uploads what is left, for half a minute at most."""
@@ -66,10 +66,10 @@ class _WandbTracker(Tracker):
         # two checkpoints logs some steps twice.
         self._attempt(lambda run: run.log({**row, "step": step}))
 
-    def samples(self, samples: Sequence[tuple[int, str]]) -> None:
+    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
         import wandb
 
-        rows = [list(sample) for sample in samples[-_MOST_SAMPLES:]]
+        rows = [list(sample) for sample in read()[-_MOST_SAMPLES:]]
         table = {"samples": wandb.Table(columns=["step", "sample"], data=rows), "step": rows[-1][0]}
         self._attempt(lambda run: run.log(table))
 

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
@@ -31,6 +33,7 @@ import main
 import train_lib
 from configs import default
 from runtime.checkpoint import Checkpoints
+from runtime.errors import Interrupted
 from transformer.model import init_params
 from transformer.optimizer import labels_of, make_optimizer
 from transformer.step import init_state
@@ -124,6 +127,13 @@ def signal_before(signum: signal.Signals, micro_step: int) -> Any:
     return prefetch
 
 
+def train_until(micro_step: int, config: ConfigDict, workdir: Path) -> None:
+    """A run that SIGTERM stops before the dispatch of that micro-step: it saves there."""
+    stopped = mock.patch.object(train_lib, "prefetch", signal_before(signal.SIGTERM, micro_step))
+    with stopped, pytest.raises(Interrupted):
+        train_lib.train(config, workdir)
+
+
 def assert_one_line(stderr: str, *words: str) -> None:
     assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
     for word in words:
@@ -157,6 +167,12 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def assert_same_state(workdir: Path, reference: train_lib.Run, config: ConfigDict, micro_step: int) -> None:
+    """That checkpoint holds the bits of the reference's."""
+    vocab_size = reference.tokenizer.vocab_size
+    assert_same_bits(*(saved_state(path, config, vocab_size, micro_step) for path in (workdir, reference.workdir)))
 
 
 if __name__ == "__main__":

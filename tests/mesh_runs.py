@@ -3,17 +3,14 @@
 leaves what it found in DIRECTORY/found.json; what the trainer prints goes to standard output.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
@@ -22,14 +19,13 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
-from helpers import signal_before, tiny_config
+from helpers import tiny_config, train_until
 from jax.sharding import PartitionSpec
 
 import run_lib
 import train_lib
 from planning.traffic import axes_of_group, collectives
 from runtime.checkpoint import Checkpoints
-from runtime.errors import Interrupted
 from step_lib import held_bytes, make_step
 from transformer.sharding import batch_sharded, held_whole, make_mesh, parse_mesh, shardings_of, share_out
 
@@ -148,8 +144,7 @@ def shared_out() -> dict[str, Any]:
 def cut_and_resumed(directory: Path) -> None:
     """The trainer, stopped on one mesh and going on with another; several steps a dispatch on the first."""
     config = tiny_config(mesh="fsdp=2,tensor=4", steps_per_dispatch=3)
-    with mock.patch.object(train_lib, "prefetch", signal_before(signal.SIGTERM, 9)), contextlib.suppress(Interrupted):
-        train_lib.train(config, directory)
+    train_until(9, config, directory)
     config.update({"mesh": "data=2,sequence=4", "steps_per_dispatch": 1})
     train_lib.train(config, directory)
 

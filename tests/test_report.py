@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -13,16 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    SCRATCH,
-    assert_one_line,
-    assert_same_bits,
-    finished_run,
-    losses,
-    saved_state,
-    signal_before,
-    tiny_config,
-)
+from helpers import SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
 from test_compare import Page
 
 import config_lib
@@ -32,7 +22,6 @@ import run_lib
 import sink_lib
 import train_lib
 from configs import default
-from runtime.errors import Interrupted
 from transformer.model import model_of
 from transformer.sinks import sink_shares
 
@@ -61,8 +50,7 @@ def page_of(workdir: Path) -> tuple[str, str]:
 def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
     run, without, config = reported_run(), finished_run(), tiny_config()
     assert losses(run.workdir) == losses(without.workdir)
-    vocab_size = run.tokenizer.vocab_size
-    assert_same_bits(*(saved_state(r.workdir, config, vocab_size, r.step) for r in (run, without)))
+    assert_same_state(run.workdir, without, config, run.step)
     assert not (without.workdir / "sinks.jsonl").exists() and not (without.workdir / "report.html").exists()
     rows = shares_of(run.workdir)
     evaluated = [(row["step"], row["tokens"]) for row in run.history if row.get("val_loss") is not None]
@@ -73,11 +61,9 @@ def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
     assert rows[0]["shares"] != rows[-1]["shares"]
 
 
-def test_a_run_that_goes_on_has_the_same_shares(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
     config = tiny_config(report=True)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 13))
-        train_lib.train(config, tmp_path)
+    train_until(13, config, tmp_path)
     before = (tmp_path / "sinks.jsonl").read_bytes()
     with (tmp_path / "sinks.jsonl").open("ab") as file:  # as a session that was killed after this checkpoint
         file.write(b'{"step": 14, "tokens": 1, "shares": [[0.5')

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from helpers import (
     arguments,
-    assert_same_bits,
+    assert_same_state,
     finished_run,
     losses,
     make_text,
     rows,
     run_main,
-    saved_state,
     signal_before,
     tiny_config,
 )
@@ -34,10 +33,7 @@ def assert_same_run(workdir: Path, reference: train_lib.Run, config) -> None:
     assert [row["step"] for row in rows(workdir)] == list(range(1, reference.step + 1))
     assert (workdir / "samples.txt").read_text() == (reference.workdir / "samples.txt").read_text()
     last = reference.step * config.accumulation_steps
-    vocab_size = reference.tokenizer.vocab_size
-    assert_same_bits(
-        saved_state(workdir, config, vocab_size, last), saved_state(reference.workdir, config, vocab_size, last)
-    )
+    assert_same_state(workdir, reference, config, last)
     stored = lambda run: sorted(path.name for path in (run / "checkpoints").iterdir())
     assert stored(workdir) == stored(reference.workdir)
     with Checkpoints(workdir, read_only=True) as ours, Checkpoints(reference.workdir, read_only=True) as theirs:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from helpers import arguments, losses, run_main, tiny_config
 
-from report_lib import read_samples
+import run_lib
 from runtime import trackers
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def make(workdir: Path, **changes) -> tuple[trackers.Tracker, list[str]]:
 def test_no_tracker_touches_nothing(tmp_path, wandb_world):
     tracker, warnings = make(tmp_path / "run", enabled=False)
     tracker.log({"loss": 1.0}, 1)
-    tracker.samples([(1, "text")])
+    tracker.samples(lambda: [(1, "text")])
     tracker.finish()
     assert (warnings, tracker.where, os.listdir(tmp_path / "run")) == ([], None, [])
 
@@ -79,7 +79,7 @@ WANDB_RUN = """if True:
     tracker = trackers.make_tracker(True, name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
                                     workdir=Path(sys.argv[1]), warn=print)
     tracker.log({"loss": 0.123456, "mfu": None}, 7)
-    tracker.samples([(step, f"<ROMEO> {step}") for step in range(8)])
+    tracker.samples(lambda: [(step, f"<ROMEO> {step}") for step in range(8)])
     tracker.finish()
 """
 
@@ -191,7 +191,7 @@ def test_what_an_offline_run_wrote_is_all_there_and_a_resumed_one_goes_on_with_i
     assert [each["max_steps"] for each in settings] == [8, 12]
     assert settings[1].items() >= json.loads((workdir / "config.json").read_text())["config"].items()
     assert curve == {step: (loss, val_loss) for step, loss, val_loss in losses(workdir)} and len(curve) == 12
-    assert [table["data"] for table in tables][-1] == [list(sample) for sample in read_samples(workdir / "samples.txt")]
+    assert [table["data"] for table in tables][-1] == [list(sample) for sample in run_lib.read_samples(workdir)]
     assert [len(table["data"]) for table in tables] == [1, 2, 3] and tables[-1]["columns"] == ["step", "sample"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import arguments, finished_run, losses, make_text, rows, run_main, saved_state, signal_before, tiny_config
+from helpers import arguments, finished_run, losses, make_text, rows, run_main, saved_state, tiny_config, train_until
 
 import config_lib
 import input_pipeline
@@ -19,7 +18,7 @@ import run_lib
 import train_lib
 from eval_lib import Evaluator
 from runtime.checkpoint import Checkpoints
-from runtime.errors import DivergedError, Interrupted, UserError
+from runtime.errors import DivergedError, UserError
 from transformer.model import params_of
 from transformer.sharding import make_mesh
 from transformer.tokenizer import tokenizer_from_dict
@@ -71,9 +70,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.25, 2.75, 2.5])  # at steps 7, 14, 21, 28, 30; and 34
     monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
     stored = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):  # when the best has just been saved
-        patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 14))
-        train_lib.train(tiny_config(sample_every=0), tmp_path)
+    train_until(14, tiny_config(sample_every=0), tmp_path)  # when the best has just been saved
     train_lib.train(tiny_config(sample_every=0), tmp_path)
     assert stored() == [14, 25, 30]
     run = train_lib.train(tiny_config(sample_every=0, max_steps=34), tmp_path)

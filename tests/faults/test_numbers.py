@@ -1,21 +1,13 @@
 """Numbers that go bad: nothing of theirs reaches the weights, they are counted and named, and too many end the run."""
 
 import math
-import signal
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    assert_same_bits,
-    finished_run,
-    losses,
-    saved_state,
-    signal_before,
-    tiny_config,
-)
+from helpers import assert_same_state, finished_run, losses, tiny_config, train_until
 from test_step import AT_ONCE, MODEL, Trainer, assert_same, batch
 
 import input_pipeline
@@ -23,7 +15,7 @@ import run_lib
 import train_lib
 from runtime.checkpoint import Checkpoints
 from runtime.divergence import Divergence
-from runtime.errors import DivergedError, Interrupted, NoCheckpointError
+from runtime.errors import DivergedError, NoCheckpointError
 from transformer import health, step
 
 VALUES = (math.nan, math.inf, -math.inf)
@@ -104,9 +96,7 @@ def test_a_run_that_stays_bad_says_where_and_ends_no_later_than_the_next_row(tmp
     """Cut between two bad steps, it goes on counting."""
     monkeypatch.setattr(train_lib, "Batches", bad_batches(*range(12, 1000)))
     config = tiny_config(max_steps=60, max_bad_steps=3, log_every=4, eval_every=100, sample_every=0)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 14))
-        train_lib.train(config, tmp_path)
+    train_until(14, config, tmp_path)
     with pytest.raises(DivergedError) as diverged:
         train_lib.train(config, tmp_path)
     assert "4 steps in a row, up to step 16 (lr 0.01; in the last of them the gradient of blocks.0." in str(
@@ -236,14 +226,10 @@ def test_a_run_warns_of_a_spike_and_a_resume_skips_the_same_one(tmp_path, monkey
     warning = capsys.readouterr().err
     assert warning == "warning: step 39: 1 new loss spike, not applied\n"
     cut = tmp_path / "cut"
-    monkeypatch.setattr(train_lib, "prefetch", signal_before(signal.SIGTERM, 36))
-    with pytest.raises(Interrupted):
-        train_lib.train(config, cut)
-    monkeypatch.setattr(train_lib, "prefetch", input_pipeline.prefetch)
+    train_until(36, config, cut)
     train_lib.train(config, cut)
     assert losses(cut) == losses(whole.workdir)
-    size = whole.tokenizer.vocab_size
-    assert_same_bits(saved_state(cut, config, size, 42), saved_state(whole.workdir, config, size, 42))
+    assert_same_state(cut, whole, config, 42)
 
 
 def test_a_spike_that_is_not_skipped_names_the_key():
