@@ -29,7 +29,7 @@ from runtime.plots import save_figure
 from transformer.sharding import make_mesh
 
 WORK = ("fixed model", "fixed work")
-LAYOUTS = ("data",)
+LAYOUTS = ("data", "fsdp")
 HARDWARE = "H100"
 
 
