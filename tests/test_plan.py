@@ -186,4 +186,6 @@ def test_scale_in_small(tmp_path):
         (w, n) for w in ("fixed model", "fixed work") for n in (1, 2, 4)
     ]
     assert own[0]["sent MB"] == 0 < own[1]["sent MB"] and own[0]["MB"] > own[2]["MB"]
+    state = {(row["layout"], row["devices"]): row["state MB"] for row in rows}
+    assert state["data", 4] == state["data", 1] and state["fsdp", 4] < 0.27 * state["fsdp", 1]
     assert [row["sequences"] for row in own] == [8, 8, 8, 2, 4, 8] and (tmp_path / "scale.png").stat().st_size > 1000
