@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import config_lib
 import panels_lib
 import run_lib
-from dispatch_lib import place, several_steps, spans
+from dispatch_lib import held_back, place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
 from report_lib import write_after_training
@@ -135,7 +135,7 @@ class Trainer:
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         step = make_step(config, self.model_config, self.total, dropout_key, self.mesh)
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run
+        self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
         self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None

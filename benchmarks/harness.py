@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import run_lib
+from dispatch_lib import held_back
 from runtime import devices
 from runtime.large_pages import SETTING
 from runtime.metrics import environment
@@ -123,7 +124,7 @@ class TrainerStep:
         step = make_step(config, self.model_config, config.max_steps or 1000, key, self.mesh)
         self._init = partial(step.init, key)
         self.reset()
-        self.train_step = step.run
+        self.train_step, self._run = step.run, held_back(step.run)
 
     def reset(self) -> None:
         """Back to the state before the first step."""
@@ -148,8 +149,8 @@ class TrainerStep:
         return self.place(np.random.default_rng(0).integers(0, self.model_config.vocab_size, shape, np.int32))
 
     def __call__(self, batch_BT1: jax.Array) -> dict[str, jax.Array]:
-        """One step; like the trainer it does not wait. Gives the metrics."""
-        self.state, metrics = self.train_step(self.state, batch_BT1)
+        """One step; waited for as little as the trainer does. Gives the metrics."""
+        self.state, metrics = self._run(self.state, batch_BT1)
         return metrics
 
     def several(self, batches: Iterable[jax.Array]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
 
 import train_lib
-from dispatch_lib import spans
+from dispatch_lib import held_back, spans
 from runtime.checkpoint import Checkpoints
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
@@ -54,6 +54,24 @@ def test_large_dispatches_on_two_devices(tmp_path):
     have = losses(tmp_path / "two")
     assert [row[0] for row in have] == [row[0] for row in want] == [4, 8, 9]
     assert [row[1] for row in have] == pytest.approx([row[1] for row in want], rel=1e-5)
+
+
+def test_the_devices_are_never_far_behind(monkeypatch):
+    waited = []
+    monkeypatch.setattr("dispatch_lib.jax.block_until_ready", waited.append)
+    step = held_back(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
+    state = 0
+    for batch in range(5):
+        state, step_metrics = step(state, batch)
+        assert (state, step_metrics) == (batch + 1, f"metrics {batch}")
+    assert waited == ["metrics 0", "metrics 1"]
+
+
+def test_nothing_to_wait_for_in_a_hundred_steps_of_two_devices(tmp_path):
+    """With all of them under way, XLA's two devices wait for each other and the process is aborted."""
+    config = tiny_config(max_steps=100, cpu_devices="2", num_blocks=1, **QUIET)
+    done = run_main(*arguments(config, tmp_path))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Generation: the cache against recomputation, the choice of the next token, ends of text, streams."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from transformer import sampling
+from transformer.dense import compiler_options
 from transformer.model import TransformerConfig, init_params, model_of, params_of
 from transformer.sampling import (
     CHUNK,
     NOTHING,
     Sampling,
     _decode,
-    _prefill,
     generate,
     generate_tokens,
     pick,
@@ -131,6 +132,23 @@ def test_logits_with_the_cache_equal_those_without(models):
         np.testing.assert_allclose(have_BTV, want_BCV[row_B1, place_BT], rtol=1e-5, atol=1e-5)
 
 
+def test_a_token_writes_into_the_cache_and_copies_none_of_it(random_params):
+    """For each of its users XLA would write a cache of its own, and copy the whole (`settle`, in `attention.write`)."""
+    config = TransformerConfig(V, context_len=64, num_blocks=2, num_heads=4, embedding_dim=128, mlp_dim=512)
+    model = model_of(config, random_params(config))
+    start_B, done_B, token_B = jnp.zeros(1, int), jnp.zeros(1, bool), jnp.zeros(1, int)
+    decode = jax.jit(
+        partial(_decode.__wrapped__, config=config, sampling=GREEDY, eot=None),
+        donate_argnames=("cache",),
+        compiler_options=compiler_options(),
+    )
+    cache = model.empty_cache(start_B, 64)
+    program = decode.lower(params_of(model), cache, token_B, done_B, 3, jax.random.key(0), None, 0).compile().as_text()
+    of_the_cache = lambda what: re.findall(rf"f32\[1,4,64,32\]\S* {what}\(", program)
+    assert len(of_the_cache("copy")) == 0
+    assert len(of_the_cache("dynamic-update-slice")) == 2 * config.num_blocks
+
+
 def test_a_text_depends_on_its_own_prompt_alone_and_of_that_on_what_fits(model):
     alike = tokens_of(model, [prompts(9)[0]] * 4, 30)
     assert (alike == alike[0]).all()
@@ -156,12 +174,14 @@ def test_as_many_tokens_as_asked_for_in_chunks(model):
 ANYTHING = 1e4  # at this temperature all tokens are about equally likely: a text shows its random numbers
 
 
-def test_other_prompts_and_seeds_compile_nothing_new(model):
+def test_other_prompts_and_seeds_compile_nothing_new(model, caplog):
     list(generate_tokens(model, prompts(9, 12), 8, Sampling(ANYTHING, seed=1)))
-    compiled = _prefill._cache_size(), _decode._cache_size()
-    list(generate_tokens(model, prompts(16, 1), 5, Sampling(ANYTHING, seed=2)))
-    list(generate_tokens(model, prompts(11, 10), 3, Sampling(ANYTHING, seed=3)))
-    assert (_prefill._cache_size(), _decode._cache_size()) == compiled
+    with jax.log_compiles():
+        list(generate_tokens(model, prompts(16, 1), 5, Sampling(ANYTHING, seed=2)))
+        list(generate_tokens(model, prompts(11, 10), 3, Sampling(ANYTHING, seed=3)))
+        assert "Compiling" not in caplog.text
+        list(generate_tokens(model, prompts(17, 10), 3, Sampling(ANYTHING, seed=3)))
+        assert "Compiling" in caplog.text
 
 
 def test_a_seed_gives_one_text_and_each_row_and_token_has_its_own_draw(model):

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.dense import settle
+
 MASKED = float(np.finfo(np.float32).min)  # stands for minus infinity and, unlike it, never makes a NaN
 
 
@@ -85,7 +87,7 @@ class Cache(NamedTuple):
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
     """Put the keys and values of T tokens into the slots from `slot` on."""
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
-    return LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH))
+    return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader writes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:

@@ -5,6 +5,8 @@ each layer's gradient of the residual stream is a user of all later layers' ones
 square of the depth. `settle` stops that, in programs compiled with `compiler_options`. Nothing here changes a value.
 """
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any
 
 import jax
@@ -20,6 +22,17 @@ def settle(x: Any) -> Any:
 def compiler_options() -> dict[str, Any] | None:
     """For `jax.jit`: on a CPU barriers must last until operations have been fused, or `settle` does nothing."""
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
+
+
+def jit_at_first_call(function: Callable, **options: Any) -> Callable:
+    """`jax.jit` with `compiler_options`, for a module's functions: while it is imported no device is there to ask."""
+    program = lru_cache(lambda: jax.jit(function, compiler_options=compiler_options(), **options))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return program()(*args, **kwargs)
+
+    return call
 
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:

@@ -351,13 +351,10 @@ def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, softcap: float
 # --- Parameters by name -------------------------------------------------------------------------------------------
 
 
-def _name(path: tuple) -> str:
-    return ".".join(map(str, path))
-
-
 def params_of(model: Transformer) -> Params:
     """The model's parameters as a flat dict, by dotted name."""
-    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    found = jax.tree.leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))  # `nnx.state` takes 2 ms
+    return {jax.tree_util.keystr(path, simple=True, separator="."): param[...] for path, param in found}
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
@@ -372,10 +369,10 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
       ValueError: a name is missing or unknown, or a shape is not the config's.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    flat = nnx.to_flat_state(state)
-    want = {_name(path): part_shape(_name(path), variable.shape) for path, variable in flat}
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    want = {name: part_shape(name, variable.shape) for name, (_, variable) in flat.items()}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
         raise ValueError(f"parameters do not fit the config: {'; '.join(odd[:3])}")
-    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path, _ in flat]))
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[name])) for name, (path, _) in flat.items()]))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.attention import Cache, LayerCache
+from transformer.dense import jit_at_first_call
 from transformer.model import Params, Transformer, TransformerConfig, model_of, params_of
 from transformer.tokenizer import TextStream, Tokenizer
 
@@ -83,7 +84,7 @@ def pick(
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"))
+@partial(jit_at_first_call, static_argnames=("config", "sampling"))
 def _prefill(
     params: Params, tokens_BP, start_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
 ) -> tuple[jax.Array, Cache | None]:
@@ -100,7 +101,7 @@ def _enlarge(cache: Cache, slots: int) -> Cache:
     return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "eot"), donate_argnames=("cache",))
+@partial(jit_at_first_call, static_argnames=("config", "sampling", "eot"), donate_argnames=("cache",))
 def _decode(
     params: Params,
     cache: Cache,
