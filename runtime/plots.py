@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from runtime.files import storage_error
-from runtime.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,9 +137,11 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
 
 def _dress(axes: "Axes", x: str, y: str) -> None:
     """What all the pictures have: named axes, tokens as 1.2M, a faint grid."""
+    from matplotlib.ticker import EngFormatter
+
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
-    axes.xaxis.set_major_formatter(lambda value, _: human(value).replace(".0", ""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

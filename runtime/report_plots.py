@@ -178,8 +178,10 @@ def _figure(height: float, title: str) -> tuple["Figure", "Axes"]:
 
 
 def _dress(axes: "Axes", x: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     axes.set_xlabel(x, color=_INK)
-    axes.xaxis.set_major_formatter(lambda value, _: human(value).replace(".0", ""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
     axes.grid(color=_INK, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

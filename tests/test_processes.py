@@ -38,7 +38,7 @@ def one_process(config, tmp_path_factory):
 
 
 def final_state(workdir, config):
-    return saved_state(workdir, config, VOCABULARY, STEPS)
+    return saved_state(workdir, config, VOCABULARY, STEPS * config.accumulation_steps)
 
 
 def assert_same_run(workdir, other, config):
@@ -73,20 +73,24 @@ def test_two_processes_of_slurm_go_on_from_one_and_end_in_its_bits(config, one_p
     assert_same_run(workdir, one_process, config)
 
 
-@pytest.mark.slow  # a minute: four processes on whatever cores there are
-def test_four_processes_accumulate_as_one_with_four_devices(tmp_path):
-    config = tiny_config(**SETTINGS, accumulation_steps=2)
-    one, four = tmp_path / "one", tmp_path / "four"
-    [alone] = ends([start(arguments(config, one), devices=4)])
-    together = train(arguments(config, four), 4)
-    assert [ended.status for ended in [alone, *together]] == [0] * 5, together[0].err
-    for (step, loss, val), (step_4, loss_4, val_4) in zip(losses(one), losses(four), strict=True):
-        assert step == step_4
-        np.testing.assert_allclose(loss, loss_4, rtol=1e-5)  # beyond two devices the order of the sums is free
-        assert (val is None) == (val_4 is None)
+@pytest.mark.slow  # a minute each: as many processes on whatever cores there are
+@pytest.mark.parametrize("mesh, count", [("", 4), ("data=2,tensor=2", 4), ("fsdp=2", 2)])
+def test_processes_accumulate_as_one_with_as_many_devices_on_any_mesh(mesh, count, tmp_path):
+    config = tiny_config(**SETTINGS, accumulation_steps=2, mesh=mesh)
+    one, many = tmp_path / "one", tmp_path / "many"
+    [alone] = ends([start(arguments(config, one), devices=count)])
+    together = train(arguments(config, many), count)
+    assert [ended.status for ended in [alone, *together]] == [0] * (count + 1), together[0].err
+    if count == 2:
+        assert_same_run(many, one, config)
+    for (step, loss, val), (its_step, its_loss, its_val) in zip(losses(one), losses(many), strict=True):
+        assert step == its_step
+        np.testing.assert_allclose(loss, its_loss, rtol=1e-5)  # beyond two devices the order of the sums is free
+        assert (val is None) == (its_val is None)
         if val is not None:
-            np.testing.assert_allclose(val, val_4, rtol=1e-5)
-    [ended] = ends([start([*arguments(config, four), f"--config.max_steps={STEPS + 2}"], devices=1)])
+            np.testing.assert_allclose(val, its_val, rtol=1e-5)
+    alone_again = [*arguments(config, many), "--config.mesh=", f"--config.max_steps={STEPS + 2}"]
+    [ended] = ends([start(alone_again, devices=1)])
     assert ended.status == 0 and f"resuming at step {STEPS}" in ended.out, ended.err
 
 
