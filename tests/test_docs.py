@@ -165,6 +165,9 @@ def test_the_commands_of_a_page_run(page, place):
             argv = main_arguments(words)
             if argv is not None and LONG not in line:
                 run(argv)
+            elif argv is not None and argv[0].startswith("-"):  # two steps, by bytes: the next line may give any text
+                short = ["--config.max_steps=2", "--config.tokenizer=byte"]
+                run([word for word in argv if not word.startswith("--config.max_steps")] + short)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
