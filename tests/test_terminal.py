@@ -191,8 +191,10 @@ def test_an_encoding_without_blocks_gets_none(watched):
     stream = watched()
     stream.encoding = "ascii"
     with Console() as console, console.progress(40, 8) as bar:
-        bar.update(9)
-        console.step_line(row(step=10), 40)
+        for step in range(9, 13):
+            bar.update(step)
+            console.step_line(row(step=step, loss=5.0 - step / 10), 40)
+        console._terminal._live.refresh()
         console.sample(3, "text")
         console.closing(Table("Done", ["", ""], [["a", "b"]], left=2), "command")
     assert stream.getvalue().isascii() and "\\" not in stream.getvalue().replace("- \\ | /", "")
