@@ -4,7 +4,6 @@ Small models on a GPU wait for the host otherwise, which starts each step anew. 
 due, so that a run does the same at the same steps however many go at once.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,24 +70,6 @@ def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any
     stack = NamedSharding(mesh, PartitionSpec(None, *place.spec))
     stack_SBT1 = jax.make_array_from_callback((most, B, T1), stack, rows_of_all)
     return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
-
-
-def held_back(train_step: Callable, most: int = 4) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-    """`train_step`, which first waits while the devices are `most` dispatches behind.
-
-    That keeps them busy, and a signal waits for no more than these. Of XLA's devices on a CPU, with 32 programs under
-    way one waits for another that will not start, and the process is aborted.
-    """
-    under_way: deque[Any] = deque()
-
-    def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        if len(under_way) == most:
-            jax.block_until_ready(under_way.popleft())
-        state, step_metrics = train_step(state, batch)
-        under_way.append(step_metrics)
-        return state, step_metrics
-
-    return run
 
 
 def several_steps(

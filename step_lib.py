@@ -1,6 +1,7 @@
 """The training step that a config describes, for who trains it, plans it or times it."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,6 +42,24 @@ def make_step(config: ConfigDict, model_config: TransformerConfig, total: int, k
     init = partial(init_state, model_config, optimizer, labels)
     born = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
     return Step(jax.eval_shape(born, key), labels, born, run)
+
+
+def held_back(step: Callable, most: int = 4) -> Callable:
+    """`step`, a function of a state and a batch that gives both a state and metrics, held back.
+
+    It waits while the devices are `most` dispatches behind, which keeps them busy, and a signal waits for no more than
+    these. On a CPU, once 33 programs are under way, XLA's devices wait for each other and the process is aborted.
+    """
+    under_way: deque[Any] = deque()
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        if len(under_way) == most:
+            jax.block_until_ready(under_way.popleft())
+        state, step_metrics = step(state, batch)
+        under_way.append(step_metrics)
+        return state, step_metrics
+
+    return run
 
 
 def held_bytes(config: ConfigDict, model_config: TransformerConfig, state: TrainState, mesh: Mesh) -> dict[str, int]:

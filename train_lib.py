@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import config_lib
 import panels_lib
 import run_lib
-from dispatch_lib import held_back, place, several_steps, spans
+from dispatch_lib import place, several_steps, spans
 from eval_lib import Evaluator
 from input_pipeline import Batches, prefetch
 from report_lib import write_after_training
@@ -31,7 +31,7 @@ from runtime.processes import by_first, is_first
 from runtime.trackers import make_tracker
 from runtime.watchdog import Watchdog
 from sink_lib import SinkLog
-from step_lib import make_step
+from step_lib import held_back, make_step
 from transformer.cost import flops_per_token, parameter_counts
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate

@@ -19,11 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import run_lib
-from dispatch_lib import held_back
 from runtime import devices
 from runtime.large_pages import SETTING
 from runtime.metrics import environment
-from step_lib import make_step
+from step_lib import held_back, make_step
 from transformer.sharding import batch_sharded, make_mesh
 
 ROOT = Path(__file__).parent.parent
