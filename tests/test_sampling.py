@@ -147,6 +147,7 @@ def test_a_token_writes_into_the_cache_and_copies_none_of_it(random_params):
     of_the_cache = lambda what: re.findall(rf"f32\[1,4,64,32\]\S* {what}\(", program)
     assert len(of_the_cache("copy")) == 0
     assert len(of_the_cache("dynamic-update-slice")) == 2 * config.num_blocks
+    assert not re.search(r"f32\[(1,)?4,32,64\]", program)  # nor are keys or values transposed
 
 
 def test_a_text_depends_on_its_own_prompt_alone_and_of_that_on_what_fits(model):

@@ -56,7 +56,8 @@ def attend_heads_first(
     if sink_KG11 is not None:
         total_BKGT1 = total_BKGT1 + jnp.exp(sink_KG11 - top_BKGT1)
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", probs_BKGTS, v_BKSH).reshape(B, T, N, H)
+    y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)  # heads before tokens, or XLA transposes the values
+    return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def visible(query_BT: jax.Array, key_S: jax.Array, window: int) -> jax.Array:
