@@ -73,6 +73,7 @@ def _all_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [_sums(leaf) for leaf in leaves]
 
 
+@jax.jit  # arrays of one shape are traced once
 def _sums(x: jax.Array) -> jax.Array:
     """The two sums [2] of an array."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x

@@ -6,6 +6,7 @@ Weights are 2-D, [in, out], and float32; they are cast to the compute dtype wher
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -166,9 +167,8 @@ def _output_initializer(config: TransformerConfig) -> nnx.Initializer:
 
 
 def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: nnx.Rngs, init=None) -> nnx.Linear:
-    kernel_init = init or _normal()
     options: dict[str, Any] = {"dtype": config.dtype, "dot_general": dot_general}
-    return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=kernel_init, rngs=rngs, **options)
+    return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init or _normal(), rngs=rngs, **options)
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -203,8 +203,7 @@ class Attention(nnx.Module):
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
         c, B, T = self.config, *x_BTD.shape[:2]
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
-        k_BTKH = self.key(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
-        v_BTKH = self.value(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim)
+        k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if turn is not None:
@@ -215,9 +214,8 @@ class Attention(nnx.Module):
         c = self.config
         qkv = self.project(x_BTD, where.turn)
         sink_N = self.sink[...] if c.attention_sink else None
-        cache = None
         if place is None:
-            y_BTNH = causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT)
+            y_BTNH, cache = causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT), None
         else:
             before, slot, masks = place
             cache = write(before, *qkv[1:], slot)
@@ -264,11 +262,7 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        where: Where,
-        rngs: nnx.Rngs | None,
-        place: Place | None = None,
+        self, x_BTD: jax.Array, where: Where, rngs: nnx.Rngs | None, place: Place | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), where, place)
         x_BTD = settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
@@ -317,9 +311,8 @@ class Transformer(nnx.Module):
             document_BT = None if c.document_start < 0 else jnp.cumsum(tokens_BT == c.document_start, axis=1)
             where = Where(turn, document_BT)
             return self.final_norm(run_blocks(self.blocks, x_BTD, where, rngs, c.remat, period)), None
-        masks = {
-            window: visible_slots(cache, T, window) for window in {block.attention.window for block in self.blocks}
-        }
+        windows = {block.attention.window for block in self.blocks}
+        masks = {window: visible_slots(cache, T, window) for window in windows}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
             x_BTD, after = block(x_BTD, Where(turn, None), rngs, (before, cache.length, masks))
@@ -369,11 +362,17 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
     Raises:
       ValueError: a name is missing or unknown, or a shape is not the config's.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    want = {name: part_shape(name, variable.shape) for name, (_, variable) in flat.items()}
+    graph, parts = _skeleton(config)
+    want = {name: part_shape(name, shape) for name, (_, shape) in parts.items()}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
         raise ValueError(f"parameters do not fit the config: {'; '.join(odd[:3])}")
-    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[name])) for name, (path, _) in flat.items()]))
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[name])) for name, (path, _) in parts.items()]))
+
+
+@lru_cache  # tracing it takes 45 ms for 4 blocks, and every program asks for it
+def _skeleton(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, tuple[int, ...]]]]:
+    """The model without its parameters, and the path in it and the shape of each, by dotted name."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    return graph, {".".join(map(str, path)): (path, variable.shape) for path, variable in nnx.to_flat_state(state)}
