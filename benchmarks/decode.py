@@ -2,13 +2,18 @@
 
     python -m benchmarks.decode
 
-Greedy, in GPT-2's exact settings without sinks, float32. Both sides continue the same random prompts by as many tokens,
-in turn in one process, set up as `main.py sample` does it (one device; torch takes all cores). Time to first token is
-from the call to the first token on the host, with everything compiled; tokens per second count a whole call, prefill
-included. Where two logits are as good as equal the sides may choose differently: `same` says how many texts agree.
+Greedy, in GPT-2's exact settings without sinks, float32. Both sides continue the same random prompts by as many tokens.
+Each runs in a process of its own, set up as its users do (`main.py sample` has one device; torch takes all cores), and
+they take turns, a block of texts at a time, while the other sleeps. Time to first token is from the call to the first
+token on the host, with everything compiled; tokens per second count a whole call, prefill included. Where two logits
+are as good as equal the sides may choose differently: `same` says how many texts agree.
 """
 
+import argparse
+import json
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GPT2LMHeadModel
 
-from benchmarks.harness import interleaved, report, spread
+from benchmarks.harness import RESULTS, Worker, answer, report, seconds_of_one, spread
 from runtime import devices
 from runtime.large_pages import restart_with_large_pages
 from transformer.interop import to_theirs
@@ -28,6 +33,8 @@ PROMPT = 16
 SHAPES = [(4, 128, 4, 64), (4, 128, 4, 256), (6, 384, 6, 256)]  # blocks, width, heads, context
 BATCHES = (1, 16)
 ROUNDS = 5
+BLOCK = 0.5  # seconds of texts of a side in a round
+SIDES = ("transformers", "here")
 GREEDY = Sampling(temperature=0)
 
 
@@ -60,56 +67,83 @@ def in_torch(model: Transformer) -> GPT2LMHeadModel:
     return twin.eval()
 
 
-def compare(model: Transformer, twin: GPT2LMHeadModel, batch: int) -> dict[str, Any]:
-    """One row of the table."""
-    prompts_BP = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT))
-    count = model.config.context_len - PROMPT
-    prompts, theirs_BP = list(prompts_BP), torch.tensor(prompts_BP)
+def caller(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function that continues the prompts by so many tokens."""
+    if side == "here":
+        prompts = list(prompts_BP)
+        return lambda count: np.concatenate(list(generate_tokens(model, prompts, count, GREEDY))).T
+    twin, theirs_BP = in_torch(model), torch.tensor(prompts_BP)
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(theirs_BP)}
 
-    def here(tokens: int) -> np.ndarray:
-        return np.concatenate(list(generate_tokens(model, prompts, tokens, GREEDY))).T
-
-    def there(tokens: int) -> np.ndarray:
+    def call(count: int) -> np.ndarray:
         with torch.inference_mode():
-            return twin.generate(theirs_BP, max_new_tokens=tokens, **settings)[:, PROMPT:].numpy()
+            return twin.generate(theirs_BP, max_new_tokens=count, **settings)[:, PROMPT:].numpy()
 
-    same = (here(count) == there(count)).all(axis=1)
-    seconds = interleaved(
-        {
-            "first here": lambda: next(generate_tokens(model, prompts, count, GREEDY)),
-            "first there": lambda: there(1),
-            "all here": lambda: here(count),
-            "all there": lambda: there(count),
-        },
-        rounds=ROUNDS,
-        warmup=1,
-    )
-    of = {name: spread(values) for name, values in seconds.items()}
-    c = model.config
+    return call
+
+
+def work(side: str, shape: tuple[int, ...], batch: int) -> None:
+    """The process of one side: says its tokens, then for each number of tokens that comes in the seconds they take."""
+    model = gpt2(*shape)
+    call = caller(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
+    calls = lambda tokens: lambda count: [call(tokens) for _ in range(count)]
+    tokens = call(model.config.context_len - PROMPT).tolist()
+    call(1)
+    answer(json.dumps(tokens), lambda tokens: seconds_of_one(calls(int(tokens)), BLOCK))
+
+
+def compare(shape: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    blocks, width, _, context = shape
+    count = context - PROMPT
+    sizes = ",".join(map(str, shape))
+    workers: dict[str, Worker] = {}
+    seconds: dict[tuple[str, int], list[float]] = {(side, tokens): [] for side in SIDES for tokens in (1, count)}
+    try:
+        for side in SIDES:
+            workers[side] = Worker("benchmarks.decode", f"--work={side}", f"--shape={sizes}", f"--batch={batch}")
+        said = [json.loads(worker.ready) for worker in workers.values()]
+        for _ in range(rounds):
+            for (side, tokens), values in seconds.items():
+                values.append(float(workers[side].ask(tokens)))
+    finally:
+        for worker in workers.values():
+            worker.end()
+    theirs, ours = SIDES
+    first, whole = ({side: spread(seconds[side, tokens]) for side in SIDES} for tokens in (1, count))
+    ratios = [a / b for a, b in zip(seconds[theirs, count], seconds[ours, count], strict=True)]
     return {
-        "model": f"{c.num_blocks} x {c.embedding_dim}, context {c.context_len}",
+        "model": f"{blocks} x {width}, context {context}",
         "batch": batch,
         "new tokens": count,
-        "first token, transformers (ms)": 1e3 * of["first there"]["median"],
-        "here (ms)": 1e3 * of["first here"]["median"],
-        "tokens/s, transformers": batch * count / of["all there"]["median"],
-        "here": batch * count / of["all here"]["median"],
-        "quartiles here": " - ".join(f"{batch * count / of['all here'][end]:,.0f}" for end in ("high", "low")),
-        "times as fast": of["all there"]["median"] / of["all here"]["median"],
-        "same": f"{same.sum()} of {batch}",
+        "first token, transformers (ms)": 1e3 * first[theirs]["median"],
+        "here (ms)": 1e3 * first[ours]["median"],
+        "tokens/s, transformers": batch * count / whole[theirs]["median"],
+        "here": batch * count / whole[ours]["median"],
+        "quartiles here": " - ".join(f"{batch * count / whole[ours][end]:,.0f}" for end in ("high", "low")),
+        "times as fast": spread(ratios)["median"],
+        "same": f"{sum(a == b for a, b in zip(*said, strict=True))} of {batch}",
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
+    parser.add_argument("--work", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--shape", type=lambda text: tuple(map(int, text.split(","))), help="one row: blocks,width,heads,context"
+    )
+    parser.add_argument("--batch", type=int)
+    flags = parser.parse_args(argv)
     devices.set_up_compile_cache()
     devices.wake_up()
-    rows = []
-    for shape in SHAPES:
-        model = gpt2(*shape)
-        twin = in_torch(model)
-        rows += [compare(model, twin, batch) for batch in BATCHES]
-    report("decode", "Greedy decoding, float32, medians", rows, f"torch on {torch.get_num_threads()} threads")
+    if flags.work:
+        return work(flags.work, flags.shape, flags.batch)
+    shapes, batches = [flags.shape] if flags.shape else SHAPES, [flags.batch] if flags.batch else BATCHES
+    rows = [compare(shape, batch, flags.rounds) for shape in shapes for batch in batches]
+    note = f"torch on {torch.get_num_threads()} threads. Medians of {flags.rounds} rounds."
+    report("decode", "Greedy decoding, float32", rows, note, flags.out)
 
 
 if __name__ == "__main__":

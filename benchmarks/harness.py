@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from runtime.metrics import environment
 from step_lib import held_back, make_step
 from transformer.sharding import batch_sharded, make_mesh
 
+ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
@@ -179,6 +181,48 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
             call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+class Worker:
+    """One side of a comparison in a process of its own, as its users run it; it sleeps while others are measured.
+
+    Attributes:
+      ready: the line with which it said that it was ready; empty when it did not start.
+    """
+
+    def __init__(self, *command: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, **pipes)
+        self.ready = self._process.stdout.readline().strip()
+
+    def ask(self, question: object) -> str:
+        """Its answer, a line too."""
+        print(question, file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+def answer(ready: object, reply: Callable[[str], object]) -> None:
+    """What the process of a `Worker` does when it is ready: `reply` to each line, until there are no more."""
+    print(ready, flush=True)
+    for line in sys.stdin:
+        print(reply(line.strip()), flush=True)
+
+
+def seconds_of_one(call: Callable[[int], Any], block: float, least: int = 1) -> float:
+    """Of a call that does as many of something as asked for, in about `block` seconds.
+
+    One before, not counted, wakes threads, brings memory back and says how long one takes.
+    """
+
+    def one_of(count: int) -> float:
+        start = time.perf_counter()
+        call(count)
+        return (time.perf_counter() - start) / count
+
+    return one_of(max(least, round(block / one_of(1))))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -11,11 +11,7 @@ Linux gives them on demand, as a run of `main.py` does; `GLIBC_TUNABLES= python 
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +19,23 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.harness import RESULTS, ROOT, TrainerStep, about, matrix_rate, report, spread, wake_devices
+from benchmarks.harness import (
+    RESULTS,
+    TrainerStep,
+    Worker,
+    about,
+    answer,
+    matrix_rate,
+    report,
+    seconds_of_one,
+    spread,
+    wake_devices,
+)
 from configs import nanogpt_char_cpu, shakespeare
 from run_lib import model_config_of
 from runtime.large_pages import restart_with_large_pages
 from transformer.cost import flops_per_token, parameter_counts
 
-ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary
     "4 x 128": (4, 128, 4, 512, 64, 12, 65),
     "6 x 384": (6, 384, 6, 1536, 256, 8, 65),
@@ -103,17 +109,8 @@ def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
 def work(side: str, shape: str) -> None:
     """The process of one side: a line that comes in asks for so many seconds of steps; out go those of one."""
     several, parameters = here(shape) if side == "here" else in_torch(shape, compiled=side == "torch compiled")
-
-    def seconds_of(steps: int) -> float:
-        start = time.perf_counter()
-        several(steps)
-        return (time.perf_counter() - start) / steps
-
     several(3)
-    print(parameters, flush=True)
-    for line in sys.stdin:
-        one = seconds_of(1)  # wakes threads and brings memory back, which is not counted
-        print(seconds_of(max(2, round(float(line) / one))), flush=True)
+    answer(parameters, lambda block: seconds_of_one(several, float(block), least=2))
 
 
 def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[dict[str, list[float]], float]:
@@ -123,28 +120,21 @@ def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[di
       SystemExit: the sides differ in their number of parameters.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    workers: dict[str, subprocess.Popen[str]] = {}
-    parameters, rates = set(), []
+    workers: dict[str, Worker] = {}
+    rates = []
     try:
-        for side in sides:
-            command = [sys.executable, "-m", "benchmarks.step", f"--work={side}", "--shapes", shape]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            worker = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
-            workers[side] = worker
-            if first_line := worker.stdout.readline():  # one after the other: compiling takes all cores
-                parameters.add(int(first_line))
-            else:
-                workers.pop(side).communicate()
-        if len(parameters) > 1:
-            raise SystemExit(f"{shape}: the sides have {' and '.join(map(str, parameters))} parameters")
+        for side in sides:  # one after the other: compiling takes all cores
+            workers[side] = Worker("benchmarks.step", f"--work={side}", "--shapes", shape)
+        started = {side: worker for side, worker in workers.items() if worker.ready}
+        if len(parameters := {worker.ready for worker in started.values()}) > 1:
+            raise SystemExit(f"{shape}: the sides have {' and '.join(parameters)} parameters")
         for _ in range(rounds):
             rates.append(matrix_rate(rounds=5))
-            for side, worker in workers.items():
-                print(block, file=worker.stdin, flush=True)
-                seconds[side].append(float(worker.stdout.readline()))
+            for side, worker in started.items():
+                seconds[side].append(float(worker.ask(block)))
     finally:
         for worker in workers.values():
-            worker.communicate()
+            worker.end()
     return seconds, statistics.median(rates)
 
 

@@ -214,6 +214,26 @@ def test_time_to_a_loss(tmp_path, text):
     assert row["steps"] == 2 and 0 < row["target on the disk after (s)"] <= row["whole process (s)"]
 
 
+def test_a_side_that_does_not_start_is_not_ready(capfd):
+    worker = harness.Worker("benchmarks.nothing")
+    assert worker.ready == ""
+    worker.end()
+    assert "benchmarks.nothing" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_sides_take_turns_in_processes_of_their_own(tmp_path):
+    few = ["--rounds=2", f"--out={tmp_path}"]
+    run_benchmark("decode", *few, "--shape=1,16,2,24", "--batch=2")
+    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert row["same"] == "2 of 2" and row["new tokens"] == 8 and row["times as fast"] > 0
+    assert row["here (ms)"] < 1e3 * 8 * 2 / row["here"], "the first token takes less than all"
+    run_benchmark("step", *few, "--shapes=1,16,2,24,8,4,50", "--sides", "here", "torch eager", "--block=0.05")
+    ours, theirs = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert (ours["side"], theirs["side"]) == ("here", "torch eager") and theirs["ms a step"] > 0
+    assert float(ours["times as fast as torch"]) == pytest.approx(theirs["ms a step"] / ours["ms a step"], abs=0.006)
+
+
 @pytest.mark.slow
 def test_all_parts_of_the_gpu_benchmark_in_small(tmp_path):
     printed = run_benchmark("gpu", "--tiny", f"--out={tmp_path}")
