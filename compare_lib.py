@@ -200,11 +200,11 @@ def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _shared_name(names: list[str]) -> str:
-    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1"."""
+    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1"; if not more, how many."""
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(names)  # noqa: RUF071  by characters is meant
-    return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared)
+    return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared) or (f"{len(names)} seeds" if shared else "")
 
 
 def mean_and_spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
