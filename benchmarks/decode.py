@@ -67,62 +67,62 @@ def in_torch(model: Transformer) -> GPT2LMHeadModel:
     return twin.eval()
 
 
-def caller(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[int], np.ndarray]:
+def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[int], np.ndarray]:
     """A function that continues the prompts by so many tokens."""
     if side == "here":
         prompts = list(prompts_BP)
-        return lambda count: np.concatenate(list(generate_tokens(model, prompts, count, GREEDY))).T
+        return lambda length: np.concatenate(list(generate_tokens(model, prompts, length, GREEDY))).T
     twin, theirs_BP = in_torch(model), torch.tensor(prompts_BP)
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(theirs_BP)}
 
-    def call(count: int) -> np.ndarray:
+    def write(length: int) -> np.ndarray:
         with torch.inference_mode():
-            return twin.generate(theirs_BP, max_new_tokens=count, **settings)[:, PROMPT:].numpy()
+            return twin.generate(theirs_BP, max_new_tokens=length, **settings)[:, PROMPT:].numpy()
 
-    return call
+    return write
 
 
 def work(side: str, shape: tuple[int, ...], batch: int) -> None:
-    """The process of one side: says its tokens, then for each number of tokens that comes in the seconds they take."""
+    """The process of one side: says its texts; then, asked for a length, the seconds that texts of it take."""
     model = gpt2(*shape)
-    call = caller(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
-    calls = lambda tokens: lambda count: [call(tokens) for _ in range(count)]
-    tokens = call(model.config.context_len - PROMPT).tolist()
-    call(1)
-    answer(json.dumps(tokens), lambda tokens: seconds_of_one(calls(int(tokens)), BLOCK))
+    write = writer(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
+    several = lambda length: lambda times: [write(length) for _ in range(times)]
+    texts = write(model.config.context_len - PROMPT).tolist()
+    write(1)
+    answer(json.dumps(texts), lambda length: seconds_of_one(several(int(length)), BLOCK))
 
 
 def compare(shape: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     blocks, width, _, context = shape
-    count = context - PROMPT
+    whole = context - PROMPT
     sizes = ",".join(map(str, shape))
     workers: dict[str, Worker] = {}
-    seconds: dict[tuple[str, int], list[float]] = {(side, tokens): [] for side in SIDES for tokens in (1, count)}
+    seconds: dict[tuple[str, int], list[float]] = {(side, length): [] for side in SIDES for length in (1, whole)}
     try:
         for side in SIDES:
             workers[side] = Worker("benchmarks.decode", f"--work={side}", f"--shape={sizes}", f"--batch={batch}")
-        said = [json.loads(worker.ready) for worker in workers.values()]
+        texts = [json.loads(worker.ready or worker.ask("")) for worker in workers.values()]
         for _ in range(rounds):
-            for (side, tokens), values in seconds.items():
-                values.append(float(workers[side].ask(tokens)))
+            for (side, length), values in seconds.items():
+                values.append(float(workers[side].ask(length)))
     finally:
         for worker in workers.values():
             worker.end()
     theirs, ours = SIDES
-    first, whole = ({side: spread(seconds[side, tokens]) for side in SIDES} for tokens in (1, count))
-    ratios = [a / b for a, b in zip(seconds[theirs, count], seconds[ours, count], strict=True)]
+    first, all_of = ({side: spread(seconds[side, length]) for side in SIDES} for length in (1, whole))
+    ratios = [a / b for a, b in zip(seconds[theirs, whole], seconds[ours, whole], strict=True)]
     return {
         "model": f"{blocks} x {width}, context {context}",
         "batch": batch,
-        "new tokens": count,
+        "new tokens": whole,
         "first token, transformers (ms)": 1e3 * first[theirs]["median"],
         "here (ms)": 1e3 * first[ours]["median"],
-        "tokens/s, transformers": batch * count / whole[theirs]["median"],
-        "here": batch * count / whole[ours]["median"],
-        "quartiles here": " - ".join(f"{batch * count / whole[ours][end]:,.0f}" for end in ("high", "low")),
+        "tokens/s, transformers": batch * whole / all_of[theirs]["median"],
+        "here": batch * whole / all_of[ours]["median"],
+        "quartiles here": " - ".join(f"{batch * whole / all_of[ours][end]:,.0f}" for end in ("high", "low")),
         "times as fast": spread(ratios)["median"],
-        "same": f"{sum(a == b for a, b in zip(*said, strict=True))} of {batch}",
+        "same": f"{sum(a == b for a, b in zip(*texts, strict=True))} of {batch}",
     }
 
 
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int)
     flags = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # PyTorch stays there too
     devices.set_up_compile_cache()
     devices.wake_up()
     if flags.work:

@@ -1,6 +1,7 @@
 """What every benchmark shares: the trainer's step, the machine described, timing in turns, tables with their JSON."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -192,15 +193,28 @@ class Worker:
 
     def __init__(self, *command: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._command = " ".join(command)
         self._process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, **pipes)
-        self.ready = self._process.stdout.readline().strip()
+        try:
+            self.ready = self._process.stdout.readline().strip()
+        except BaseException:  # Ctrl-C: nobody else knows of it yet
+            self._process.kill()
+            raise
 
     def ask(self, question: object) -> str:
-        """Its answer, a line too."""
-        print(question, file=self._process.stdin, flush=True)
-        return self._process.stdout.readline().strip()
+        """Its answer, a line too.
+
+        Raises:
+          SystemExit: it ended, or never was ready.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            print(question, file=self._process.stdin, flush=True)
+        if line := self._process.stdout.readline().strip():
+            return line
+        raise SystemExit(f"python -m {self._command} ended; what it said of that stands above")
 
     def end(self) -> None:
+        """Close its input, on which it ends."""
         self._process.communicate()
 
 
@@ -212,9 +226,9 @@ def answer(ready: object, reply: Callable[[str], object]) -> None:
 
 
 def seconds_of_one(call: Callable[[int], Any], block: float, least: int = 1) -> float:
-    """Of a call that does as many of something as asked for, in about `block` seconds.
+    """Seconds that one takes, from a `call(n)` that does n of them, where n fills about `block` seconds.
 
-    One before, not counted, wakes threads, brings memory back and says how long one takes.
+    One before, which is not counted, wakes threads, brings memory back and shows how long one takes.
     """
 
     def one_of(count: int) -> float:

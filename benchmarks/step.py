@@ -107,7 +107,7 @@ def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
 
 
 def work(side: str, shape: str) -> None:
-    """The process of one side: a line that comes in asks for so many seconds of steps; out go those of one."""
+    """The process of one side: asked for so many seconds of steps, it says how many one step took."""
     several, parameters = here(shape) if side == "here" else in_torch(shape, compiled=side == "torch compiled")
     several(3)
     answer(parameters, lambda block: seconds_of_one(several, float(block), least=2))

@@ -215,7 +215,7 @@ class Attention(nnx.Module):
         qkv = self.project(x_BTD, where.turn)
         sink_N = self.sink[...] if c.attention_sink else None
         if place is None:
-            y_BTNH, cache = causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT), None
+            cache, y_BTNH = None, causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT)
         else:
             before, slot, masks = place
             cache = write(before, *qkv[1:], slot)
