@@ -204,7 +204,7 @@ def _shared_name(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(names)  # noqa: RUF071  by characters is meant
-    return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared) or (f"{len(names)} seeds" if shared else "")
+    return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared) or (f"{len(names)} seeds" if "seed" in shared else "")
 
 
 def mean_and_spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GPT2LMHeadModel
 
-from benchmarks.harness import RESULTS, Worker, answer, report, seconds_of_one, spread
+from benchmarks.harness import RESULTS, answer, report, seconds_of_one, spread, workers
 from runtime import devices
 from runtime.large_pages import restart_with_large_pages
 from transformer.interop import to_theirs
@@ -84,11 +84,11 @@ def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[i
 
 def work(side: str, shape: tuple[int, ...], batch: int) -> None:
     """The process of one side: says its texts; then, asked for a length, the seconds that texts of it take."""
+    devices.set_up_compile_cache()
     model = gpt2(*shape)
     write = writer(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
     several = lambda length: lambda times: [write(length) for _ in range(times)]
     texts = write(model.config.context_len - PROMPT).tolist()
-    write(1)
     answer(json.dumps(texts), lambda length: seconds_of_one(several(int(length)), BLOCK))
 
 
@@ -96,19 +96,16 @@ def compare(shape: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     blocks, width, _, context = shape
     whole = context - PROMPT
-    sizes = ",".join(map(str, shape))
-    workers: dict[str, Worker] = {}
+    row = f"--shape={','.join(map(str, shape))}", f"--batch={batch}"
     seconds: dict[tuple[str, int], list[float]] = {(side, length): [] for side in SIDES for length in (1, whole)}
-    try:
-        for side in SIDES:
-            workers[side] = Worker("benchmarks.decode", f"--work={side}", f"--shape={sizes}", f"--batch={batch}")
-        texts = [json.loads(worker.ready or worker.ask("")) for worker in workers.values()]
+    with workers({side: ("benchmarks.decode", f"--work={side}", *row) for side in SIDES}) as made:
+        for side, worker in made.items():
+            if not worker.ready:
+                raise SystemExit(f"{side} did not start; what it said of that stands above")
+        texts = [json.loads(worker.ready) for worker in made.values()]
         for _ in range(rounds):
             for (side, length), values in seconds.items():
-                values.append(float(workers[side].ask(length)))
-    finally:
-        for worker in workers.values():
-            worker.end()
+                values.append(float(made[side].ask(length)))
     theirs, ours = SIDES
     first, all_of = ({side: spread(seconds[side, length]) for side in SIDES} for length in (1, whole))
     ratios = [a / b for a, b in zip(seconds[theirs, whole], seconds[ours, whole], strict=True)]
@@ -137,8 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int)
     flags = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # PyTorch stays there too
-    devices.set_up_compile_cache()
-    devices.wake_up()
     if flags.work:
         return work(flags.work, flags.shape, flags.batch)
     shapes, batches = [flags.shape] if flags.shape else SHAPES, [flags.batch] if flags.batch else BATCHES

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -188,18 +188,19 @@ class Worker:
     """One side of a comparison in a process of its own, as its users run it; it sleeps while others are measured.
 
     Attributes:
-      ready: the line with which it said that it was ready; empty when it did not start.
+      ready: the line with which it says that it is ready; empty when it did not start.
     """
+
+    ready = ""
 
     def __init__(self, *command: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._command = " ".join(command)
         self._process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, **pipes)
-        try:
-            self.ready = self._process.stdout.readline().strip()
-        except BaseException:  # Ctrl-C: nobody else knows of it yet
-            self._process.kill()
-            raise
+
+    def hear(self) -> str:
+        """The next line that it says; empty when it ended."""
+        return self._process.stdout.readline().strip()
 
     def ask(self, question: object) -> str:
         """Its answer, a line too.
@@ -209,13 +210,27 @@ class Worker:
         """
         with contextlib.suppress(BrokenPipeError):
             print(question, file=self._process.stdin, flush=True)
-        if line := self._process.stdout.readline().strip():
+        if line := self.hear():
             return line
         raise SystemExit(f"python -m {self._command} ended; what it said of that stands above")
 
     def end(self) -> None:
         """Close its input, on which it ends."""
         self._process.communicate()
+
+
+@contextlib.contextmanager
+def workers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Worker]]:
+    """A `Worker` for each side's command, which all end with the block."""
+    made: dict[str, Worker] = {}
+    try:
+        for side, command in commands.items():  # one after the other: compiling takes all cores
+            made[side] = Worker(*command)
+            made[side].ready = made[side].hear()
+        yield made
+    finally:
+        for worker in made.values():
+            worker.end()
 
 
 def answer(ready: object, reply: Callable[[str], object]) -> None:

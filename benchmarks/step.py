@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from benchmarks.harness import (
     RESULTS,
     TrainerStep,
-    Worker,
     about,
     answer,
     matrix_rate,
@@ -30,6 +29,7 @@ from benchmarks.harness import (
     seconds_of_one,
     spread,
     wake_devices,
+    workers,
 )
 from configs import nanogpt_char_cpu, shakespeare
 from run_lib import model_config_of
@@ -120,21 +120,15 @@ def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[di
       SystemExit: the sides differ in their number of parameters.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    workers: dict[str, Worker] = {}
     rates = []
-    try:
-        for side in sides:  # one after the other: compiling takes all cores
-            workers[side] = Worker("benchmarks.step", f"--work={side}", "--shapes", shape)
-        started = {side: worker for side, worker in workers.items() if worker.ready}
+    with workers({side: ("benchmarks.step", f"--work={side}", "--shapes", shape) for side in sides}) as made:
+        started = {side: worker for side, worker in made.items() if worker.ready}
         if len(parameters := {worker.ready for worker in started.values()}) > 1:
             raise SystemExit(f"{shape}: the sides have {' and '.join(parameters)} parameters")
         for _ in range(rounds):
             rates.append(matrix_rate(rounds=5))
             for side, worker in started.items():
                 seconds[side].append(float(worker.ask(block)))
-    finally:
-        for worker in workers.values():
-            worker.end()
     return seconds, statistics.median(rates)
 
 

@@ -215,11 +215,10 @@ def test_time_to_a_loss(tmp_path, text):
 
 
 def test_a_side_that_does_not_start_is_not_ready(capfd):
-    worker = harness.Worker("benchmarks.nothing")
-    assert worker.ready == ""
-    with pytest.raises(SystemExit, match=r"benchmarks\.nothing ended"):
-        worker.ask(1)
-    worker.end()
+    with harness.workers({"side": ["benchmarks.nothing"]}) as made:
+        assert made["side"].ready == ""
+        with pytest.raises(SystemExit, match=r"benchmarks\.nothing ended"):
+            made["side"].ask(1)
     assert "benchmarks.nothing" in capfd.readouterr().err
 
 

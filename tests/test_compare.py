@@ -231,6 +231,7 @@ def test_names_of_seeds_and_the_last_way_out():
     assert shared(["lr=0.1,seed=0", "lr=0.1,seed=1"]) == shared(["lr=0.1,seed=10", "lr=0.1,seed=11"]) == "lr=0.1"
     assert shared(["a/seed0", "a/seed1"]) == "a" and shared(["x1", "x1b"]) == "x1" and shared(["p", "q"]) == ""
     assert shared(["seed=0", "seed=1", "seed=2"]) == "3 seeds" and shared(["seed=0"]) == "seed=0"
+    assert shared(["/p", "/q"]) == ""
     records = [compare_lib.RunRecord(name, {"seed": name}, {}, []) for name in "pq"]
     assert list(compare_lib.group_seeds(records)) == ["p ..."]
 

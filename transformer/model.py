@@ -362,13 +362,13 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
     Raises:
       ValueError: a name is missing or unknown, or a shape is not the config's.
     """
-    graph, parts = _skeleton(config)
-    want = {name: part_shape(name, shape) for name, (_, shape) in parts.items()}
+    graph, flat = _skeleton(config)
+    want = {name: part_shape(name, shape) for name, (_, shape) in flat.items()}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
         raise ValueError(f"parameters do not fit the config: {'; '.join(odd[:3])}")
-    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[name])) for name, (path, _) in parts.items()]))
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[name])) for name, (path, _) in flat.items()]))
 
 
 @lru_cache  # tracing it takes 45 ms for 4 blocks, and every program asks for it
