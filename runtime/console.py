@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from runtime import live
 from runtime.text import Table, duration, human, printable
 
 if TYPE_CHECKING:
@@ -163,11 +164,12 @@ class Console:
 
     def _complain(self, text: str, style: str) -> None:
         text = printable(" ".join(text.split()))
-        if self._terminal is not None and self._terminal.live and self._err.isatty():
-            self._print((text, style))  # above the live view; written past rich, it would tear that
-        else:
-            self._err.write(text + "\n")
-            self._err.flush()
+        with live.drawing:
+            if self._terminal is not None and self._terminal.live and self._err.isatty():
+                self._print((text, style))  # above the live view; written past rich, it would tear that
+            else:
+                self._err.write(text + "\n")
+                self._err.flush()
 
 
 def _cells(row: dict[str, Any], total: int) -> dict[str, tuple[str, str]]:

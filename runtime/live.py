@@ -20,6 +20,7 @@ class View(Protocol):
 
 
 _shown: list[View] = []  # what is on the terminal now: one or none
+drawing = threading.RLock()  # held by whoever writes there, or shows or hides a view: Ctrl-C and Ctrl-Z have a thread
 
 
 def note(view: View, shown: bool) -> None:
@@ -45,7 +46,7 @@ def suspend() -> None:
 
     SIGTSTP is let through here, so that a process nobody could wake again is not stopped, as the kernel wants it.
     """
-    with set_aside():
+    with drawing, set_aside():
         set_handler = ctypes.pythonapi.PyOS_setsig  # Python's own is for the main thread, which may be compiling
         set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
         handler = set_handler(signal.SIGTSTP, None)  # the default

@@ -133,23 +133,23 @@ class Terminal:
 
     def print(self, *spans: Span) -> None:
         """One line, which the terminal folds: it can be copied whole."""
-        self._rich.print(Text.assemble(*spans), soft_wrap=True)
+        self._print(Text.assemble(*spans), soft_wrap=True)
 
     def panels(self, panels: Sequence[Table]) -> None:
         """Tables of names and values in boxes, two side by side where there is room."""
         boxes = [_box(table) for table in panels]
         if self.width < WIDE:
-            self._rich.print(*boxes, sep="\n")
+            self._print(*boxes, sep="\n")
             return
         width = self.width // 2 - 1
         for pair in zip(boxes[::2], boxes[1::2], strict=True):
             height = max(len(self._rich.render_lines(box, self._rich.options.update_width(width))) for box in pair)
             for box in pair:
                 box.height = height
-            self._rich.print(Columns(pair, width=width, padding=(0, 1)))
+            self._print(Columns(pair, width=width, padding=(0, 1)))
 
     def table(self, table: Table) -> None:
-        self._rich.print(_table(table))
+        self._print(_table(table))
 
     def sample(self, title: str, text: str) -> None:
         lines = [Text("  " + title, "cyan")]
@@ -157,23 +157,27 @@ class Terminal:
             for line in Text(paragraph).wrap(self._rich, self.width - 5) or [Text()]:
                 line.rstrip()
                 lines.append(Text.assemble(("  │ " if not self._ascii else "  | ", "cyan"), line))
-        self._rich.print(Group(*lines))
+        self._print(Group(*lines))
 
     def closing(self, table: Table, command: str) -> None:
         """The end of a run: what came out, and how to use it."""
-        self._rich.print(_box(table, "green"), width=min(self.width, _NARROW))
+        self._print(_box(table, "green"), width=min(self.width, _NARROW))
         self.print(("to sample from it:  ", ""), (command, "bold green"))
+
+    def _print(self, *what: RenderableType, **options: Any) -> None:
+        with live.drawing:
+            self._rich.print(*what, **options)
 
     # --- What moves -----------------------------------------------------------------------------------------------
 
     def doing(self, text: str) -> None:
         """Says what is being done, from now on."""
         self._doing, self._since = text, time.monotonic()
-        view = self._live  # Ctrl-Z may take it away
-        if view is None:
-            self.show()
-        else:
-            view.refresh()
+        with live.drawing:
+            if self._live is None:
+                self.show()
+            else:
+                self._live.refresh()
 
     @contextlib.contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -206,21 +210,23 @@ class Terminal:
             self.print(*spans)
 
     def show(self) -> None:
-        self._live = Live(
-            get_renderable=self._view,
-            console=self._rich,
-            refresh_per_second=_REFRESH,
-            transient=True,
-            redirect_stderr=self._redirect_stderr,
-        )
-        self._live.start(refresh=True)
-        live.note(self, True)
+        with live.drawing:
+            self._live = Live(
+                get_renderable=self._view,
+                console=self._rich,
+                refresh_per_second=_REFRESH,
+                transient=True,
+                redirect_stderr=self._redirect_stderr,
+            )
+            self._live.start(refresh=True)
+            live.note(self, True)
 
     def hide(self) -> None:
-        live.note(self, False)
-        view, self._live = self._live, None
-        if view is not None:
-            view.stop()
+        with live.drawing:
+            live.note(self, False)
+            view, self._live = self._live, None
+            if view is not None:
+                view.stop()
 
     def _view(self) -> RenderableType:
         """What is shown now: at most two lines, none wider than the terminal."""

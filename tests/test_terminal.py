@@ -4,8 +4,11 @@ import io
 import math
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -210,6 +213,46 @@ def test_a_view_is_set_aside_for_others_and_comes_back(watched):
     with live.set_aside():
         pass
     assert not console._terminal.live
+
+
+def at_the_same_time(action: Callable[[], object]) -> threading.Thread:
+    """Starts it in a thread and lets it come as far as it can."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join(0.2)
+    return thread
+
+
+def test_a_warning_from_another_thread_waits_until_the_view_has_gone(watched, monkeypatch):
+    stream, threads, stop = watched(), [], terminal.Live.stop
+
+    def slow_stop(view):
+        threads.append(at_the_same_time(lambda: console.warn("stopping")))
+        stop(view)
+
+    monkeypatch.setattr(terminal.Live, "stop", slow_stop)
+    with Console() as console:
+        with console.progress(40, 8) as bar:
+            bar.update(9)
+            console.step_line(row(step=9), 40)
+        threads[0].join()
+    assert Screen(stream.getvalue(), 80).text == ["warning: stopping"]
+
+
+def test_nothing_is_drawn_between_ctrl_z_and_the_stop(watched, monkeypatch):
+    stream, threads, screens = watched(), [], []
+
+    def stopped(*_):
+        threads.append(at_the_same_time(lambda: console.doing("evaluating")))
+        screens.append(Screen(stream.getvalue(), 80).text)
+
+    monkeypatch.setattr(signal, "pthread_kill", stopped)
+    with Console() as console:
+        console.doing("reading")
+        live.suspend()
+        threads[0].join()
+        assert screens == [[]] and "evaluating" in Screen(stream.getvalue(), 80).text[0]
+    assert Screen(stream.getvalue(), 80).text == []
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
