@@ -1,6 +1,8 @@
 """Train a grid of configs and seeds, one run after the other, then compare them. The same command goes on."""
 
+import contextlib
 import itertools
+import os
 import re
 import signal
 import subprocess
@@ -138,6 +140,9 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     def suspend(signum: int, _frame: FrameType | None = None) -> None:
         if child is not None:
             child.send_signal(signal.SIGTSTP)  # not SIGSTOP: it takes its live view away first
+            # Woken before it has stopped, it would stop then, and nobody would wake it again.
+            with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has `waitid` from Python 3.13 on
+                os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)  # comes back with SIGCONT
         signal.signal(signum, suspend)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
@@ -20,6 +21,7 @@ from runtime.errors import ExpectedError, Interrupted, UserError, one_line
 from runtime.processes import is_first, num_processes, wait_for_all
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = "stopping: this step is finished and saved first; once more stops at once and saves nothing"
 
 
 class StopSignals:
@@ -87,14 +89,14 @@ class StopSignals:
         while number := os.read(self._pipe_out, 1):
             signum = number[0]
             if signum == signal.SIGTSTP:
-                live.suspend()
+                attempt(live.suspend)
             if signum not in _SIGNALS:
                 continue
             if heard:
                 exit_at_once(128 + signum)
             heard = True
             self._tell_jax(signal.SIGTERM)
-            self._say("stopping: this step is finished and saved first; once more stops at once and saves nothing")
+            attempt(partial(self._say, _STOPPING))
 
 
 def _c_handler(signum: int) -> Callable[[int], object]:
@@ -105,12 +107,27 @@ def _c_handler(signum: int) -> Callable[[int], object]:
     return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address > 1 else lambda signum: None  # 0, 1: default, none
 
 
+def attempt(action: Callable[[], object], seconds: float = 1) -> None:
+    """Does it in a thread and waits no longer for it than that: a terminal or a disk may take nothing any more."""
+    thread = threading.Thread(target=action, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is about to end, or the machine has no more threads
+        action()
+    else:
+        thread.join(seconds)
+
+
 def exit_at_once(why: int | ExpectedError) -> NoReturn:
     """End the process from any thread, whatever the others do: a status, or an error's line and its status."""
-    live.leave()
-    with contextlib.suppress(OSError):
-        if isinstance(why, ExpectedError):
-            os.write(2, f"error: {why}\n".encode(errors="backslashreplace"))
+
+    def write() -> None:
+        live.leave()
+        with contextlib.suppress(OSError):
+            if isinstance(why, ExpectedError):
+                os.write(2, f"error: {why}\n".encode(errors="backslashreplace"))
+
+    attempt(write)
     os._exit(why.status if isinstance(why, ExpectedError) else why)
 
 

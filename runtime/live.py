@@ -31,14 +31,16 @@ def note(view: View, shown: bool) -> None:
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
     """Inside, nothing of ours moves on the terminal: somebody else draws there."""
-    views = list(_shown)
-    for view in views:
-        view.hide()
+    with drawing:
+        views = list(_shown)
+        for view in views:
+            view.hide()
     try:
         yield
     finally:
-        for view in views:
-            view.show()
+        with drawing:
+            for view in views:
+                view.show()
 
 
 def suspend() -> None:

@@ -56,11 +56,13 @@ class Bar:
             self._begin()
         self._done = done
 
-    def add(self, row: dict[str, Any]) -> None:
-        """A logged step."""
+    def add(self, row: dict[str, Any]) -> bool:
+        """A logged step; whether it is the first, with which the line of numbers comes."""
+        first = self._row is None
         self._row, self._row_at = row, time.monotonic()
         self._losses.add(row["loss"])
         self._val_loss = row.get("val_loss", self._val_loss)
+        return first
 
     def done(self) -> float:
         """Units done by now: from the last row on as the clock says, but no more than was begun."""
@@ -183,8 +185,9 @@ class Terminal:
     def busy(self, text: str) -> Iterator[None]:
         """Says it while inside."""
         before = self._doing, self._since
-        alone = not self.live
-        self.doing(text)
+        with live.drawing:  # not while Ctrl-Z has it hidden: it would be taken for one that was not there
+            alone = not self.live
+            self.doing(text)
         try:
             yield
         finally:
@@ -205,7 +208,10 @@ class Terminal:
     def row(self, row: dict[str, Any], spans: Sequence[Span]) -> None:
         """A logged step; that of an evaluation is worth a line that stays."""
         if self._bar:
-            self._bar.add(row)
+            grows = self._bar.add(row)
+            with live.drawing:
+                if grows and self._live is not None:
+                    self._live.refresh()  # or a line printed while rich's thread does it leaves the old height's rest
         if "val_loss" in row:
             self.print(*spans)
 
@@ -230,7 +236,7 @@ class Terminal:
 
     def _view(self) -> RenderableType:
         """What is shown now: at most two lines, none wider than the terminal."""
-        width, now = self.width - 1, time.monotonic()
+        width, now = self.width - len("^C") - 1, time.monotonic()  # or the key's echo ends in a row that stays
         spinner, bar = cast(Text, self._spinner.render(now)), self._bar
         if bar is None or not bar.moved:
             return _cut(Text.assemble(spinner, f" {self._doing}  {duration(now - self._since)}"), width)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.errors import HungError
-from runtime.guard import exit_at_once
+from runtime.guard import attempt, exit_at_once
 
 _TICKS = 8  # looks at the time, a limit
 
@@ -68,10 +68,7 @@ class Watchdog:
             with suppress(OSError), path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
-        # In a thread that nobody waits for long: the disk may be what hangs.
-        writer = threading.Thread(target=write, daemon=True)
-        writer.start()
-        writer.join(5)
+        attempt(write, seconds=5)  # the disk may be what hangs
         exit_at_once(
             HungError(
                 f"{path}: no step was finished in {self._seconds:g} s, what each thread was doing is in this file; the "

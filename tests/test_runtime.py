@@ -192,14 +192,54 @@ def test_the_second_signal_ends_the_process_though_it_is_deep_in_c_code(signals)
             # Blocked here, the signals go to another thread and do not cut this sleep short: no handler can run.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             print("ready", flush=True)
-            ctypes.CDLL(None).sleep(20)
+            ctypes.CDLL(None).sleep(60)
     """
     process = start(code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signals[0])
     assert process.stdout.readline().startswith("stopping")
     process.send_signal(signals[1])
-    assert process.wait(timeout=5) == 128 + signals[1]
+    assert process.wait(timeout=30) == 128 + signals[1]
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("key", ["SIGTERM", "SIGTSTP"])
+def test_the_second_signal_ends_the_process_though_the_terminal_takes_nothing_more(key):
+    """Of a connection that is dead: whoever writes waits, with the lock that others wait for."""
+    code = """if True:
+        import os, pty, signal, threading, time
+        from runtime import live
+        from runtime.guard import StopSignals
+        _, other = pty.openpty()
+        os.set_blocking(other, False)
+        try:
+            while os.write(other, b"x" * 1000): pass
+        except BlockingIOError:
+            os.set_blocking(other, True)
+        def write():
+            with live.drawing: os.write(1, b"y")
+        class View:
+            def hide(self): write()
+            def show(self): write()
+        out = os.dup(1)
+        os.dup2(other, 1)
+        os.dup2(other, 2)
+        live.note(View(), True)
+        with StopSignals(lambda text: write()) as stop:
+            threading.Thread(target=write, daemon=True).start()
+            os.write(out, b"ready\\n")
+            while stop.signum is None: time.sleep(0.01)
+            os.write(out, b"heard\\n")
+            time.sleep(60)
+    """
+    process = start(code)
+    assert process.stdout.readline() == "ready\n"
+    if key == "SIGTSTP":
+        process.send_signal(signal.SIGTSTP)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "heard\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
     process.stdout.close()
 
 

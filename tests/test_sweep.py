@@ -46,8 +46,13 @@ if lr == 0.7 and not (workdir / "stopped").exists():
             file.write(f"{{signum}}\\n")
         time.sleep(0.2)
         sys.exit(128 + signum)
+    def suspend(signum, frame):  # it takes its view away first
+        time.sleep(0.5)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTSTP, suspend)
     import os
     (workdir / "ready.part").write_text(str(os.getpid()))
     (workdir / "ready.part").rename(workdir / "ready")

@@ -239,20 +239,59 @@ def test_a_warning_from_another_thread_waits_until_the_view_has_gone(watched, mo
     assert Screen(stream.getvalue(), 80).text == ["warning: stopping"]
 
 
-def test_nothing_is_drawn_between_ctrl_z_and_the_stop(watched, monkeypatch):
-    stream, threads, screens = watched(), [], []
+@pytest.mark.parametrize("what", ["evaluation", "download"])
+def test_nothing_is_drawn_between_ctrl_z_and_the_stop_and_all_goes_on_afterwards(watched, monkeypatch, what):
+    stream, threads, screens, goes_on, shown = watched(), [], [], threading.Event(), []
+
+    def work():
+        with console.busy("evaluating") if what == "evaluation" else live.set_aside():
+            goes_on.wait()
+            shown.append(console._terminal.live)
 
     def stopped(*_):
-        threads.append(at_the_same_time(lambda: console.doing("evaluating")))
+        threads.append(at_the_same_time(work))
         screens.append(Screen(stream.getvalue(), 80).text)
 
     monkeypatch.setattr(signal, "pthread_kill", stopped)
     with Console() as console:
         console.doing("reading")
         live.suspend()
+        goes_on.set()
         threads[0].join()
-        assert screens == [[]] and "evaluating" in Screen(stream.getvalue(), 80).text[0]
+        assert screens == [[]] and shown == [what == "evaluation"]
+        assert console._terminal.live and len(Screen(stream.getvalue(), 80).text) == 1
     assert Screen(stream.getvalue(), 80).text == []
+
+
+def test_the_echo_of_a_key_ends_in_no_row_that_stays(watched):
+    stream = watched()
+    with Console() as console:
+        with console.progress(100, 0) as bar:
+            for step in range(100):
+                bar.update(step)
+                console.step_line(row(step=step), 100)
+            console._terminal._live.refresh()
+            stream.write("^C")
+            console.warn("stopping")
+        stream.write("^Z")
+    assert Screen(stream.getvalue(), 80).text == ["warning: stopping", "^Z"]
+
+
+def test_the_first_row_grows_the_view_before_a_line_is_printed(watched, monkeypatch):
+    stream, render = watched(), terminal.RichConsole.render
+
+    def slow_render(rich, what, *options):  # rich's own thread draws between where a line goes and the line
+        if isinstance(what, terminal.Text) and "1.75" in what.plain and not drawn:
+            drawn.append(True)
+            at_the_same_time(console._terminal._live.refresh)
+        return render(rich, what, *options)
+
+    drawn: list[bool] = []
+    with Console() as console, console.progress(40, 8) as bar:
+        bar.update(9)
+        monkeypatch.setattr(terminal.RichConsole, "render", slow_render)
+        console.step_line(row(step=10, val_loss=1.75), 40)
+    assert drawn and len(Screen(stream.getvalue(), 80).text) == 1
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
