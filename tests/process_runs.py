@@ -10,14 +10,22 @@ from pathlib import Path
 from helpers import ROOT
 
 DEVICES = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={}"
+# The signal comes at the step, once the save that has begun is whole; then JAX, which looks once a second, gets time.
 HIT = """
-import os, signal, time, input_pipeline, train_lib
+import os, pathlib, signal, sys, time, input_pipeline, train_lib
+workdir = next(word.partition("=")[2] for word in sys.argv if word.startswith("--workdir="))
 def prefetch(make, spans):
+    begun = False
     for span, batch in input_pipeline.prefetch(make, spans):
-        if {step} in span:
-            time.sleep(2)  # a save that has begun is completed first
+        if begun:
+            time.sleep(1)
+        elif {step} in span:
+            begun = True
+            end = time.monotonic() + 60
+            while not pathlib.Path(workdir, "checkpoints", "{saved}").exists() and time.monotonic() < end:
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.{name})
-            time.sleep(3)  # JAX looks once a second whether a notice came
+            time.sleep(3)
         yield span, batch
 train_lib.prefetch = prefetch
 """

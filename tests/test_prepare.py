@@ -247,12 +247,14 @@ def test_two_processes_killed_in_the_middle_leave_no_worker_and_one_goes_on(tmp_
     command = [sys.executable, str(ROOT / "main.py"), "prepare", f"--dataset={text}", f"--out={out}", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not any(out.glob("train*.bin")) and time.monotonic() < deadline:
+    progress = out / ".progress.json"
+    while not (progress.exists() and read_json(progress)["place"]) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 60
     assert not (out / "index.json").exists(), "it was done too soon"
-    assert 0 < read_json(out / ".progress.json")["place"] < 104_000_000
+    assert 0 < read_json(progress)["place"] < 104_000_000
     while time.monotonic() < deadline:
         try:
             os.killpg(process.pid, 0)

@@ -50,7 +50,7 @@ def assert_same_run(workdir, other, config):
 
 def test_a_notice_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(config, one_process, tmp_path):
     workdir = tmp_path / "run"
-    first, second = train(arguments(config, workdir), 2, {1: HIT.format(step=CUT, name="SIGTERM")})
+    first, second = train(arguments(config, workdir), 2, {1: HIT.format(step=CUT, saved=5, name="SIGTERM")})
     assert (first.status, second.status) == (143, 143), first.err + second.err
     assert "the same command goes on" in first.out
     assert "step" not in second.out and "warning" not in second.err, "process 1 has printed"
