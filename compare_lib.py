@@ -200,7 +200,7 @@ def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _shared_name(names: list[str]) -> str:
-    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1"; "3 seeds" if nothing."""
+    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1", "3 seeds" of "seed=0" ..."""
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(names)  # noqa: RUF071  by characters is meant

@@ -141,8 +141,9 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
         if child is not None:
             child.send_signal(signal.SIGTSTP)  # not SIGSTOP: it takes its live view away first
             # Woken before it has stopped, it would stop then, and nobody would wake it again.
-            with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has `waitid` from Python 3.13 on
-                os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
+                with contextlib.suppress(ChildProcessError):
+                    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)  # comes back with SIGCONT
         signal.signal(signum, suspend)

@@ -30,16 +30,17 @@ class StopSignals:
     `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
     handler only when the main thread is back from C code, which a compilation can keep for minutes. So the second
     signal is not left to the handler: the interpreter writes every signal's number into a pipe the moment it arrives
-    (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number.
+    (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number. It
+    waits for nothing longer than a second, not even for a terminal that takes no more.
 
     Handlers can be set in the main thread alone; in any other this does nothing. On a terminal, Ctrl-Z takes the live
-    view away before it stops the process, by the same thread.
+    view away before it stops the process.
 
     Of several processes each hands its signal on to JAX, which makes it known to the others; all stop at the same call
     of `raise_if_set`, and so all must call it equally often.
 
     Args:
-        say: takes one line when the first signal arrives, called from that other thread.
+        say: takes one line when the first signal arrives, called from a thread of its own.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:

@@ -4,15 +4,12 @@ import signal
 from collections.abc import Callable
 from functools import partial
 
-import hypothesis
 import jax
 import numpy as np
 import pytest
 
 from transformer.model import Params, TransformerConfig, init_params
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is up to the machine
-hypothesis.settings.load_profile("untimed")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

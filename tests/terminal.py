@@ -54,18 +54,13 @@ class Terminal:
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """What came since the last wait up to and with `text`."""
-        begin = self._from
-        assert self.comes(text, seconds), f"no {text!r} in {self.seen[begin:]!r}"
+        end, begin = time.monotonic() + seconds, self._from
+        while text not in self.seen[begin:]:
+            assert time.monotonic() < end and self._read(end - time.monotonic()), (
+                f"no {text!r} in {self.seen[begin:]!r}"
+            )
+        self._from = self.seen.index(text, begin) + len(text)
         return self.seen[begin : self._from]
-
-    def comes(self, text: str, seconds: float) -> bool:
-        """Whether `text` comes in time; the next wait begins behind it."""
-        end = time.monotonic() + seconds
-        while text not in self.seen[self._from :]:
-            if time.monotonic() >= end or not self._read(end - time.monotonic()):
-                return False
-        self._from = self.seen.index(text, self._from) + len(text)
-        return True
 
     def end(self, seconds: float = 60) -> int:
         """Reads until the program has ended; its status."""

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,15 @@ def test_wandb_logs_offline_with_one_warning_and_without_the_key(
         settings = settings | {"WANDB_BASE_URL": refusing_server}
     run = tmp_path / "run"
     run.mkdir()
+    begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", WANDB_RUN, str(run)],
         env=os.environ | settings | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
     )
+    assert time.monotonic() - begin < 10
     assert done.stderr == ""
     warnings = done.stdout.splitlines()
     assert len(warnings) == (0 if warning is None else 1)

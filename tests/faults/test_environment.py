@@ -94,7 +94,7 @@ def test_a_run_with_wandb_out_of_reach_ends_well_and_keeps_the_key_to_itself(tmp
     environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
     began = time.monotonic()
     done = run_main(*arguments(config, tmp_path), **environment)
-    assert done.returncode == 0 and time.monotonic() - began < 150, done.stderr
+    assert done.returncode == 0 and time.monotonic() - began < 90, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("warning: wandb is offline: http://127.0.0.1:9 does")
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -146,7 +146,7 @@ def test_another_error_of_the_device_is_a_bug():
 def test_what_no_machine_can_hold_is_refused_before_anything_is_made(tmp_path, capsys, key, value):
     began = time.monotonic()
     assert main.main(arguments(tiny_config(**{key: value}), tmp_path)) == 2
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 5
     assert_one_line(capsys.readouterr().err, "error: config.", " GiB or more, ", key)
     assert not (tmp_path / "metrics.jsonl").exists()
 

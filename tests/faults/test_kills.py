@@ -44,7 +44,7 @@ def end_the_same_after(kills: int, steps: int, tmp_path: Path) -> dict[str, int]
 
 
 def test_two_kills_at_random_times(tmp_path):
-    end_the_same_after(2, 600, tmp_path)
+    end_the_same_after(2, 300, tmp_path)
 
 
 @pytest.mark.slow
