@@ -3,7 +3,7 @@
 python main.py --config=configs/shakespeare_best.py
 
 The model of shakespeare.py, 0.8 million parameters, with twice the context, 1.8 times the tokens and weight decay:
-validation loss 1.4689, 1.4845, 1.4711 (seeds 0, 1, 2) in nats per character, in 130 to 137 seconds on two cores of an
+validation loss 1.4689, 1.4845, 1.4711 (seeds 0, 1, 2) in nats per character, in 130 to 140 seconds on two cores of an
 AMD EPYC (Zen 5), compile cache warm. 142 is what nanoGPT's own CPU recipe takes to 1.8857 on two cores of a Xeon.
 """
 
