@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import config_lib
 from corpus.load import holds_shards, load_shards
 from input_pipeline import Dataset, load_dataset
+from runtime import metrics
 from runtime.agreement import require_same
 from runtime.checkpoint import Checkpoints, DamagedError, Placement
 from runtime.clock import Beside
@@ -259,6 +260,20 @@ class Resumed:
     micro_step: int  # in micro-batches of the config that goes on
     position: int  # sequences read
     meta: dict[str, Any]
+
+
+def other_versions(workdir: Path) -> str:
+    """How the packages that compute differ from those of the session before: "jax 0.10.2, now 0.12.0"; "" where not.
+
+    A run goes on under any version that reads its checkpoints, but another compiler may round in another order.
+    """
+    try:
+        before = dict(read_json(workdir / CONFIG_FILE)["packages"])
+    except (UserError, LookupError, TypeError):  # a run goes on without that file too, which is then written anew
+        return ""
+    now = metrics.environment()["packages"]
+    changed = [name for name in ("jax", "jaxlib", "flax", "optax") if before.get(name, now[name]) != now[name]]
+    return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
 
 
 def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, rebatch: bool) -> None:

@@ -20,7 +20,7 @@ import jax
 from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
 from runtime.files import disk_error
 from runtime.guard import exit_at_once
-from runtime.processes import is_first, num_processes, process_id
+from runtime.processes import can_be_told, is_first, num_processes, process_id
 
 _SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
 _LINGER = 2.0  # seconds that the first process stays after an error: when it goes, JAX aborts the others at once
@@ -77,6 +77,8 @@ def joined(
 def _connect(
     coordinator: str | None, count: int | None, number: int | None, seconds: int, say: Callable[[str], None]
 ) -> None:
+    if not can_be_told():
+        raise UserError(f"jax {jax.__version__}: does not tell one process from another; install another version of it")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if number in (0, None):
         where = f" at {coordinator}" if coordinator else ""

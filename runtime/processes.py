@@ -16,10 +16,15 @@ _barriers = itertools.count()
 def _joined() -> Any:
     """What `jax.distributed` knows of the processes; None before anybody has imported it.
 
-    `jax.process_index` would wake the backend, whose flags come later.
+    `jax.process_index` would wake the backend, whose flags come later. This is private to JAX: where a version has it
+    no longer, a single process goes on without it, and `runtime.distributed` refuses several.
     """
-    module = sys.modules.get("jax._src.distributed")
-    return module and module.global_state
+    return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
+
+
+def can_be_told() -> bool:
+    """Whether JAX, once it is imported, tells which of several processes this is."""
+    return _joined() is not None
 
 
 def process_id() -> int:

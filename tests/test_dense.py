@@ -42,4 +42,5 @@ def test_what_is_settled_is_not_computed_again_for_each_user():
         pytest.skip("a device that decides for itself")
     settled, not_settled = ([multiplications(depth, how) for depth in (3, 6)] for how in (compiler_options(), None))
     assert settled == [3, 6]
-    assert not_settled[1] > 2 * not_settled[0]
+    if jax.__version_info__ < (0, 11):  # later ones store these sums by themselves
+        assert not_settled[1] > 2 * not_settled[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import config_lib
 from configs import default
@@ -193,7 +193,9 @@ def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(looks_lik
     if devices > 1:
         rows = PartitionSpec("data")
         specs = {"in_specs": (rows, rows, rows, PartitionSpec()), "out_specs": rows}
-        gradients = jax.shard_map(gradients, mesh=AbstractMesh((devices,), ("data",)), **specs, check_vma=False)
+        gradients = jax.shard_map(
+            gradients, mesh=AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,)), **specs, check_vma=False
+        )
     text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
     assert ["Backward(" in line for line in calls] == [False, True]

@@ -15,13 +15,38 @@ from transformer.sharding import partitioned
 
 
 def settle(x: Any) -> Any:
-    """The same arrays, computed once and stored; on a GPU or TPU, which decide well themselves, nothing is done."""
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    """The same arrays, computed once and stored; on a GPU or TPU, which decide well themselves, nothing is done.
+
+    Each array gets a barrier of its own: one around a tuple ends the process in jaxlib 0.12's CPU compiler.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, x) if jax.default_backend() == "cpu" else x
 
 
+@lru_cache
 def compiler_options() -> dict[str, Any] | None:
-    """For `jax.jit`: on a CPU barriers must last until operations have been fused, or `settle` does nothing."""
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
+    """For `jax.jit`: on a CPU barriers must last until operations have been fused, or `settle` does nothing.
+
+    Two passes are left out: the one that removes barriers, and (from jaxlib 0.12) the one that hands small loops to a
+    code generator that knows no barriers. Both names are internal to XLA, so a small program is compiled first; where
+    that fails there are no options, and steps are slower.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
+    return options if _compiles(options) else None
+
+
+def _compiles(options: dict[str, Any]) -> bool:
+    """Whether a barrier in a small loop and one outside compile under these options."""
+
+    def program(x):
+        return settle(jax.lax.fori_loop(0, 2, lambda i, x: settle(jax.numpy.sin(x) * i) + 1, x))
+
+    try:
+        jax.jit(program, compiler_options=options).lower(jax.ShapeDtypeStruct((2,), "float32")).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def jit_at_first_call(function: Callable, **options: Any) -> Callable:

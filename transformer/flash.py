@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -323,8 +324,11 @@ def _cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
 def _cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    unused = jnp.zeros(0, q_BTNH.dtype)  # bias, lengths, offsets, page tables
-    return cudnn._dot_product_attention_bwd_rule(
+    rule = cudnn._dot_product_attention_bwd_rule
+    modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is promised
+    others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
+    unused = [jnp.zeros(0, q_BTNH.dtype)] * 7  # bias, lengths, offsets, page tables
+    return rule(
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
         seed=0,
         dropout_rate=0.0,
@@ -332,10 +336,10 @@ def _cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout
         mask_type=cudnn.MaskType.CAUSAL,
         layout=cudnn.AttentionLayout.BTNH.value,
         sliding_window_length=window or None,
-        is_training=True,
         return_residual=False,
-        res=(q_BTNH, k_BTKH, v_BTKH, *[unused] * 7, lse_BNT, out_BTNH),
+        res=(q_BTNH, k_BTKH, v_BTKH, *unused, *([()] if modified else []), lse_BNT, out_BTNH),
         grad_output=dout_BTNH,
+        **others,
     )[:3]
 
 

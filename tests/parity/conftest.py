@@ -1,6 +1,8 @@
 """How parity is measured, and the table of it that every run of these tests ends with."""
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,22 @@ from helpers import SCRATCH
 import run_lib
 
 Rows = dict[tuple[str, str], tuple[float, float]]  # implementation, what was compared -> largest difference, limit
+
+WITHOUT_TORCH = ("test_determinism.py",)  # all other files here compare with PyTorch, or with models that run on it
+
+
+class NotComparable(pytest.Module):
+    """A file of tests that compare with PyTorch, on a machine without it."""
+
+    def collect(self) -> Any:
+        pytest.skip("compares with PyTorch, which is not installed")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Leaves a file to pytest (None), or stands in for it."""
+    if module_path.name in WITHOUT_TORCH or find_spec("torch"):
+        return None
+    return NotComparable.from_parent(parent, path=module_path)
 
 
 def difference(ours: Any, theirs: Any) -> float:
