@@ -1,30 +1,27 @@
 """Read, check and compare configs. The only home of what a value may be; nothing is changed after `check`."""
 
 import dataclasses
-import difflib
 import math
-import sys
-import textwrap
-from collections.abc import Callable, Sequence
+import re
+import tokenize
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+import jax
+from ml_collections import ConfigDict
 
-from config_docs import key_docs, written
 from configs import default
-from input_pipeline import ORDERS
+from corpus.dataset import ORDERS
 from runtime.errors import UserError, one_line
-from transformer import optimizer as optimizer_lib
-from transformer.flash import obstacle
-from transformer.model import CHOICES as MODEL_CHOICES
-from transformer.model import TransformerConfig
-from transformer.optimizer import OptimizerConfig
+from runtime.screen.text import nearest
+from training import optimizer as optimizer_lib
+from training.optimizer import OptimizerConfig
+from transformer.config import CHOICES as MODEL_CHOICES
+from transformer.config import TransformerConfig
+from transformer.kernels.choose import obstacle
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
-
-DEFAULT_CONFIG = "configs/shakespeare.py"
-DEFAULT_WORKDIR = "runs/shakespeare"
 
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
@@ -32,11 +29,6 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "order": ORDERS,
 }
-
-MOST_USED = (  # keys, for --help
-    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
-    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
-)
 
 
 def _finite(x: float) -> bool:
@@ -87,130 +79,12 @@ MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {
 REBATCH = {"batch_size", "accumulation_steps"}
 
 
-# --- The command line ---------------------------------------------------------------------------------------------
+# --- Checking -----------------------------------------------------------------------------------------------------
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """ "; did you mean X?" for the closest of `words`, or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def parse_flags(
-    command: str,
-    about: str,
-    argv: Sequence[str],
-    define: Callable[[flags.FlagValues], None],
-    config: bool = False,
-    words: tuple[str, list[str]] | None = None,
-) -> flags.FlagValues:
-    """Flags of one command, from `argv` without the program's name and the command's. `--help` prints them and exits.
-
-    Args:
-      define: adds the command's own flags to the FlagValues it is given.
-      config: whether the command takes --config and --config.KEY.
-      words: for a command that takes words beside its flags: what `--help` calls them, and the list that gets them.
-
-    Raises:
-      UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
-    """
-    values = flags.FlagValues()
-    values.set_gnu_getopt(words is not None)  # flags may stand after words
-    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
-    define(values)
-    if config:
-        known = list(default.get_config())
-        for word in argv:
-            if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
-                raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
-        argv = argv if _config_path(argv) else [f"--config={Path(__file__).parent / DEFAULT_CONFIG}", *argv]
-        config_flags.DEFINE_config_file("config", None, "The config file.", flag_values=values, sys_argv=argv)
-    try:
-        rest = values(["main.py", *argv])[1:]
-        if config:
-            len(values.config)  # a config file that could not be loaded says so only when it is read
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
-    except flags.IllegalFlagValueError as error:
-        raise UserError(_explain_value(argv, error)) from error
-    except flags.Error as error:
-        raise UserError(one_line(error)) from error
-    except Exception as error:  # whatever the config file raises
-        raise UserError(_explain_value(argv, error)) from error
-    if values.help:
-        _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
-        sys.exit(0)
-    if words is not None:
-        words[1].extend(rest)
-    elif rest:
-        raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
-    return values
-
-
-def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
-    """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
-    own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
-    shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
-    told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
-    if config:
-        told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
-        told += [(f"  {key}={written(doc.default)}", doc.comment) for key in MOST_USED if (doc := key_docs()[key])]
-    print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
-    for name, text in told:
-        if name.startswith(" "):  # a key: one line, so that all fit on the screen
-            text = textwrap.shorten(text, 49, placeholder=" ...")
-        indent = f"  {name:<26} " if len(name) <= 26 else f"  {name}\n{'':29}"
-        print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
-    if config:
-        print("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
-
-
-def _config_path(argv: Sequence[str]) -> str | None:
-    """What the last --config=PATH or --config PATH names."""
-    path = None
-    for word, following in zip(argv, [*argv[1:], None], strict=False):
-        if word.startswith("--config="):
-            path = word.partition("=")[2]
-        elif word == "--config":
-            path = following
-    return path
-
-
-def _explain_value(argv: Sequence[str], error: BaseException) -> str:
-    """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
-    known = default.get_config()
-    for word in argv:
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config.") or key not in known:
-            continue
-        kind = type(known[key])
-        try:
-            ok = bool(equals) and (kind not in (int, float) or kind(text) is not None)
-            ok = ok and (kind is not bool or text.lower() in ("true", "false", "0", "1"))
-            ok = ok and (kind is not tuple or all(float(part) is not None for part in text.strip("()").split(",")))
-        except ValueError:
-            ok = False
-        if not ok:
-            return f"config.{key}: expected {_type_name(kind)}, got {text!r}; the default is {known[key]!r}"
-    path = _config_path(argv)
-    if path is None or (isinstance(error, flags.IllegalFlagValueError) and "config file" not in str(error)):
-        return one_line(error).removeprefix("flag ")
-    while error.__context__ and "config file" in str(error):  # the library wraps what the file raised
-        error = error.__context__
-    if isinstance(error, UserError):
-        return str(error)
-    if not Path(path.split(":")[0]).is_file():
-        return f"--config={path}: no such file; see configs/"
-    return f"--config={path}: {type(error).__name__}: {one_line(error)}"
-
-
-def _type_name(kind: type) -> str:
+def type_name(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return names.get(kind, "two numbers, as 0.9,0.95")
-
-
-# --- Checking -----------------------------------------------------------------------------------------------------
 
 
 def check(config: ConfigDict) -> None:
@@ -229,7 +103,7 @@ def check(config: ConfigDict) -> None:
         given = config[key]
         right = isinstance(given, type(value)) and isinstance(given, bool) == isinstance(value, bool)
         if not right and not (isinstance(value, float) and type(given) is int):
-            raise UserError(f"config.{key}: expected {_type_name(type(value))}, got {given!r}")
+            raise UserError(f"config.{key}: expected {type_name(type(value))}, got {given!r}")
     for words, test, keys in RANGES:
         for key in keys.split():
             if not test(config[key]):
@@ -299,6 +173,28 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, dtype=dtype, document_start=document_start, **settings)
 
 
+def resolve_dtype(dtype: str) -> str:
+    """ "auto" is bfloat16 where the hardware is made for it."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
+    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
+
+    Raises:
+      UserError: documents are to be masked, and there is none.
+    """
+    start = eot if config.mask_documents else -1
+    if start is None:
+        raise UserError(
+            f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
+            "set it to False, or take one that has, such as gpt2"
+        )
+    return transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+
+
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     return OptimizerConfig(**{field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)})
 
@@ -360,6 +256,46 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
         )
 
 
-def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:
-    """runs/<run>, or runs/<name of the config file>."""
-    return Path("runs") / (config.run or Path((_config_path(argv) or DEFAULT_CONFIG).split(":")[0]).stem)
+# --- What configs/default.py says of each key: its section and its comment, read from there -----------------------
+
+_SECTION = re.compile(r"# --- (.+?) -+$")
+_ASSIGNMENT = re.compile(r"\s*config\.(\w+) = ")
+
+
+class KeyDoc(NamedTuple):
+    """One key as configs/default.py has it."""
+
+    section: str
+    key: str
+    default: Any
+    comment: str
+
+
+@cache
+def key_docs() -> dict[str, KeyDoc]:
+    """Every key's documentation, in the order of configs/default.py. A comment may go on in the lines below its key."""
+    defaults = default.get_config()
+    found: dict[str, KeyDoc] = {}
+    section = key = ""
+    with Path(default.__file__).open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type != tokenize.COMMENT:
+                continue
+            text = token.string.removeprefix("#").strip()
+            if heading := _SECTION.match(token.string):
+                section, key = heading[1], ""
+            elif assigned := _ASSIGNMENT.match(token.line):
+                key = assigned[1]
+                found[key] = KeyDoc(section, key, defaults[key], text)
+            elif key:
+                found[key] = found[key]._replace(comment=f"{found[key].comment}; {text}")
+    return found
+
+
+def written(value: Any) -> str:
+    """A value as one writes it after `--config.KEY=`; text that would not be seen so is quoted."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    if isinstance(value, str) and (not value or not value.isprintable() or value != value.strip()):
+        return repr(value)
+    return str(value)

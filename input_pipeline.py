@@ -1,4 +1,4 @@
-"""Text to tokens to batches, where a batch is a function of the seed and the step.
+"""From the corpus that a config names to batches on the devices; a batch is a function of the seed and the step.
 
 Nothing here remembers a position: `Batches(...)(step)` gives the same tokens whenever and wherever it is asked, so a
 checkpoint needs only the step, and several processes can each build their own rows.
@@ -7,62 +7,31 @@ Steps are micro-steps, counted from 0. A batch is int32 [rows, context_len + 1]:
 targets `batch[:, 1:]`. IGNORED (-1) fills what lies beyond the split's end: no target, and as an input it reads as 0.
 """
 
-import difflib
-import functools
-import glob
-import hashlib
 import math
-import os
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from runtime import fetch
-from runtime.errors import UserError, one_line
-from runtime.shards import ShardedTokens
-from transformer.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
+from corpus.dataset import Dataset, Say, Split
+from corpus.load_shards import holds_shards, load_shards
+from corpus.load_text import load_text
+from corpus.shards import ShardedTokens
+from corpus.tokenizer import Tokenizer
+from runtime.multihost import put
+from runtime.processes import num_processes
+from transformer.sharding import batch_sharded, replicated
 
 S, T = TypeVar("S"), TypeVar("T")
-Say = Callable[[str], None]
 
 IGNORED = -1
-ORDERS = ("shuffle", "sequential", "random")
-MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
-MANY_BYTES = 10_000_000  # more than that takes long enough to encode to say so
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known."""
-
-    tokens: np.ndarray | ShardedTokens
-    num_bytes: int | None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    def num_windows(self, context_len: int) -> int:
-        """Windows that together predict each token but the first once; the last one may be short."""
-        return -(-(self.num_tokens - 1) // context_len)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """An encoded corpus; `sha256` is that of the file's bytes (of all files, with a newline between)."""
-
-    train: Split
-    val: Split
-    test: Split | None
-    tokenizer: Tokenizer
-    sha256: str
 
 
 def load_dataset(
@@ -73,160 +42,28 @@ def load_dataset(
     val_fraction: float,
     test_fraction: float,
     context_len: int,
+    train_shards: int = 1,
     say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
-    """Finds the text, cuts it into splits, and encodes each apart or takes its tokens from `data_dir/.cache`.
-
-    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes any
-    file as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are.
-
-    Args:
-        dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
-        tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
-        val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
-        context_len: each split must hold context_len + 1 tokens.
+    """The corpus that `dataset` names, by `load_shards` where that holds tokens, by `load_text` where it is text.
 
     Raises:
-        UserError: the text is missing, unreadable, empty, too short, not UTF-8 or has characters that `vocabulary`
-            lacks; or the tokenizer has no such name or cannot be loaded.
+        UserError: as these do.
     """
-    if vocabulary is None:
-        check_tokenizer_name(tokenizer)
-    paths = find_files(dataset, data_dir, say)
-    files = [_read(path) for path in paths]
-    by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
-    text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
-    if not any(files) or not text:
-        raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
-    if vocabulary is None:
-        vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
-
-    # In binary, 1 - 0.05 - 0.05 of a hundred million would be one short of ninety.
-    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
-    ends = [0, *(math.floor(len(text) * part) for part in (1 - val - test, 1 - test)), len(text)]
-    names = ["training", "validation", "test"] if test else ["training", "validation"]
-    splits, say_once = [], functools.cache(say)  # a cache that cannot be written is news but once
-    for name, (start, end) in zip(names, pairwise(ends), strict=False):
-        try:
-            splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
-        except UnknownCharacters as error:
-            raise UserError(
-                f"config.dataset: {dataset} has {len(set(text))} different characters and the run's vocabulary "
-                f"{vocabulary.vocab_size}, without {error.characters[0]!a} at character {start + error.positions[0]}; "
-                "give the text that the run began with, or another --workdir"
-            ) from None
-        check_length(splits[-1], context_len, f"{dataset} has {splits[-1].num_tokens} in the {name} split")
-    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
-    return Dataset(splits[0], splits[1], splits[2] if test else None, vocabulary, sha256)
-
-
-def check_length(split: Split, context_len: int, found: str) -> None:
-    """Raises UserError unless a window fits into the split; `found` says how long it is."""
-    if split.num_tokens <= context_len:
-        raise UserError(
-            f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
-            "lower it, or give more text or other fractions"
-        )
-
-
-def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
-    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none."""
-    if fetch.is_named(dataset):
-        return [fetch.dataset_path(dataset, data_dir, say)]
-    if dataset in fetch.SHARD_SETS:
-        raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
-    path = os.path.expanduser(dataset)
-    if os.path.isdir(path):
-        raise UserError(f"config.dataset: {dataset} is a directory; name a file, or a glob such as {dataset}/*.txt")
-    if os.path.exists(path):  # before the glob, so that a file called "a[1].txt" can be named
-        return [Path(path)]
-    paths = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
-    if not paths:
-        guess = difflib.get_close_matches(dataset, fetch.NAMES, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
-        known = ", ".join(fetch.NAMES)
-        raise UserError(f"config.dataset: no file {dataset!r}; {hint}give a file, a glob of files or one of {known}")
-    return paths
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
-
-
-def decode_text(path: Path, data: bytes, start: int = 0) -> str:
-    """The bytes of a file from byte `start` on as text, without a byte order mark. Raises UserError if not UTF-8."""
-    try:
-        text = data.decode("utf-8")
-        return text if start else text.removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        problem = f"{path} is not UTF-8 at byte {start + error.start} (0x{data[error.start]:02x})"
-        raise UserError(f"config.dataset: {problem}; convert it, or set config.tokenizer=byte") from None
-
-
-def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
-    """A tokenizer by name; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
-    if isinstance(text, bytes):
-        return build_tokenizer("byte", "")
-    if name == "char":
-        tokenizer = build_tokenizer("char", text)
-        if tokenizer.vocab_size > MANY_SYMBOLS:
-            say(f"warning: the text has {tokenizer.vocab_size:,} different characters; config.tokenizer=byte has 256")
-        return tokenizer
-    environment = dict(os.environ)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(fetch.tiktoken_cache(name, data_dir, say))
-    try:
-        return build_tokenizer(name, "")
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.tokenizer: {name} cannot be loaded: {one_line(error)}; use char or byte") from error
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        os.environ.update(environment)
-
-
-def _encode(text: str | bytes, vocabulary: Tokenizer, cache: Path, say: Say) -> Split:
-    """The text's tokens, memory-mapped from a file that the text and the vocabulary name, written if need be."""
-    data = text if isinstance(text, bytes) else text.encode()
-    path = cache / f"{hashlib.sha256(data).hexdigest()[:32]}-{vocabulary.fingerprint[:32]}.npy"
-    tokens = _load_tokens(path, vocabulary.dtype, say)
-    if tokens is None:
-        if len(data) > MANY_BYTES:
-            say(f"encoding {len(data):,} bytes with tokenizer {vocabulary.name}, once")
-        tokens = vocabulary.encode_bytes(data) if isinstance(vocabulary, ByteTokenizer) else vocabulary.encode(text)
-        try:
-            _store_tokens(path, tokens)
-            tokens = np.load(path, mmap_mode="r")
-        except OSError as error:
-            say(f"warning: {cache} cannot be written ({error.strerror}); the encoded text stays in memory")
-    # `asarray` keeps the map but drops the memmap class, whose slices cost several times as much.
-    return Split(np.asarray(tokens), len(data))
-
-
-def _load_tokens(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
-    """The tokens if they are there; of damage it sees length and type, as reading all would cost what the map saves."""
-    try:
-        tokens = np.load(path, mmap_mode="r")
-        if tokens.dtype != dtype or tokens.ndim != 1:
-            raise ValueError
-        return tokens
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, EOFError, ValueError):
-        say(f"warning: the encoded text {path} is damaged; encoding it again")
-        return None
-
-
-def _store_tokens(path: Path, tokens: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_stem(f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}")  # no two processes share one
-    try:
-        np.save(temporary, tokens)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    load: Callable[..., Dataset] = load_text
+    if holds_shards(dataset, tokenizer):
+        load = partial(load_shards, train_shards=train_shards)
+    return load(
+        dataset,
+        tokenizer,
+        data_dir=data_dir,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        context_len=context_len,
+        say=say,
+        vocabulary=vocabulary,
+    )
 
 
 @dataclass(frozen=True)
@@ -312,6 +149,40 @@ def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator
         if len(ahead) > size:
             yield ahead.popleft()
     yield from ahead
+
+
+def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
+    """The batches of a dispatch on the devices, as the step for `most` micro-steps takes them.
+
+    For one: [B, T + 1]. For several: [most, B, T + 1], of which the first are those of `span`, and how many those are.
+    """
+    if num_processes() > 1:
+        return _place_own_rows(batches, mesh, most, span)
+    if most == 1:
+        return jax.device_put(batches(span.start), batch_sharded(mesh))
+    own = [batches(step) for step in span]
+    stack_SBT1 = np.stack(own + own[-1:] * (most - len(own)))
+    places = NamedSharding(mesh, PartitionSpec(None, *batch_sharded(mesh).spec)), replicated(mesh)
+    return jax.device_put((stack_SBT1, np.int32(len(own))), places)
+
+
+def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
+    """The same in one of several processes: it reads the rows that its own devices take."""
+    B, T1 = batches.batch_size, batches.context_len + 1
+
+    def rows(step: int, index: tuple[slice, slice]) -> np.ndarray:
+        return batches.rows(step, *index[0].indices(B)[:2])[:, index[1]]
+
+    def rows_of_all(index: tuple[slice, slice, slice]) -> np.ndarray:
+        own = [rows(step, index[1:]) for step in span]
+        return np.stack(own + own[-1:] * (most - len(own)))
+
+    place = batch_sharded(mesh)
+    if most == 1:
+        return jax.make_array_from_callback((B, T1), place, lambda index: rows(span.start, index))
+    stack = NamedSharding(mesh, PartitionSpec(None, *place.spec))
+    stack_SBT1 = jax.make_array_from_callback((most, B, T1), stack, rows_of_all)
+    return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
 
 
 # Random numbers are hashes of an index: nothing is stored, whatever the size.

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
-    from runtime.console import Console  # not at the top: a restart begins before anything is imported
+    from runtime.screen.console import Console
 
     command, flags = _parted(argv)
     try:

@@ -1,7 +1,6 @@
 """What a run's directory holds, read back: its config, its tokenizer, its data, its model. Writes nothing."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,26 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
-from corpus.load import holds_shards, load_shards
-from input_pipeline import Dataset, load_dataset
-from runtime import metrics
-from runtime.agreement import require_same
-from runtime.checkpoint import Checkpoints, DamagedError, Placement
-from runtime.clock import Beside
+from corpus.dataset import Dataset
+from corpus.tokenizer import Tokenizer, tokenizer_from_dict
+from input_pipeline import load_dataset
+from runtime import devices
+from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import read_json
-from step_lib import Step, held_bytes
-from transformer.cost import parameter_counts
-from transformer.health import first_not_finite
-from transformer.model import Params, Transformer, TransformerConfig, init_params, model_of
-from transformer.optimizer import labels_of, make_optimizer
-from transformer.sharding import held_whole, is_data_parallel
-from transformer.step import TrainState, init_state, regroup
-from transformer.tokenizer import Tokenizer, tokenizer_from_dict
+from runtime.multihost import require_same
+from training.health import first_not_finite
+from training.optimizer import labels_of, make_optimizer
+from training.step import TrainState, init_state, regroup
+from transformer.config import TransformerConfig
+from transformer.model import Params, Transformer, init_params, model_of
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,28 +51,6 @@ class Run:
     val_loss: float | None  # of the last evaluation, nats per token
     best_val_loss: float | None
     best_step: int | None
-
-
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" is bfloat16 where the hardware is made for it."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
-
-    Raises:
-      UserError: documents are to be masked, and there is none.
-    """
-    start = eot if config.mask_documents else -1
-    if start is None:
-        raise UserError(
-            f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
-            "set it to False, or take one that has, such as gpt2"
-        )
-    return config_lib.transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
 
 
 def sample_entry(step: int, text: str) -> str:
@@ -122,16 +95,14 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    load: Callable[..., Dataset] = load_dataset
-    if holds_shards(config.dataset, config.tokenizer):
-        load = partial(load_shards, train_shards=config.train_shards)
-    return load(
+    return load_dataset(
         config.dataset,
         config.tokenizer,
         data_dir=data_dir_of(config),
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         context_len=config.context_len,
+        train_shards=config.train_shards,
         say=say,
         vocabulary=vocabulary,
     )
@@ -183,7 +154,7 @@ def load_weights(
       UserError, NoCheckpointError: there is no such run, or its model has another shape.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    source = model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
     if want != have:
         names = [field.name for field in dataclasses.fields(source)]
@@ -209,7 +180,7 @@ def load_model(
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    model_config = model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -271,7 +242,7 @@ def other_versions(workdir: Path) -> str:
         before = dict(read_json(workdir / CONFIG_FILE)["packages"])
     except (UserError, LookupError, TypeError):  # a run goes on without that file too, which is then written anew
         return ""
-    now = metrics.environment()["packages"]
+    now = devices.environment()["packages"]
     changed = [name for name in ("jax", "jaxlib", "flax", "optax") if before.get(name, now[name]) != now[name]]
     return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
 
@@ -313,7 +284,7 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    model_config = model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
+    model_config = config_lib.model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
     shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
     optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
 
@@ -340,66 +311,3 @@ def resume(
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
         state = jax.jit(convert, out_shardings=places)(state)
     return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
-
-
-def header(
-    workdir: Path,
-    config: ConfigDict,
-    model_config: TransformerConfig,
-    data: Dataset,
-    step: Step,
-    mesh: Mesh,
-    steps: int,
-) -> list[tuple[str, str]]:
-    """What a person wants to know before a run starts, as names and values."""
-    device, vocab_size = jax.devices()[0], model_config.vocab_size
-    counts = parameter_counts(model_config)
-    by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    memory = held_bytes(config, model_config, step.state, mesh)
-    muon = sum(label == "muon" for label in step.labels.values())
-    tokens = config.batch_size * config.context_len * config.accumulation_steps
-    epochs = steps * tokens / data.train.num_tokens
-    return [
-        ("run", str(workdir)),
-        ("device", f"{mesh.size} x {device.device_kind} ({device.platform}), {model_config.dtype}"),
-        *([] if is_data_parallel(mesh) else [("mesh", _mesh(model_config, step.state.params, mesh))]),
-        ("parameters", f"{sum(counts.values()):,} ({by_part})"),
-        (
-            "data",
-            f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens): "
-            f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
-        ),
-        ("optimizer", f"Muon for {muon} matrices, AdamW for {len(step.labels) - muon} other arrays"),
-        (
-            "memory",
-            f"about {sum(memory.values()) / 1e6:,.0f} MB a device "
-            f"({', '.join(f'{part} {size / 1e6:,.0f}' for part, size in memory.items())})",
-        ),
-        ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
-        ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
-    ]
-
-
-def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
-    """The sizes of a mesh, and what it would split and cannot."""
-    c = model_config
-    sizes = {"tokens": c.context_len, "query_heads": c.num_heads, "key_heads": c.num_kv_heads}
-    whole = held_whole(params, sizes, mesh)
-    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) + (
-        f"; not divided, so whole on each device: {', '.join(whole)}" if whole else ""
-    )
-
-
-def beside(config: ConfigDict, val_tokens: int) -> dict[str, Beside]:
-    """What a run does beside its steps, with what it is likely to take before it was timed.
-
-    A forward pass is a third of a step's arithmetic. The shares of compilation are a small model's on a CPU.
-    """
-    tokens = config.batch_size * config.context_len * config.accumulation_steps
-    some = min(config.eval_tokens, val_tokens) if config.eval_tokens else val_tokens
-    saves = min(filter(None, (config.save_every, config.eval_every)), default=0)  # as if each evaluation improved
-    return {
-        "evaluation": Beside(config.eval_every, some, val_tokens, share=1 / (3 * tokens), compiling=0.15),
-        "sample": Beside(config.sample_every, compiling=0.7),
-        "save": Beside(saves, compiling=0.4),
-    }

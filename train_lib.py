@@ -1,4 +1,4 @@
-"""The trainer: the loop, read from top to bottom. The step itself is transformer/step.py, evaluation eval_lib.py."""
+"""The trainer: the loop, read from top to bottom. The step is training/step.py, evaluation training/evaluate.py."""
 
 import math
 from collections.abc import Callable
@@ -10,33 +10,34 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
-import panels_lib
 import run_lib
-from dispatch_lib import place, several_steps, spans
-from eval_lib import Evaluator
-from input_pipeline import Batches, prefetch
-from report_lib import write_after_training
+from corpus.tokenizer import UnknownCharacters
+from input_pipeline import Batches, place, prefetch
+from reports import summary
+from reports.plots import plot_loss
+from reports.run_page import write_after_training
+from reports.sinks import SinkLog
 from run_lib import Run
-from runtime import devices, metrics
-from runtime.checkpoint import Checkpoints
-from runtime.clock import Clock
-from runtime.console import Console
+from runtime import devices
+from runtime.checkpoints.manager import Checkpoints
 from runtime.distributed import peers_alive
-from runtime.divergence import Divergence
 from runtime.errors import Interrupted, UserError
-from runtime.files import append_text, cut_back, move_aside, size_of, write_json
-from runtime.guard import StopSignals, WorkdirLock, prepare_workdir
-from runtime.plots import plot_loss
+from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
 from runtime.processes import by_first, is_first
+from runtime.screen.console import Console
+from runtime.signals import StopSignals
 from runtime.trackers import make_tracker
 from runtime.watchdog import Watchdog
-from sink_lib import SinkLog
-from step_lib import held_back, make_step
-from transformer.cost import flops_per_token, parameter_counts
+from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
+from training.clock import Clock, beside
+from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
+from training.dispatch import held_back, several_steps, spans
+from training.evaluate import Evaluator
+from training.health import Divergence
+from training.step import make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_shares, shardings_of, whole
-from transformer.tokenizer import UnknownCharacters
 
 
 def total_steps(config: ConfigDict, batches: Batches) -> int:
@@ -118,7 +119,7 @@ class Trainer:
             self.tokenizer.encode(config.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = run_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
         self.mesh = make_mesh(config.mesh)
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
@@ -133,15 +134,19 @@ class Trainer:
         )
         self.total = total_steps(config, self.batches)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        step = make_step(config, self.model_config, self.total, dropout_key, self.mesh)
+        step = make_step(
+            *(config_lib.optimizer_config(config), self.model_config, self.total, dropout_key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
+        )
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
-        self.metrics_file = metrics.MetricsFile(workdir / run_lib.METRICS_FILE)
+        self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        header = run_lib.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
-        console.header(header, panels_lib.opening(dict(header), config, self.model_config))
+        header = summary.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        console.header(header, summary.opening(dict(header), config, self.model_config))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
@@ -155,12 +160,12 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        self.beside = run_lib.beside(config, self.data.val.num_tokens)
+        self.beside = beside(config, self.data.val.num_tokens)
         counts = jax.device_get(self.state.metrics)
         self.divergence = Divergence(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn)
         self.tracing = False
         settings = config_lib.to_dict(config)
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             self.tracker = make_tracker(
@@ -253,7 +258,7 @@ class Trainer:
         if self.config.report:
             self.console.doing("writing report.html")
             by_first(lambda: write_after_training(run, self.console.warn))
-        self.console.closing(*panels_lib.closing(run, self.clock.elapsed))
+        self.console.closing(*summary.closing(run, self.clock.elapsed))
         return run
 
     def _report(self, step_metrics: dict[str, jax.Array]) -> None:
@@ -301,7 +306,7 @@ class Trainer:
             "lr": config.lr * factor,
             **({"muon_lr": config.muon_lr * factor} if config.use_muon else {}),
             **self._timing(tokens_per_step),
-            "peak_memory_bytes": metrics.peak_memory_bytes(device),
+            "peak_memory_bytes": devices.peak_memory_bytes(device),
         }
         return row | on_host
 
@@ -315,14 +320,14 @@ class Trainer:
             rate = tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
             kind = jax.devices()[0].device_kind
-            row["mfu"] = metrics.mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
+            row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
-        per_byte = metrics.bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        per_byte = bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:

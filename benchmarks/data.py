@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 from benchmarks.harness import ROOT, TrainerStep, about, flags_of, interleaved, override, report, wake_devices
 from benchmarks.step import RECIPE, SHAPES, config_of
 from configs import nanogpt_char_cpu
-from input_pipeline import Batches, Split, prefetch
+from corpus.dataset import Split
+from input_pipeline import Batches, prefetch
 from runtime.large_pages import restart_with_large_pages
 
 

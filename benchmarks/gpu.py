@@ -63,7 +63,7 @@ def gradients(tiny: bool) -> tuple[str, list[dict[str, Any]], str]:
     import numpy as np
 
     from transformer.attention import attend, visible
-    from transformer.flash import causal_attention, choose
+    from transformer.kernels.choose import causal_attention, choose
 
     def definition(q_BTNH, k_BTKH, v_BTKH, sink_N, window):
         position_T = jnp.arange(q_BTNH.shape[1])
@@ -116,8 +116,7 @@ def step(tiny: bool) -> tuple[str, list[dict[str, Any]], str]:
     import jax
 
     from benchmarks.harness import TrainerStep, interleaved, matrix_rate, spread
-    from runtime.metrics import peak_flops
-    from transformer.cost import flops_per_token
+    from training.cost import flops_per_token, peak_flops
 
     variants = {
         "no sinks": {},
@@ -183,7 +182,7 @@ def decode(tiny: bool) -> tuple[str, list[dict[str, Any]], str]:
     import numpy as np
 
     from benchmarks.harness import interleaved, spread
-    from run_lib import model_config_of
+    from config_lib import model_config_of
     from transformer.model import init_params, model_of
     from transformer.sampling import Sampling, generate_tokens
 

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-import run_lib
+import config_lib
 from runtime import devices
+from runtime.devices import environment
 from runtime.large_pages import SETTING
-from runtime.metrics import environment
-from step_lib import held_back, make_step
+from training.dispatch import held_back
+from training.step import make_step
 from transformer.sharding import batch_sharded, make_mesh
 
 ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
@@ -122,8 +123,9 @@ class TrainerStep:
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
         self.mesh, key = make_mesh(config.mesh), jax.random.key(config.seed)
-        self.config, self.model_config = config, run_lib.model_config_of(config, vocab_size)
-        step = make_step(config, self.model_config, config.max_steps or 1000, key, self.mesh)
+        self.config, self.model_config = config, config_lib.model_config_of(config, vocab_size)
+        settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        step = make_step(settings, self.model_config, config.max_steps or 1000, key, self.mesh, *spikes)
         self._init = partial(step.init, key)
         self.reset()
         self.train_step, self._run = step.run, held_back(step.run)

@@ -23,13 +23,14 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import TrainerStep, about, flags_of, interleaved, override, report, spread, wake_devices
 from configs import shakespeare
-from eval_lib import Evaluator
-from input_pipeline import Batches, Dataset
+from corpus.dataset import Dataset
+from input_pipeline import Batches
 from run_lib import load_data
 from runtime.large_pages import restart_with_large_pages
-from step_lib import held_back
-from transformer.dense import compiler_options
-from transformer.step import make_loss_and_grads
+from training.dispatch import held_back
+from training.evaluate import Evaluator
+from training.step import make_loss_and_grads
+from transformer.xla import compiler_options
 
 VARIANTS: dict[str, dict[str, Any]] = {  # config changes
     "Muon": {"use_muon": True},

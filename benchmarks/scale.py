@@ -3,9 +3,9 @@
     python -m benchmarks.scale
 
 At a fixed model and batch each device gets a smaller share of it; at fixed work per device the batch grows with the
-devices. Nothing is run or held: steps are compiled from shapes (`planning.predict`), so that a laptop does.
-Memory: parameters and optimizer are exact, the rest is the rule of `transformer.cost`. Sent: the collectives of the
-compiled program, by the rings that send least. Time: data sheets and assumptions of `planning.hardware`.
+devices. Nothing is run or held: steps are compiled from shapes (`commands.planning.predict`), so that a laptop does.
+Memory: parameters and optimizer are exact, the rest is the rule of `training.cost`. Sent: the collectives of the
+compiled program, by the rings that send least. Time: data sheets and assumptions of `commands.planning.hardware`.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import about, flags_of, override, report
 from commands.plan import vocabulary
+from commands.planning.hardware import TABLE
+from commands.planning.predict import forecast, plan_step
 from configs import gpt2_124m
-from planning.hardware import TABLE
-from planning.predict import forecast, plan_step
+from reports.plots import save_figure
 from runtime import devices
-from runtime.console import Console
 from runtime.large_pages import restart_with_large_pages
-from runtime.plots import save_figure
+from runtime.screen.console import Console
 from transformer.sharding import make_mesh
 
 WORK = ("fixed model", "fixed work")

@@ -4,7 +4,7 @@
 
 From the model of configs/shakespeare.py one size at a time is changed, the sizes of an axis taking turns. Time is that
 of the trainer's step. Memory is what the compiled step holds on each device: arguments and temporary arrays, as XLA
-reports them. Beside both stands what is counted from the config alone: FLOPs (`transformer.cost.flops_per_token`) and
+reports them. Beside both stands what is counted from the config alone: FLOPs (`training.cost.flops_per_token`) and
 bytes (`counted_bytes`). A slope is that of the straight line that fits best in log-log: 1 is proportional. A step has
 fixed costs, so that at the small end measured slopes lie below the counted ones.
 """
@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import TrainerStep, about, flags_of, interleaved, override, report, spread, wake_devices
 from configs import shakespeare
+from reports.plots import save_figure
 from runtime.large_pages import restart_with_large_pages
-from runtime.plots import save_figure
-from transformer.cost import flops_per_token, parameter_counts
-from transformer.flash import choose
+from training.cost import flops_per_token, parameter_counts
+from transformer.kernels.choose import choose
 
 VOCAB = 65
 HEAD_DIM = 32

@@ -6,7 +6,7 @@ Both sides in GPT-2's exact settings, in float32, without sinks, with AdamW and 
 transformers' GPT2LMHeadModel; the same under torch.compile. Then our own recipe's step, with Muon and sinks, in a row
 of its own. Each side runs in a process of its own, set up as its users do, and they take turns, a block of steps at a
 time, while the others sleep. The machine's rate, that of a 1024³ float32 product, is measured in the same rounds; FLOPs
-are those of `transformer.cost.flops_per_token`, whoever computes them. Every side gets memory in large pages where
+are those of `training.cost.flops_per_token`, whoever computes them. Every side gets memory in large pages where
 Linux gives them on demand, as a run of `main.py` does; `GLIBC_TUNABLES= python -m benchmarks.step` compares without.
 """
 
@@ -31,10 +31,10 @@ from benchmarks.harness import (
     wake_devices,
     workers,
 )
+from config_lib import model_config_of
 from configs import nanogpt_char_cpu, shakespeare
-from run_lib import model_config_of
 from runtime.large_pages import restart_with_large_pages
-from transformer.cost import flops_per_token, parameter_counts
+from training.cost import flops_per_token, parameter_counts
 
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary
     "4 x 128": (4, 128, 4, 512, 64, 12, 65),

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
-import compare_lib
-import config_lib
-from runtime.console import Console
+from commands.flags import parse_flags
+from reports import compare
 from runtime.errors import UserError
+from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -17,12 +17,12 @@ def _define(values: flags.FlagValues) -> None:
         "The loss whose tokens and seconds are shown; default the worst of the runs' best.",
         flag_values=values,
     )
-    flags.DEFINE_string("out", compare_lib.DEFAULT_OUT, "Where the page and the pictures go.", flag_values=values)
+    flags.DEFINE_string("out", compare.DEFAULT_OUT, "Where the page and the pictures go.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
     runs: list[str] = []
-    values = config_lib.parse_flags("compare", __doc__, argv, _define, words=("RUN ...", runs))
+    values = parse_flags("compare", __doc__, argv, _define, words=("RUN ...", runs))
     if not runs:
         raise UserError("compare: names no run; write python main.py compare runs/A runs/B")
-    compare_lib.compare(runs, Path(values.out), values.target, Console())
+    compare.compare(runs, Path(values.out), values.target, Console())

@@ -5,9 +5,10 @@ from itertools import groupby
 from absl import flags
 
 import config_lib
-from config_docs import key_docs, written
-from runtime.console import Console
-from runtime.text import Table
+from commands.flags import parse_flags
+from config_lib import key_docs, written
+from runtime.screen.console import Console
+from runtime.screen.text import Table
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -15,7 +16,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = config_lib.parse_flags("config", __doc__, argv, _define, config=True).config
+    config = parse_flags("config", __doc__, argv, _define, config=True).config
     config_lib.check(config)
     console = Console()
     for section, docs in groupby(key_docs().values(), key=lambda doc: doc.section):

@@ -5,24 +5,25 @@ from pathlib import Path
 
 from absl import flags
 
-import config_lib
 import run_lib
-from eval_lib import Evaluator
-from runtime import devices, metrics
-from runtime.console import Console
+from commands.flags import DEFAULT_WORKDIR, parse_flags
+from runtime import devices
 from runtime.errors import UserError
+from runtime.screen.console import Console
+from training import cost
+from training.evaluate import Evaluator
 from transformer.model import params_of
 from transformer.sharding import make_mesh
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
     flags.DEFINE_enum("split", "val", ["train", "val", "test"], "What to evaluate on.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("eval", __doc__, argv, _define)
+    values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
     devices.set_up_compile_cache()
     [device, *_] = devices.wake_up()
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         "step": step // config.accumulation_steps,
         "split": values.split,
         "loss": loss,
-        "bits_per_byte": metrics.bits_per_byte(loss, split.num_tokens, split.num_bytes),
+        "bits_per_byte": cost.bits_per_byte(loss, split.num_tokens, split.num_bytes),
         "tokens": tokens,
     }
     console.line(json.dumps(result))

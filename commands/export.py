@@ -7,18 +7,19 @@ from absl import flags
 
 import config_lib
 import run_lib
+from commands.flags import DEFAULT_WORKDIR, parse_flags
+from interop.models import to_theirs
+from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
+from interop.weight_files import WEIGHTS, new_directory, write_safetensors
 from runtime import devices
-from runtime.console import Console
 from runtime.errors import UserError
 from runtime.files import write_json
-from runtime.model_files import WEIGHTS, new_directory, write_safetensors
-from transformer.interop import to_theirs
-from transformer.interop_tokenizer import hf_tokenizer_config, to_tokenizers
+from runtime.screen.console import Console
 from transformer.model import params_of
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
     flags.DEFINE_string("out", None, "A new directory for the files.", flag_values=values)
     flags.DEFINE_enum(
@@ -31,7 +32,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("export", __doc__, argv, _define)
+    values = parse_flags("export", __doc__, argv, _define)
     if not values.out:
         raise UserError("--out: missing; name a new directory for the files")
     console = Console()

@@ -13,21 +13,22 @@ from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
+from commands.flags import parse_flags
 from configs import default
-from input_pipeline import new_tokenizer
-from runtime import devices, metrics
-from runtime.checkpoint import Checkpoints
-from runtime.console import Console
+from corpus.load_text import new_tokenizer
+from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
+from interop.families import Arrays
+from interop.models import from_original, from_theirs
+from interop.tokenizer_json import from_tokenizers
+from interop.weight_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
+from runtime import devices
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError, one_line
 from runtime.files import read_json, write_json
-from runtime.guard import WorkdirLock, prepare_workdir
-from runtime.model_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
-from transformer.cost import parameter_counts
-from transformer.interop import from_original, from_theirs
-from transformer.interop_families import Arrays
-from transformer.interop_tokenizer import from_tokenizers
+from runtime.screen.console import Console
+from runtime.workdir import WorkdirLock, prepare_workdir
+from training.cost import parameter_counts
 from transformer.model import model_of
-from transformer.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 
 LONG_CONTEXT = 8192  # tokens; with more than that a key/value cache is worth a word
 
@@ -43,7 +44,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("import", __doc__, argv, _define)
+    values = parse_flags("import", __doc__, argv, _define)
     source = values["from"].value
     if not source or not values.workdir:
         raise UserError("--from and --workdir: both are needed: where the model lies, and where the run shall be")
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
-    model_config = run_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     workdir = prepare_workdir(values.workdir)
     with WorkdirLock(workdir, console.warn):
         if left := [entry.name for entry in workdir.iterdir() if entry.name != ".lock"]:
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
             rest = {"micro_step": np.zeros((), np.int32)}  # no optimizer has been at work
             checkpoints.save(0, params, rest, meta, None)
         write_json(workdir / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **metrics.environment()})
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
     counts = parameter_counts(model_config)
     console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
     if config.context_len > LONG_CONTEXT:
@@ -130,7 +131,7 @@ def _from_export(
     if dataset:
         config.dataset = dataset
     params = read_safetensors(weights)[0]
-    model_of(run_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
+    model_of(config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
     return config, params, tokenizer
 
 

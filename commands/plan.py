@@ -13,19 +13,20 @@ from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
-from planning.hardware import ATTAINED, TABLE, Hardware, measure_here
-from planning.predict import Planned, forecast, plan_step, run_steps
-from planning.traffic import axes_of_group
+from commands.flags import parse_flags
+from commands.planning.hardware import ATTAINED, TABLE, Hardware, measure_here
+from commands.planning.predict import Planned, forecast, plan_step, run_steps
+from commands.planning.traffic import axes_of_group
 from runtime import devices
-from runtime.console import Console
 from runtime.errors import UserError
-from runtime.text import duration, human
-from transformer.cost import parameter_counts
+from runtime.screen.console import Console
+from runtime.screen.text import duration, human
+from training.cost import parameter_counts
 from transformer.sharding import make_mesh, parse_mesh
 
 HERE = "here"
 RULES = (
-    "exact: from shapes. counted: PaLM's convention. rule: transformer/cost.py, within -16 % and +30 % of compiled CPU "
+    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -16 % and +30 % of compiled CPU "
     "steps. compiled: for simulated CPU devices, where what is bfloat16 may travel as float32 and attention is chunked."
 )
 ASSUMED = (
@@ -53,7 +54,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("plan", __doc__, argv, _define, config=True)
+    values = parse_flags("plan", __doc__, argv, _define, config=True)
     config, here, console = values.config, values.hardware == HERE, Console()
     config_lib.check(config)
     if values.check_steps and not here:

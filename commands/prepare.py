@@ -5,13 +5,13 @@ import re
 
 from absl import flags
 
-import config_lib
 import run_lib
+from commands.flags import parse_flags
 from configs import default
 from corpus.files import Settings
 from corpus.prepare import MAX_SHARD_TOKENS, prepare
-from runtime.console import Console
 from runtime.errors import UserError
+from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -27,7 +27,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("prepare", __doc__, argv, _define)
+    values = parse_flags("prepare", __doc__, argv, _define)
     for name in ("dataset", "out"):
         if not getattr(values, name):
             raise UserError(f"--{name}: must be given; see python main.py prepare --help")

@@ -4,24 +4,24 @@ from pathlib import Path
 
 from absl import flags
 
-import config_lib
-import report_lib
 import run_lib
+from commands.flags import DEFAULT_WORKDIR, parse_flags
+from corpus.tokenizer import UnknownCharacters
+from reports import run_page
 from runtime import devices
-from runtime.console import Console
 from runtime.errors import NoCheckpointError, UserError
+from runtime.screen.console import Console
 from transformer.model import Transformer
-from transformer.tokenizer import UnknownCharacters
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
     flags.DEFINE_string("text", None, "Whose attention is shown; default the last sample's.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("report", __doc__, argv, _define)
+    values = parse_flags("report", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
     devices.set_up_compile_cache()
     devices.wake_up()
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
             raise
         model, tokenizer, which = str(error), run_lib.load_tokenizer(workdir), ""
     try:
-        path = report_lib.write_report(workdir, model, tokenizer, which, values.text)
+        path = run_page.write_report(workdir, model, tokenizer, which, values.text)
     except UnknownCharacters as error:
         raise UserError(f"--text: {error}; leave them out") from error
     console.line(f"wrote {path}")

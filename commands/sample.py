@@ -1,26 +1,31 @@
 """Write text with a trained model; without a prompt, on a terminal, one types prompts to it."""
 
 import contextlib
+import dataclasses
 import io
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 
-import config_lib
 import run_lib
+from commands.flags import DEFAULT_WORKDIR, parse_flags
+from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
-from runtime.console import Console
 from runtime.errors import UserError
-from talk_lib import Talk, readable, talk, write_text
-from transformer.sampling import Sampling, stream
-from transformer.tokenizer import UnknownCharacters
+from runtime.screen.console import Console
+from runtime.screen.text import printable
+from transformer.model import Transformer
+from transformer.sampling import Sampling, prompt_tokens, stream
 
 
 def _define(values: flags.FlagValues) -> None:
     default = Sampling()
-    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
     flags.DEFINE_string(
         "prompt", None, "What the text goes on from; default: typed, or else standard input.", flag_values=values
@@ -35,7 +40,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("sample", __doc__, argv, _define)
+    values = parse_flags("sample", __doc__, argv, _define)
     if values.num_tokens < 0:
         raise UserError(f"--num_tokens: must be at least 0, got {values.num_tokens}")
     try:
@@ -84,3 +89,172 @@ def _read_prompt() -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 at byte {error.start}; give text") from error
     return text.removesuffix("\n").removesuffix("\r") or "\n"
+
+
+HELP = """\
+Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.
+  /temperature 0.7   0 is greedy              /top_k 20    only the 20 likeliest tokens; 0: all
+  /top_p 0.9   the likeliest up to 90 %       /min_p 0.1   only those a tenth as likely as the top one
+  /seed 1      of the next text; each text after it takes the next one
+  /num_tokens 300                             without a number these show what is set
+  /help        this                           /quit or Ctrl-D ends
+Ctrl-C stops the text. A line that ends in \\ goes on in the next one; // stands for a / at the beginning."""
+PROMPT = "> "
+_KEPT_LINES = 1000  # of the history
+
+
+def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[str, int]:
+    """A prompt as the model reads it, and how many tokens that is.
+
+    Raises:
+      UnknownCharacters: it has characters that the tokenizer lacks, and they are not to be replaced.
+    """
+    if replace_unknown:
+        prompt = tokenizer.decode(tokenizer.encode(prompt, replace_unknown=True))
+    return prompt, len(prompt_tokens(tokenizer, prompt))
+
+
+class Talk:
+    """The settings and the last text of a conversation.
+
+    Args:
+      say: takes one line for the person.
+      write: takes pieces of the model's text.
+      replace_unknown: characters that the model lacks are replaced; otherwise such a prompt is refused.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        num_tokens: int,
+        say: Callable[[str], None],
+        write: Callable[[str], None],
+        replace_unknown: bool = False,
+    ) -> None:
+        self._model, self._tokenizer, self._replace_unknown = model, tokenizer, replace_unknown
+        self.sampling, self.num_tokens = sampling, num_tokens
+        self._say, self._write = say, write
+        self._text = ""
+
+    def answer(self, line: str) -> bool:
+        """Does what a line asks for; False when it asks to end."""
+        if line.startswith("/") and not line.startswith("//"):
+            return self._command(*line[1:].partition(" ")[::2])
+        prompt = (line[1:] if line.startswith("//") else line) or self._text
+        try:
+            prompt, length = readable(self._tokenizer, prompt, self._replace_unknown)
+        except UnknownCharacters as error:
+            self._say(f"{error}; leave them out")
+            return True
+        room = self._model.config.context_len
+        if length > room and line:
+            self._say(f"the prompt has {length} tokens; the model reads the last {room}")
+        self._text = prompt
+        self._write(prompt)
+        with heard_interrupts() as stopped:
+            for text in stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling):
+                if stopped():
+                    break
+                self._text += text
+                self._write(text)
+        self._write("\n")
+        self.sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + 1) % 2**32)
+        return True
+
+    def _command(self, name: str, value: str) -> bool:
+        settings = {field.name: getattr(self.sampling, field.name) for field in dataclasses.fields(self.sampling)}
+        settings["num_tokens"] = self.num_tokens
+        if name in ("quit", "exit", "q"):
+            return False
+        if name == "help":
+            self._say(HELP)
+        elif name not in settings:
+            self._say(f"/{name}: unknown; /help says what there is, and // writes a / at the beginning of a text")
+        elif not value.strip():
+            self._say(f"{name} {settings[name]}")
+        else:
+            try:
+                self._set(name, type(settings[name])(value))
+            except ValueError as error:
+                text = str(error)
+                self._say(f"/{text}" if text.startswith(name) else f"/{name}: {value.strip()!r} is no such number")
+        return True
+
+    def _set(self, name: str, value: float) -> None:
+        if name != "num_tokens":
+            self.sampling = dataclasses.replace(self.sampling, **{name: value})
+        elif value < 0:
+            raise ValueError(f"num_tokens: must be at least 0, got {value}")
+        else:
+            self.num_tokens = int(value)
+
+
+@contextlib.contextmanager
+def heard_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C raises nothing (JAX may be in the middle of a compilation): the function says whether it came."""
+    came: list[int] = []
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        came.append(signum)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def talk(answer: Callable[[str], bool], say: Callable[[str], None]) -> None:
+    """Reads lines from the terminal until one, or Ctrl-D, ends it. Ctrl-C drops the line."""
+    with line_history():
+        say("type the beginning of a text; /help says more")
+        lines: list[str] = []
+        while True:
+            try:
+                line = input("… " if lines else PROMPT)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                lines = []
+                print()
+                continue
+            except UnicodeDecodeError:
+                say("what was typed is not UTF-8")
+                continue
+            more = line.endswith("\\")
+            lines.append(line[:-1] if more else line)
+            if not more:
+                text, lines = "\n".join(lines), []
+                if not answer(text):
+                    return
+
+
+@contextlib.contextmanager
+def line_history() -> Iterator[None]:
+    """Arrow keys edit a line and bring back earlier ones, those of earlier sessions too, where Python has readline."""
+    try:
+        import readline
+    except ImportError:  # a Python that was built without it
+        yield
+        return
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "transformer-jax" / "history"
+    readline.parse_and_bind("tab: self-insert")
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(_KEPT_LINES)
+            readline.write_history_file(path)
+
+
+def write_text(text: str) -> None:
+    """A piece of a model's text to stdout, at once; a terminal gets no control characters but tabs and newlines."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-import compare_lib
 import config_lib
 import run_lib
-from config_docs import written
+from commands.flags import default_workdir, parse_flags
+from config_lib import written
 from configs import default
-from runtime.console import Console
+from reports import compare
 from runtime.errors import ExpectedError, Interrupted, UserError
 from runtime.files import read_json, write_json
+from runtime.screen.console import Console
+from runtime.screen.text import nearest
 
 PROGRAM = Path(__file__).parent.parent / "main.py"
 FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
@@ -63,7 +65,7 @@ def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
         way = "--seeds=N and --config.seed" if key == "seed" else "--workdir"
         raise UserError(f"--set={text}: {key} is not swept; use {way}")
     if key not in usual:
-        raise UserError(f"--set={text}: unknown key {key}{config_lib.nearest(key, list(usual))}")
+        raise UserError(f"--set={text}: unknown key {key}{nearest(key, list(usual))}")
     parted = ";" if ";" in listed or isinstance(usual[key], tuple) else ","
     return key, listed.split(parted)
 
@@ -86,7 +88,7 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
     points: dict[str, ConfigDict] = {}
     for texts in itertools.product(*(texts for _, texts in axes)):
         chosen = [f"--config.{key}={text}" for key, text in zip(keys, texts, strict=True)]
-        config = config_lib.parse_flags("sweep", __doc__, [*argv, *chosen], _define, config=True).config
+        config = parse_flags("sweep", __doc__, [*argv, *chosen], _define, config=True).config
         first = config.seed
         for seed in range(first, first + seeds):
             point = config.copy_and_resolve_references()
@@ -171,9 +173,9 @@ def _is_finished(workdir: Path, config: ConfigDict) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("sweep", __doc__, argv, _define, config=True)
+    values = parse_flags("sweep", __doc__, argv, _define, config=True)
     points = grid(argv, values.set, values.seeds)
-    usual = config_lib.default_workdir(argv, values.config)
+    usual = default_workdir(argv, values.config)
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
     if (sweep_dir / run_lib.CONFIG_FILE).exists():
         raise UserError(f"--workdir={sweep_dir}: is a run's own directory; name another one for the sweep")
@@ -197,7 +199,7 @@ def main(argv: list[str]) -> None:
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
-        compare_lib.compare(there, sweep_dir / "compare", values.target, console)
+        compare.compare(there, sweep_dir / "compare", values.target, console)
     if failed:
         error = ExpectedError(
             f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)}); mend the cause, then the "

@@ -4,9 +4,10 @@ from absl import flags
 
 import config_lib
 import train_lib
-from runtime.console import Console
+from commands.flags import default_workdir, parse_flags
 from runtime.distributed import joined
 from runtime.errors import UserError
+from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -40,10 +41,10 @@ def _profile_steps(text: str | None) -> tuple[int, int] | None:
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("train", __doc__, argv, _define, config=True)
+    values = parse_flags("train", __doc__, argv, _define, config=True)
     profile = _profile_steps(values.profile_steps)
     config_lib.check(values.config)
-    workdir = values.workdir or config_lib.default_workdir(argv, values.config)
+    workdir = values.workdir or default_workdir(argv, values.config)
     with joined(
         *(values.coordinator, values.num_processes, values.process_id, values.config.peer_seconds), Console().line
     ):

@@ -4,21 +4,21 @@ from pathlib import Path
 
 from absl import flags
 
-import config_lib
+from commands.flags import DEFAULT_WORKDIR, parse_flags
 from runtime import devices
-from runtime.checkpoint import Checkpoints
-from runtime.console import Console
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import NoCheckpointError, UserError
+from runtime.screen.console import Console
 
 NO_LIST = "ok; no list of files, so the arrays alone were checked"
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", config_lib.DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
-    values = config_lib.parse_flags("verify", __doc__, argv, _define)
+    values = parse_flags("verify", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the directory of a run")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import default
 from runtime.errors import UserError
 from runtime.files import read_json
-from transformer.model import TransformerConfig
+from transformer.config import TransformerConfig
 
 
 def get_config(run: str = "") -> ConfigDict:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.files import Span, Task, open_file
-from input_pipeline import decode_text
+from corpus.files import ParquetRows, Span, Task, open_file
+from corpus.load_text import decode_text
+from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
 from runtime.errors import UserError
-from runtime.parquet import ParquetRows
-from transformer.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
 
 
 class Encoded(NamedTuple):

@@ -4,6 +4,7 @@ A corpus is a line of units, bytes of text files or rows of Parquet files, and a
 into tasks where that changes no token, so that many processes encode it to what one would.
 """
 
+import contextlib
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -13,11 +14,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from input_pipeline import find_files
-from runtime.errors import UserError
-from runtime.parquet import ParquetRows
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
+from corpus.dataset import SPLITS
+from corpus.load_text import find_files
+from runtime.errors import UserError, one_line
 
 # Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
 # between letters, or after a newline between two visible characters, the second of them no punctuation.
@@ -180,3 +179,45 @@ def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) ->
             stop = min(end, files.boundary(min(place + files.step, files.size)))
             yield Task(split, stop, files.spans(place, stop))
             place = stop
+
+
+class ParquetRows:
+    """One text column of a Parquet file, read by row group.
+
+    Raises:
+      UserError: pyarrow is not installed, the file is no Parquet file or damaged, or has no such column of text.
+    """
+
+    def __init__(self, path: Path, column: str):
+        try:
+            import pyarrow as arrow  # here, because all else does without
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{path}: Parquet needs pyarrow; pip install -r requirements-parquet.txt") from error
+        self._arrow, self._path, self._column = arrow, path, column
+        with self._reading():
+            self._file = arrow.parquet.ParquetFile(path)
+        schema = self._file.schema_arrow
+        names = [field.name for field in schema if field.type in (arrow.string(), arrow.large_string())]
+        if column not in names:
+            has = f"its columns of text are {', '.join(names)}" if names else "it has none"
+            raise UserError(f"{path}: has no column of text {column!r}; {has}: set --text_column")
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of each row group."""
+        metadata = self._file.metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+    def texts(self, group: int) -> list[str]:
+        """The texts of a row group; null is the empty text."""
+        with self._reading():
+            column = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
+        return [text or "" for text in column]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, self._arrow.ArrowException) as error:
+            raise UserError(f"{self._path}: cannot be read ({one_line(error)}); copy it again") from error

@@ -18,16 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from corpus.dataset import SPLITS
 from corpus.encode import Encoded, separator, work
-from corpus.files import SPLITS, ParquetFiles, Settings, Task, TextFiles, open_corpus, tasks_of
-from corpus.load import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
-from input_pipeline import new_tokenizer
-from runtime.console import Console
+from corpus.files import ParquetFiles, Settings, Task, TextFiles, open_corpus, tasks_of
+from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
+from corpus.load_text import new_tokenizer
+from corpus.shards import header
+from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name
 from runtime.errors import StorageError, UserError
 from runtime.files import read_json, write_json
-from runtime.guard import WorkdirLock, prepare_workdir
-from runtime.shards import header
-from transformer.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name
+from runtime.screen.console import Console
+from runtime.workdir import WorkdirLock, prepare_workdir
 
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost
 MAX_SHARD_TOKENS = 2_000_000_000  # with one more task it still fits the header's count

@@ -1,10 +1,18 @@
 """Devices: how many the CPU shows, where compiled programs are kept (settled before JAX wakes up), and their memory."""
 
+import contextlib
 import os
+import platform
 import re
+import resource
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -140,3 +148,43 @@ def memory_limit(key: str, advice: str) -> Iterator[None]:
         size = re.search(r"\d[\d.,]* ?([KMGT]i?B|bytes)", str(error))
         asked = f" (asked for {size[0]})" if size else ""
         raise UserError(f"{key}: out of memory{asked}; {advice}") from error
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def peak_memory_bytes(device: jax.Device) -> int:
+    """The most memory used so far: on the device where it keeps count, else by this process (resident size)."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its config: versions, devices, the source's git commit, the command line.
+
+    No environment variable is in it: those may hold secrets.
+    """
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "git_commit": _git_commit(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the tree that this file lies in, with `-dirty` when it was changed; None outside of git."""
+    describe = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        done = subprocess.run(describe, cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    return None

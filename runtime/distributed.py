@@ -19,8 +19,8 @@ import jax
 
 from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
 from runtime.files import disk_error
-from runtime.guard import exit_at_once
 from runtime.processes import can_be_told, is_first, num_processes, process_id
+from runtime.signals import exit_at_once
 
 _SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
 _LINGER = 2.0  # seconds that the first process stays after an error: when it goes, JAX aborts the others at once

@@ -1,18 +1,19 @@
 """The small files of a run's directory, and putting a whole run aside. Of several processes the first alone writes."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import StorageError, UserError, one_line
-from runtime.processes import by_first, is_first
+from runtime.processes import is_first
 
 MAKE_ROOM = "make room, then run the same command again"
 
@@ -128,19 +129,37 @@ def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
         say(f"{path}: {size - found} bytes that were written before this checkpoint are missing")
 
 
-def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
-    """Move what an earlier run left in `workdir` to `workdir.old-N` beside it. Its lock stays, for we hold it."""
-    by_first(partial(_move_aside, workdir, say))
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, each handed to the operating system at once.
+
+    Numbers that are not finite are written as null, for JSON has none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes one row.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, except a line that a crash cut short; none when there is no file."""
+        rows = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+        return rows
 
 
-def _move_aside(workdir: Path, say: Callable[[str], None]) -> None:
-    left = [entry for entry in workdir.iterdir() if entry.name != ".lock"]
-    if not left:
-        return
-    number = 1
-    while (target := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
-        number += 1
-    target.mkdir()
-    for entry in left:
-        entry.rename(target / entry.name)
-    say(f"moved the earlier run to {target}")
+def _plain(value: Any) -> Any:
+    """`value` in JSON's terms: NumPy's and JAX's scalars as Python's, and what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
 """The processes of one run, once `runtime.distributed` has joined them: which one this is, and where all wait.
 
 The first process alone prints, and writes the small files of a run. With a single process nothing here does anything,
-nor imports JAX, for which `main.py --help` need not wait. What all have to agree on is `runtime.agreement`'s.
+nor imports JAX, for which `main.py --help` need not wait. What all have to agree on is `runtime.multihost`'s.
 """
 
 import itertools

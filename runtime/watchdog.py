@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.errors import HungError
-from runtime.guard import attempt, exit_at_once
+from runtime.signals import attempt, exit_at_once
 
 _TICKS = 8  # looks at the time, a limit
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.model import Params, TransformerConfig, init_params
+from transformer.config import TransformerConfig
+from transformer.model import Params, init_params
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,13 +30,14 @@ from ml_collections import ConfigDict
 import config_lib
 import input_pipeline
 import main
+import run_lib
 import train_lib
 from configs import default
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import Interrupted
+from training.optimizer import labels_of, make_optimizer
+from training.step import init_state
 from transformer.model import init_params
-from transformer.optimizer import labels_of, make_optimizer
-from transformer.step import init_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +87,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
 
 
 @cache
-def finished_run() -> train_lib.Run:
+def finished_run() -> run_lib.Run:
     """An uninterrupted run of `tiny_config()`, made once. Nobody changes its directory."""
     return train_lib.train(tiny_config(), SCRATCH / "finished")
 
@@ -169,7 +170,7 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
-def assert_same_state(workdir: Path, reference: train_lib.Run, config: ConfigDict, micro_step: int) -> None:
+def assert_same_state(workdir: Path, reference: run_lib.Run, config: ConfigDict, micro_step: int) -> None:
     """That checkpoint holds the bits of the reference's."""
     vocab_size = reference.tokenizer.vocab_size
     assert_same_bits(*(saved_state(path, config, vocab_size, micro_step) for path in (workdir, reference.workdir)))

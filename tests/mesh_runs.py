@@ -22,12 +22,14 @@ import numpy as np
 from helpers import tiny_config, train_until
 from jax.sharding import PartitionSpec
 
-import run_lib
+import config_lib
 import train_lib
-from planning.traffic import axes_of_group, collectives
-from runtime.checkpoint import Checkpoints
-from step_lib import held_bytes, make_step
-from transformer.sharding import batch_sharded, held_whole, make_mesh, parse_mesh, shardings_of, share_out
+from commands.planning.traffic import axes_of_group, collectives
+from runtime.checkpoints.manager import Checkpoints
+from training.cost import held_bytes
+from training.muon import share_out
+from training.step import make_step
+from transformer.sharding import batch_sharded, held_whole, make_mesh, parse_mesh, shardings_of
 
 # All sizes differ, and all but the vocabulary of 65 can be split in eight; the key heads are fewer.
 MODEL = {
@@ -72,8 +74,9 @@ class Trained:
         config = tiny_config(**{**MODEL, **changes}, mesh=mesh)
         self.config, sizes = config, parse_mesh(mesh).values()
         self.mesh = make_mesh(mesh, jax.devices()[: math.prod(sizes)])
-        self.model = run_lib.model_config_of(config, VOCABULARY, eot=3)
-        self.step = make_step(config, self.model, config.max_steps, jax.random.key(5), self.mesh)
+        self.model = config_lib.model_config_of(config, VOCABULARY, eot=3)
+        settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        self.step = make_step(settings, self.model, config.max_steps, jax.random.key(5), self.mesh, *spikes)
         self.state = self.step.init(jax.random.key(3))
         self.born = bits_of(self.state)
         self.program = self.step.run.lower(self.state, self.batch(0)).compile()

@@ -139,12 +139,12 @@ def test_the_limits_of_the_gpu_call_stay_under_nine_minutes():
 
 
 def test_attention_that_is_wrong_stops_the_timing(monkeypatch):
-    from transformer import flash
+    from transformer.kernels import choose
 
-    right = flash.causal_attention
+    right = choose.causal_attention
     monkeypatch.setattr(gpu, "attention_cases", lambda tiny: [{"B": 2, "T": 5, "N": 6, "K": 3, "H": 8, "window": 0}])
     gpu.gradients(tiny=True)
-    monkeypatch.setattr(flash, "causal_attention", lambda *x: right(*x) * 1.02)
+    monkeypatch.setattr(choose, "causal_attention", lambda *x: right(*x) * 1.02)
     with pytest.raises(SystemExit, match="wrong"):
         gpu.gradients(tiny=True)
 

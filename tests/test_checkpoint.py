@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from runtime import checkpoint
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints import manager
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import NoCheckpointError, StorageError
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
@@ -115,7 +115,7 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
-        patch.setattr("runtime.checkpoint.FORMAT", 3)
+        patch.setattr("runtime.checkpoints.manager.FORMAT", 3)
         save(checkpoints, 4)
     for read_only in (False, True):
         with pytest.raises(NoCheckpointError, match=r"/4: format 3, this program reads 2; [^\n]*$"):
@@ -143,7 +143,7 @@ def test_a_disk_that_refuses_is_a_storage_error(tmp_path, monkeypatch):
 
 
 def test_on_a_cpu_a_large_state_is_written_when_save_returns(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LARGE", 24 + 4 + 4 + 16 + 4)
+    monkeypatch.setattr(manager, "LARGE", 24 + 4 + 4 + 16 + 4)
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             save(checkpoints, step)

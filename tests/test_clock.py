@@ -5,8 +5,8 @@ import time
 import pytest
 from helpers import tiny_config
 
-import run_lib
-from runtime.clock import Beside, Clock
+from training.clock import Beside, Clock
+from training.clock import beside as work_beside
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def times_left(now, config, val_tokens, step, compiling, costs) -> list[tuple[in
     total, k, beside, clock, said = (
         config.max_steps,
         config.accumulation_steps,
-        run_lib.beside(config, val_tokens),
+        work_beside(config, val_tokens),
         Clock(),
         [],
     )

@@ -11,15 +11,15 @@ import pytest
 from helpers import assert_one_line, run_main
 from screen import Watched
 
-import compare_lib
 import config_lib
 import main
-from config_docs import key_docs, written
+from commands import flags
+from config_lib import key_docs, written
 from configs import default, shakespeare
-from runtime.console import Console
-from runtime.files import write_json
-from runtime.metrics import MetricsFile
-from runtime.text import Table
+from reports import compare
+from runtime.files import MetricsFile, write_json
+from runtime.screen.console import Console
+from runtime.screen.text import Table
 
 
 def fabricate(workdir: Path, val: dict[int, float], logged: int = 40, scale: float = 1.0, **changes) -> Path:
@@ -227,13 +227,13 @@ def test_no_device_is_needed(three, tmp_path):
 
 
 def test_names_of_seeds_and_the_last_way_out():
-    shared = compare_lib._shared_name
+    shared = compare._shared_name
     assert shared(["lr=0.1,seed=0", "lr=0.1,seed=1"]) == shared(["lr=0.1,seed=10", "lr=0.1,seed=11"]) == "lr=0.1"
     assert shared(["a/seed0", "a/seed1"]) == "a" and shared(["x1", "x1b"]) == "x1" and shared(["p", "q"]) == ""
     assert shared(["seed=0", "seed=1", "seed=2"]) == "3 seeds" and shared(["seed=0"]) == "seed=0"
     assert shared(["/p", "/q"]) == ""
-    records = [compare_lib.RunRecord(name, {"seed": name}, {}, []) for name in "pq"]
-    assert list(compare_lib.group_seeds(records)) == ["p ..."]
+    records = [compare.RunRecord(name, {"seed": name}, {}, []) for name in "pq"]
+    assert list(compare.group_seeds(records)) == ["p ..."]
 
 
 # --- The config command, and help -------------------------------------------------------------------------------------
@@ -271,5 +271,5 @@ def test_help_fits_on_a_screen(command, capsys):
     assert max(map(len, lines)) <= 80 and len(lines) <= (40 if command else 24)
     if command == "train":
         text = "\n".join(lines)
-        for key in config_lib.MOST_USED:
+        for key in flags.MOST_USED:
             assert f"    {key}={written(key_docs()[key].default)} " in text

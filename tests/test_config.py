@@ -14,10 +14,11 @@ import pytest
 from helpers import finished_run, tiny_config
 
 import config_lib
+from commands import flags
 from configs import default, finetune
 from runtime.errors import UserError
-from transformer.model import TransformerConfig
-from transformer.optimizer import OptimizerConfig
+from training.optimizer import OptimizerConfig
+from transformer.config import TransformerConfig
 from transformer.sharding import mesh_sizes
 
 ROOT = Path(__file__).parent.parent
@@ -275,4 +276,4 @@ def test_which_schedules_allow_another_length(schedule, possible, key):
 def test_the_workdir_is_named_after_the_config_or_the_run(argv, run, workdir):
     config = default.get_config()
     config.run = run
-    assert config_lib.default_workdir(argv, config) == Path(workdir)
+    assert flags.default_workdir(argv, config) == Path(workdir)

@@ -11,9 +11,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.console import Console
 from runtime.errors import UserError
-from runtime.text import Table, duration, human
+from runtime.screen.console import Console
+from runtime.screen.text import Table, duration, human
 
 
 def row(**changes) -> dict:
@@ -97,7 +97,7 @@ def test_without_a_terminal_lines_are_plain_and_there_is_no_bar(capsys):
 def test_a_closed_stdout_stops_nothing():
     code = """if True:
         import sys
-        from runtime.console import Console
+        from runtime.screen.console import Console
         console = Console()
         with console.progress(2000, 0) as bar:
             for step in range(2000):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_prepare import pattern, run, whole
 
 from corpus import files as corpus_files
+from corpus.fetch import dataset_path
 from corpus.files import Settings
-from runtime.fetch import dataset_path
 
 FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "!\n", "\n/", "'s", "x y"]
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer import optimizer
-from transformer.cost import memory_bytes
-from transformer.model import TransformerConfig, init_params
+from training import optimizer
+from training.cost import memory_bytes
+from training.step import init_state, make_train_step
+from transformer.config import TransformerConfig
+from transformer.model import init_params
 from transformer.sharding import make_mesh
-from transformer.step import init_state, make_train_step
 
 ROWS = 8
 MODEL = TransformerConfig(

@@ -6,9 +6,9 @@ import pytest
 from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
 
 import train_lib
-from dispatch_lib import spans
-from runtime.checkpoint import Checkpoints
-from step_lib import held_back
+from runtime.checkpoints.manager import Checkpoints
+from training import dispatch
+from training.dispatch import held_back, spans
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
 
@@ -59,7 +59,7 @@ def test_large_dispatches_on_two_devices(tmp_path):
 
 def test_the_devices_are_never_far_behind(monkeypatch):
     waited = []
-    monkeypatch.setattr("step_lib.jax.block_until_ready", waited.append)
+    monkeypatch.setattr("training.dispatch.jax.block_until_ready", waited.append)
     step = held_back(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
     state = 0
     for batch in range(5):
@@ -84,7 +84,7 @@ def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
         stop_trace = lambda: ended.append(len(made))
 
     made = []
-    make_train_step = train_lib.several_steps
+    make_train_step = dispatch.several_steps
 
     def counting(train_step, state):
         step = make_train_step(train_step, state)

@@ -65,22 +65,23 @@ def main_arguments(words: list[str]) -> list[str] | None:
 
 def parse_only(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line up to where the work would begin. Raises SystemExit or an error for what it does not take."""
-    real = config_lib.parse_flags
+    command, arguments = ("train", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    module = importlib.import_module(f"commands.{command}")
+    real = module.parse_flags
 
     def parse(command, about, argv, define, config=False, words=None):
         values = real(command, about, argv, define, config, words)
         if command == "sweep":
-            patch.setattr(config_lib, "parse_flags", real)
+            patch.setattr(module, "parse_flags", real)
             sweep.grid(argv, values.set, values.seeds)
         elif config:
             config_lib.check(values.config)
         raise Parsed
 
-    command, flags = ("train", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
     with monkeypatch.context() as patch:
-        patch.setattr(config_lib, "parse_flags", parse)
-        with pytest.raises(SystemExit if "--help" in flags else Parsed):
-            importlib.import_module(f"commands.{command}").main(flags)
+        patch.setattr(module, "parse_flags", parse)
+        with pytest.raises(SystemExit if "--help" in arguments else Parsed):
+            module.main(arguments)
 
 
 def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

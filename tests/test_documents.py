@@ -9,10 +9,9 @@ import pytest
 from helpers import tiny_config
 
 import config_lib
-import run_lib
 from runtime.errors import UserError
+from training.loss import batch_loss
 from transformer import TransformerConfig
-from transformer.loss import batch_loss
 from transformer.model import model_of
 
 EOT, V, T = 3, 17, 23
@@ -69,7 +68,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
     config = tiny_config(mask_documents=True)
     config_lib.check(config)
     with pytest.raises(UserError, match=r"^config\.mask_documents: tokenizer char has no end-of-text token .*; set it"):
-        run_lib.model_config_of(config, 65, None)
-    assert run_lib.model_config_of(config, 65, 7).document_start == 7
+        config_lib.model_config_of(config, 65, None)
+    assert config_lib.model_config_of(config, 65, 7).document_start == 7
     config.mask_documents = False
-    assert run_lib.model_config_of(config, 65, 7).document_start == -1
+    assert config_lib.model_config_of(config, 65, 7).document_start == -1

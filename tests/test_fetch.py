@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.load import holds_shards, load_shards
-from runtime import fetch
+from corpus import fetch
+from corpus.fetch import ShardSet, Source
+from corpus.load_shards import holds_shards, load_shards
+from corpus.rebuild import FetchError
+from corpus.shards import header
 from runtime.errors import UserError
-from runtime.fetch import FetchError, ShardSet, Source
-from runtime.shards import header
 
 CONTENTS = bytes(range(256)) * 1001
 SHARD = header(50, np.dtype(np.uint16)) + bytes(100)

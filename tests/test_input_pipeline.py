@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_pipeline
-from input_pipeline import IGNORED, Batches, Split, eval_batches, load_dataset, permute, prefetch
+from corpus import dataset
+from corpus.dataset import Split
+from corpus.tokenizer import ByteTokenizer, CharTokenizer
+from input_pipeline import IGNORED, Batches, eval_batches, load_dataset, permute, prefetch
 from runtime.errors import UserError
-from transformer.tokenizer import ByteTokenizer, CharTokenizer
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def test_shuffled_epochs_and_seeds_differ():
     assert abs(np.corrcoef(first[:, 0], ordered)[0, 1]) < 0.3  # three standard deviations
 
 
-@given(**splits, step=st.integers(0, 10**12), order=st.sampled_from(input_pipeline.ORDERS), data=st.data())
+@given(**splits, step=st.integers(0, 10**12), order=st.sampled_from(dataset.ORDERS), data=st.data())
 @settings(max_examples=60)
 def test_rows_of_a_batch_are_its_slice_from_any_step(num_tokens, context_len, batch_size, step, order, data):
     start = data.draw(st.integers(0, batch_size))

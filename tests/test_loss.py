@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.loss import batch_loss, chunked_loss_sum, loss_sum
-from transformer.model import TransformerConfig
+from training.loss import batch_loss, chunked_loss_sum, loss_sum
+from training.step import make_eval_step
+from transformer.config import TransformerConfig
 from transformer.sharding import make_mesh
-from transformer.step import make_eval_step
 
 B, T, D, V = 3, 7, 10, 19
 MODEL = partial(

@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.cost import flops_per_token, parameter_counts
-from transformer.loss import loss_sum
-from transformer.model import (
-    CHOICES,
-    Transformer,
-    TransformerConfig,
-    Where,
-    init_params,
-    model_of,
-    params_of,
-)
+from training.cost import flops_per_token, parameter_counts
+from training.loss import loss_sum
+from transformer.config import CHOICES, TransformerConfig
+from transformer.model import Transformer, Where, init_params, model_of, params_of
 from transformer.rotary import rope_frequencies
 
 B, T, V = 3, 5, 13
@@ -151,7 +144,7 @@ def test_a_family_is_a_table_of_settings_and_computes_what_they_say(random_param
 
 def test_the_families_use_every_choice_there_is():
     used = {name: {getattr(with_(**settings), name) for settings in FAMILIES.values()} for name in CHOICES}
-    # Compared with each other in tests/parity/test_attention_forms.py, and in tests/test_layers.py.
+    # Compared with each other in tests/parity/test_attention_forms.py, and in tests/test_stack.py.
     elsewhere = {"attention_kernel": {"auto"}, "remat": {"none"}}
     assert used == {name: set(values) for name, values in CHOICES.items()} | elsewhere
 

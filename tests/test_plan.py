@@ -15,13 +15,13 @@ from helpers import ROOT, tiny_config
 
 import config_lib
 import main
+from commands.planning.hardware import ATTAINED, TABLE, Hardware
+from commands.planning.predict import Planned, forecast
+from commands.planning.traffic import Collective, axes_of_group, collectives, sent_bytes
 from configs import gpt2_124m, llama_1b
-from planning.hardware import ATTAINED, TABLE, Hardware
-from planning.predict import Planned, forecast
-from planning.traffic import Collective, axes_of_group, collectives, sent_bytes
-from transformer.cost import flops_per_token, parameter_counts
-from transformer.interop import to_theirs
-from transformer.model import TransformerConfig
+from interop.models import to_theirs
+from training.cost import flops_per_token, parameter_counts
+from transformer.config import TransformerConfig
 
 HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 

@@ -20,14 +20,14 @@ import main
 from corpus import files as corpus_files
 from corpus import prepare as prepare_module
 from corpus.files import Settings, TextFiles, tasks_of
-from corpus.load import load_shards
+from corpus.load_shards import load_shards
 from corpus.prepare import Output, prepare
+from corpus.shards import read_shard
+from corpus.tokenizer import TiktokenTokenizer
 from input_pipeline import load_dataset
-from runtime.console import Console
 from runtime.errors import StorageError, UserError
 from runtime.files import read_json
-from runtime.shards import read_shard
-from transformer.tokenizer import TiktokenTokenizer
+from runtime.screen.console import Console
 
 EOT = 300
 

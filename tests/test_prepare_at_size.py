@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+from corpus.fetch import dataset_path
 from corpus.files import Settings
 from corpus.prepare import prepare
-from runtime.console import Console
-from runtime.fetch import dataset_path
+from corpus.shards import ShardedTokens, read_shard
 from runtime.files import read_json
-from runtime.shards import ShardedTokens, read_shard
+from runtime.screen.console import Console
 
 
 @pytest.mark.slow

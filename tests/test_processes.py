@@ -8,7 +8,8 @@ import pytest
 from helpers import arguments, assert_same_bits, losses, saved_state, tiny_config
 from process_runs import HIT, ends, slurm, start, train
 
-from input_pipeline import Batches, Split
+from corpus.dataset import Split
+from input_pipeline import Batches
 
 STEPS, CUT = 12, 6
 VOCABULARY = 34  # of the tests' text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import fetch, rebuild
+from corpus import fetch, rebuild
 
 REPOSITORY = Path(__file__).parent.parent
 

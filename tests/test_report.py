@@ -17,19 +17,18 @@ from test_compare import Page
 
 import config_lib
 import main
-import report_lib
 import run_lib
-import sink_lib
 import train_lib
 from configs import default
+from reports import run_page, sinks
+from reports.sinks import sink_shares
 from transformer.model import model_of
-from transformer.sinks import sink_shares
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @cache
-def reported_run() -> train_lib.Run:
+def reported_run() -> run_lib.Run:
     """`finished_run()` with report = True, made once, in a directory with a name to be escaped."""
     return train_lib.train(tiny_config(report=True), SCRATCH / "<i>a run_&")
 
@@ -56,7 +55,7 @@ def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
     evaluated = [(row["step"], row["tokens"]) for row in run.history if row.get("val_loss") is not None]
     assert [(row["step"], row["tokens"]) for row in rows] == evaluated
     data = run_lib.load_data(config, lambda text: None)
-    want_LN = sink_shares(run.model, jnp.asarray(sink_lib.stretch(data.val, config.context_len)))
+    want_LN = sink_shares(run.model, jnp.asarray(sinks.stretch(data.val, config.context_len)))
     np.testing.assert_allclose(rows[-1]["shares"], want_LN, rtol=0, atol=5.1e-8)
     assert rows[0]["shares"] != rows[-1]["shares"]
 
@@ -121,7 +120,7 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    report_lib.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
+    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
     _, text = page_of(workdir)
     assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
 

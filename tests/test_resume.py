@@ -19,15 +19,16 @@ from helpers import (
     tiny_config,
 )
 
-import eval_lib
 import input_pipeline
 import main
+import run_lib
 import train_lib
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import ExpectedError, Interrupted, UserError
+from training import evaluate
 
 
-def assert_same_run(workdir: Path, reference: train_lib.Run, config) -> None:
+def assert_same_run(workdir: Path, reference: run_lib.Run, config) -> None:
     """Every logged loss, every sample, and every bit of the last checkpoint."""
     assert losses(workdir) == losses(reference.workdir)
     assert [row["step"] for row in rows(workdir)] == list(range(1, reference.step + 1))
@@ -104,7 +105,7 @@ def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, evaluation, step):
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_lib, "eval_batches", cut_short)
+        patch.setattr(evaluate, "eval_batches", cut_short)
         with pytest.raises(Interrupted):
             train_lib.train(config, tmp_path)
     assert rows(tmp_path)[-1]["step"] == step - 1

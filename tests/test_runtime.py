@@ -18,8 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import files, guard, metrics, plots
+from reports import plots
+from runtime import devices, files, signals, workdir
 from runtime.errors import Interrupted, StorageError, UserError
+from training import cost
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,17 +52,17 @@ def start(code: str) -> subprocess.Popen:
     ],
 )
 def test_the_peak_is_that_of_the_named_device_and_of_no_namesake(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert cost.peak_flops(kind) == peak
 
 
 def test_utilisation_is_the_share_of_all_devices_peak():
-    assert metrics.mfu(6e9, 1e5, 3, "NVIDIA A100-SXM4-80GB") == pytest.approx(6e14 / (3 * 312e12))
-    assert metrics.mfu(6e9, 1e5, 3, "cpu") is None
+    assert cost.mfu(6e9, 1e5, 3, "NVIDIA A100-SXM4-80GB") == pytest.approx(6e14 / (3 * 312e12))
+    assert cost.mfu(6e9, 1e5, 3, "cpu") is None
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
-    assert metrics.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
-    assert metrics.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
+    assert cost.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
+    assert cost.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
 
 
 def test_peak_memory_is_the_devices_own_count_or_this_process():
@@ -68,16 +70,16 @@ def test_peak_memory_is_the_devices_own_count_or_this_process():
         def memory_stats(self):
             return {"bytes_in_use": 3, "peak_bytes_in_use": 7}
 
-    assert metrics.peak_memory_bytes(Gpu()) == 7
-    before = metrics.peak_memory_bytes(jax.devices("cpu")[0])
+    assert devices.peak_memory_bytes(Gpu()) == 7
+    before = devices.peak_memory_bytes(jax.devices("cpu")[0])
     assert 2**24 < before < 2**37  # in bytes: neither KiB nor pages
     block = np.ones(before // 8 + 2**24)  # more than the peak so far
-    assert metrics.peak_memory_bytes(jax.devices("cpu")[0]) >= block.nbytes
+    assert devices.peak_memory_bytes(jax.devices("cpu")[0]) >= block.nbytes
 
 
 def test_environment_is_json_and_holds_no_environment_variable(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    found = metrics.environment()
+    found = devices.environment()
     assert found["packages"]["jax"] == jax.__version__
     assert found["device_count"] == jax.device_count()
     assert found["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found["git_commit"])
@@ -85,7 +87,7 @@ def test_environment_is_json_and_holds_no_environment_variable(monkeypatch):
 
 
 def test_rows_come_back_as_they_were_and_what_is_not_finite_as_none(tmp_path):
-    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    file = files.MetricsFile(tmp_path / "metrics.jsonl")
     assert file.read() == []
     file.append({"step": np.int32(1), "loss": np.float32(0.5), "rms": {"muon": math.nan}, "mfu": None})
     file.append({"step": 2, "loss": jax.numpy.inf})
@@ -98,7 +100,7 @@ def test_rows_come_back_as_they_were_and_what_is_not_finite_as_none(tmp_path):
 
 
 def test_metrics_go_back_to_where_the_checkpoint_was(tmp_path):
-    file, said = metrics.MetricsFile(tmp_path / "metrics.jsonl"), []
+    file, said = files.MetricsFile(tmp_path / "metrics.jsonl"), []
     file.append({"step": 1})
     size = files.size_of(file.path)
     file.append({"step": 2})
@@ -111,7 +113,7 @@ def test_metrics_go_back_to_where_the_checkpoint_was(tmp_path):
 
 @given(cut=st.integers(1, 30))
 def test_a_line_cut_short_is_passed_over(tmp_path_factory, cut):
-    file = metrics.MetricsFile(tmp_path_factory.mktemp("cut") / "metrics.jsonl")
+    file = files.MetricsFile(tmp_path_factory.mktemp("cut") / "metrics.jsonl")
     for step in (1, 2):
         file.append({"step": step, "loss": 3.25, "text": "a\u2028b"})
     os.truncate(file.path, files.size_of(file.path) - cut)
@@ -122,7 +124,7 @@ def test_a_line_cut_short_is_passed_over(tmp_path_factory, cut):
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device \(free .+; .+") as caught:
-        metrics.MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1})
+        files.MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1})
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +169,7 @@ def test_smoothing_stays_within_the_values_and_keeps_the_first(values):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_handlers_come_back(signum):
     old, said = signal.getsignal(signum), []
-    with guard.StopSignals(said.append) as stop:
+    with signals.StopSignals(said.append) as stop:
         stop.raise_if_set()
         assert stop.signum is None
         os.kill(os.getpid(), signum)
@@ -187,7 +189,7 @@ def test_the_first_signal_asks_and_the_handlers_come_back(signum):
 def test_the_second_signal_ends_the_process_though_it_is_deep_in_c_code(signals):
     code = """if True:
         import ctypes, signal
-        from runtime.guard import StopSignals
+        from runtime.signals import StopSignals
         with StopSignals(lambda text: print(text, flush=True)):
             # Blocked here, the signals go to another thread and do not cut this sleep short: no handler can run.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -209,7 +211,7 @@ def test_the_second_signal_ends_the_process_though_the_terminal_takes_nothing_mo
     code = """if True:
         import os, signal, sys, threading, time
         from runtime import live
-        from runtime.guard import StopSignals
+        from runtime.signals import StopSignals
         _, full = os.pipe()  # of which nobody reads; a terminal's driver would make room for some time
         os.set_blocking(full, False)
         try:
@@ -251,7 +253,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     old, inside = signal.getsignal(signal.SIGINT), []
 
     def work():
-        with guard.StopSignals() as stop:
+        with signals.StopSignals() as stop:
             inside.append((signal.getsignal(signal.SIGINT), stop.signum))
 
     thread = threading.Thread(target=work)
@@ -264,7 +266,7 @@ def test_a_workdir_is_one_runs_own_until_it_ends_in_whatever_way(tmp_path):
     code = f"""if True:
         import time
         from pathlib import Path
-        from runtime.guard import WorkdirLock
+        from runtime.workdir import WorkdirLock
         with WorkdirLock(Path({str(tmp_path)!r}), print):
             print("locked", flush=True)
             time.sleep(20)
@@ -272,13 +274,13 @@ def test_a_workdir_is_one_runs_own_until_it_ends_in_whatever_way(tmp_path):
     process = start(code)
     assert process.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match=rf"in use by pid {process.pid} on \S+; ") as caught:
-        guard.WorkdirLock(tmp_path, pytest.fail).__enter__()
+        workdir.WorkdirLock(tmp_path, pytest.fail).__enter__()
     assert str(tmp_path) in str(caught.value)
     process.kill()
     process.wait()
     process.stdout.close()
     for _ in range(2):
-        with guard.WorkdirLock(tmp_path, pytest.fail):
+        with workdir.WorkdirLock(tmp_path, pytest.fail):
             assert (tmp_path / ".lock").read_text().split()[1] == str(os.getpid())
 
 
@@ -286,9 +288,9 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(guard.fcntl, "flock", flock)
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
     warnings = []
-    with guard.WorkdirLock(tmp_path, warnings.append):
+    with workdir.WorkdirLock(tmp_path, warnings.append):
         pass
     assert len(warnings) == 1 and "Operation not supported" in warnings[0]
 
@@ -296,8 +298,8 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
 def test_a_workdir_is_made_and_its_path_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("deep")
-    assert guard.prepare_workdir("deep/er ü/../run") == tmp_path / "deep" / "run"
-    assert guard.prepare_workdir("link/run") == tmp_path / "deep" / "run"
+    assert workdir.prepare_workdir("deep/er ü/../run") == tmp_path / "deep" / "run"
+    assert workdir.prepare_workdir("link/run") == tmp_path / "deep" / "run"
     assert os.listdir(tmp_path / "deep" / "run") == []
 
 
@@ -307,7 +309,7 @@ def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypa
 
     def refused(path, reason):
         with pytest.raises(UserError, match=reason) as caught:
-            guard.prepare_workdir(path)
+            workdir.prepare_workdir(path)
         text = str(caught.value)
         assert text.startswith(f"workdir {path}: ") and "; " in text and "\n" not in text
 
@@ -318,5 +320,5 @@ def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypa
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(guard.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(workdir.tempfile, "TemporaryFile", read_only)
     refused(tmp_path, "Read-only file system")

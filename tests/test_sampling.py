@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from transformer import sampling
-from transformer.dense import compiler_options
-from transformer.model import TransformerConfig, init_params, model_of, params_of
+from transformer.config import TransformerConfig
+from transformer.model import init_params, model_of, params_of
 from transformer.sampling import (
     CHUNK,
     NOTHING,
@@ -23,7 +24,7 @@ from transformer.sampling import (
     prompt_tokens,
     stream,
 )
-from transformer.tokenizer import ByteTokenizer, CharTokenizer
+from transformer.xla import compiler_options
 
 V, C = 29, 21  # the context is longer than a chunk, and no power of two
 CONFIGS = {

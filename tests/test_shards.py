@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 import run_lib
 import train_lib
-from corpus.load import holds_shards, load_shards
-from input_pipeline import IGNORED, ORDERS, Batches, Split, eval_batches
-from runtime import shards
+from corpus import shards
+from corpus.dataset import ORDERS, Split
+from corpus.load_shards import holds_shards, load_shards
+from corpus.shards import ShardedTokens, has_header, header, read_shard, sample_hash
+from corpus.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from input_pipeline import IGNORED, Batches, eval_batches
 from runtime.errors import UserError
-from runtime.metrics import bits_per_byte
-from runtime.shards import ShardedTokens, has_header, header, read_shard, sample_hash
-from transformer.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from training.cost import bits_per_byte
 
 
 def llm_c(path: Path, tokens, magic: int = 20240520, version: int = 1, kind: type = np.uint16) -> Path:
@@ -265,11 +266,11 @@ def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for
     )
     llm_c(tmp_path / "a_train.bin", [300, 257, 32] * 9)
     llm_c(tmp_path / "a_val.bin", [300, 257, 32, 258, 300, 97, 256])
-    monkeypatch.setattr("corpus.load.check_tokenizer_name", lambda name: None)
+    monkeypatch.setattr("corpus.load_shards.check_tokenizer_name", lambda name: None)
     data = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer)
     assert data.val.num_bytes == 5 + 1 + 2 + 1 + 2 and data.train.num_bytes is None
     assert bits_per_byte(1.0, 27, data.train.num_bytes) is None
-    monkeypatch.setattr("corpus.load._pieces", None)  # not counted again
+    monkeypatch.setattr("corpus.load_shards._pieces", None)  # not counted again
     assert load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer).val.num_bytes == 11
 
 

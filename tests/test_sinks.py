@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sink_lib
-from input_pipeline import Split
-from transformer.model import TransformerConfig, model_of
-from transformer.sinks import attention_maps, sink_shares
+from corpus.dataset import Split
+from reports import sinks
+from reports.sinks import attention_maps, sink_shares
+from transformer.config import TransformerConfig
+from transformer.model import model_of
 
 B, T = 2, 7
 SIZES = ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim")
@@ -110,6 +111,6 @@ def test_without_sinks_the_keys_get_all_and_there_is_no_share(random_params):
 )
 def test_the_stretch_is_whole_windows_from_the_start(num_tokens, context_len, shape):
     tokens = np.arange(num_tokens, dtype=np.uint16)
-    stretch_BT = sink_lib.stretch(Split(tokens, None), context_len)
+    stretch_BT = sinks.stretch(Split(tokens, None), context_len)
     assert stretch_BT.shape == shape and stretch_BT.dtype == np.int32
     np.testing.assert_array_equal(stretch_BT.ravel(), tokens[: stretch_BT.size])

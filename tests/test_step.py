@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer import optimizer, step
-from transformer.model import TransformerConfig
-from transformer.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
+from training import muon, step
+from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
+from transformer.config import TransformerConfig
 from transformer.sharding import batch_sharded, make_mesh, replicated
 
 ROWS, T, V = 24, 5, 13
@@ -56,16 +56,16 @@ class Trainer:
             patch.setattr(step, "init_params", lambda config, key: params)
             init = jax.jit(partial(step.init_state, MODEL, opt, labels), out_shardings=replicated(self.mesh))
             self.start = jax.tree.map(np.array, init(jax.random.key(0)))
-            patch.setattr(optimizer, "orthogonalize", self._counted(optimizer.orthogonalize))
+            patch.setattr(muon, "orthogonalize", self._counted(muon.orthogonalize))
             self.run([batch(rows=ROWS // k)])  # compiles, with the count in it
 
     def _counted(self, orthogonalize):
         def count():
             self.orthogonalized += 1
 
-        def counting(x_XMN, rows):
+        def counting(*arguments):
             jax.debug.callback(count)
-            return orthogonalize(x_XMN, rows)
+            return orthogonalize(*arguments)
 
         return counting
 

@@ -19,9 +19,9 @@ from test_console import row
 
 import main
 import train_lib
-from runtime import live, terminal
-from runtime.console import Console
-from runtime.text import Curve, Table
+from runtime.screen import live, terminal
+from runtime.screen.console import Console
+from runtime.screen.text import Curve, Table
 
 FAST = {"max_steps": 14, "eval_every": 7, "sample_every": 7, "save_every": 50, "log_every": 2}
 

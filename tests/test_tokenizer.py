@@ -8,8 +8,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import UserError
-from transformer.tokenizer import (
+from corpus.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     TextStream,
@@ -19,6 +18,7 @@ from transformer.tokenizer import (
     check_tokenizer_name,
     tokenizer_from_dict,
 )
+from runtime.errors import UserError
 
 EOT, CONTROL, GAPS = 263, 265, (260, 262, 264)
 

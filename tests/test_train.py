@@ -16,12 +16,13 @@ import input_pipeline
 import main
 import run_lib
 import train_lib
-from eval_lib import Evaluator
-from runtime.checkpoint import Checkpoints
+from corpus import dataset
+from corpus.tokenizer import tokenizer_from_dict
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import DivergedError, UserError
+from training.evaluate import Evaluator
 from transformer.model import params_of
 from transformer.sharding import make_mesh
-from transformer.tokenizer import tokenizer_from_dict
 
 # --- What a run leaves ----------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ def naive_loss(model, tokens: np.ndarray, context_len: int) -> float:
 def test_evaluation_is_exact_over_the_whole_split_and_over_a_prefix():
     split = run_lib.load_data(tiny_config(), say=print).val
     tokens = split.tokens[:1500]
-    split = input_pipeline.Split(tokens, len(tokens))
+    split = dataset.Split(tokens, len(tokens))
     evaluate = Evaluator(finished_run().model.config, make_mesh(devices=jax.devices()[:1]), batch_size=4)
     params = params_of(finished_run().model)
     loss, count = evaluate(params, split)
@@ -151,7 +152,7 @@ def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsy
     [(1, 0, 1, 6), (2, 0, 1, 11), (0, 9, 1, 9), (1, 9, 1, 6), (3, 9, 1, 9), (2, 0, 3, 4), (1, 0, 7, 1)],
 )
 def test_a_run_ends_at_the_first_of_epochs_and_max_steps(epochs, max_steps, accumulation, total):
-    split = input_pipeline.Split(np.arange(103), 103)  # 21 windows of 5: batches of 4 take 5.25 steps an epoch
+    split = dataset.Split(np.arange(103), 103)  # 21 windows of 5: batches of 4 take 5.25 steps an epoch
     batches = input_pipeline.Batches(split, context_len=5, batch_size=4, seed=0)
     config = tiny_config(epochs=epochs, max_steps=max_steps, accumulation_steps=accumulation)
     assert train_lib.total_steps(config, batches) == total

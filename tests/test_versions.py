@@ -13,7 +13,7 @@ import run_lib
 import train_lib
 from runtime import devices, distributed, processes
 from runtime.errors import UserError
-from transformer import dense
+from transformer import xla
 
 PAGE = (ROOT / "docs" / "versions.md").read_text()
 
@@ -28,20 +28,20 @@ def test_the_page_lists_every_file_that_reaches_into_jax():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="barriers are for CPUs")
 def test_where_xla_knows_an_option_no_more_programs_are_compiled_without(monkeypatch):
-    assert dense.compiler_options() is not None  # of this version: without them steps are slow
-    assert not dense._compiles({"xla_option_that_is_gone": True})
-    monkeypatch.setattr(dense, "_compiles", lambda options: False)
-    assert dense.compiler_options.__wrapped__() is None
+    assert xla.compiler_options() is not None  # of this version: without them steps are slow
+    assert not xla._compiles({"xla_option_that_is_gone": True})
+    monkeypatch.setattr(xla, "_compiles", lambda options: False)
+    assert xla.compiler_options.__wrapped__() is None
 
 
 def test_barriers_compile_in_a_loop_that_is_small():
     """jaxlib 0.12 hands such loops to a code generator that ends the process on a tuple's barrier."""
 
     def program(x):
-        body = lambda i, xy: dense.settle((xy[1] * i, dense.settle(jax.numpy.cos(xy[0]))))
+        body = lambda i, xy: xla.settle((xy[1] * i, xla.settle(jax.numpy.cos(xy[0]))))
         return jax.lax.fori_loop(0, 3, body, (x, x))
 
-    have = jax.jit(program, compiler_options=dense.compiler_options())(jax.numpy.arange(3.0))
+    have = jax.jit(program, compiler_options=xla.compiler_options())(jax.numpy.arange(3.0))
     want = jax.jit(program)(jax.numpy.arange(3.0))
     for mine, theirs in zip(have, want, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)

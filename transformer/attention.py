@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.dense import settle
+from transformer.xla import settle
 
 MASKED = float(np.finfo(np.float32).min)  # stands for minus infinity and, unlike it, never makes a NaN
 

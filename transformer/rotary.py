@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.dense import settle
+from transformer.xla import settle
 
 
 class Yarn(NamedTuple):

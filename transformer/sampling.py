@@ -9,19 +9,36 @@ again, for each text by itself, so that the model never sees positions it was no
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from transformer.attention import Cache, LayerCache
-from transformer.dense import jit_at_first_call
-from transformer.model import Params, Transformer, TransformerConfig, model_of, params_of
-from transformer.tokenizer import TextStream, Tokenizer
+from transformer.config import TransformerConfig
+from transformer.model import Params, Transformer, model_of, params_of
+from transformer.xla import jit_at_first_call
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
 FEWEST_SLOTS = 64  # of the cache; it doubles when it is full, since attention reads all of it for each token
 NOTHING = -1  # what a finished text yields
+
+
+class Tokenizer(Protocol):
+    """What text is made of, as far as writing it asks."""
+
+    eot: int | None  # the token that ends a text
+    unsampled: tuple[int, ...]  # ids that stand for no text
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        """Token ids, 1-D."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+
+    def text_stream(self) -> Any:
+        """What takes ids by `feed` and gives their text, never half a character, the rest by `flush`."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,7 @@ def stream(
     Raises:
       UnknownCharacters: the prompt has characters that the tokenizer lacks.
     """
-    decoder = TextStream(tokenizer)
+    decoder = tokenizer.text_stream()
     ids = prompt_tokens(tokenizer, prompt)
     for new_CB in generate_tokens(model, [ids], num_tokens, sampling or Sampling(), tokenizer.eot, tokenizer.unsampled):
         if text := decoder.feed([token for token in new_CB[:, 0] if token not in (NOTHING, tokenizer.eot)]):

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the batch is split, everything else is whole on every device
@@ -323,61 +322,3 @@ def by_heads(
     in_specs = (heads, heads, heads, sinks, documents)
     mapped = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, axis_names=set(free), check_vma=False)
     return mapped(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
-
-
-# --- Muon ---------------------------------------------------------------------------------------------------------
-
-
-def share_out(
-    work: Callable[[jax.Array], jax.Array],
-    stacks: Sequence[jax.Array],
-    specs: Sequence[PartitionSpec],
-    mesh: Mesh | None,
-) -> list[jax.Array]:
-    """`work` on stacks [X, M, N] of matrices, each device doing an equal part of every stack.
-
-    `work` takes and gives stacks of any length. Without a mesh, or on one device, it is simply called.
-
-    Args:
-      specs: how the matrices [M, N] of each stack are split, before and after. An all-to-all for each axis that splits
-        them makes them whole, some on each device, and another shares them out again. The devices that held the same
-        bring their results together, where all did, in one flat all-gather.
-    """
-    if mesh is None or mesh.size == 1:
-        return [work(stack_XMN) for stack_XMN in stacks]
-
-    def on_each_device(*parts: jax.Array) -> list[jax.Array]:
-        flat, unravel = ravel_pytree([work(part_XMN) for part_XMN in parts])
-        whole = jax.vmap(unravel)(jax.lax.all_gather(flat, AXES))
-        return [x.reshape(-1, *x.shape[2:]) for x in whole]
-
-    def on_each_part(*parts: jax.Array) -> list[jax.Array]:
-        return [_on_whole_matrices(work, part, spec) for part, spec in zip(parts, specs, strict=True)]
-
-    padded = [jnp.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0))) for stack in stacks]
-    if any(name for spec in specs for name in spec):
-        splits = [PartitionSpec(None, *spec) for spec in specs]
-        mapped = jax.shard_map(on_each_part, mesh=mesh, in_specs=tuple(splits), out_specs=splits, check_vma=False)
-    else:
-        mapped = jax.shard_map(
-            on_each_device, mesh=mesh, in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(), check_vma=False
-        )
-    return [x[: len(stack)] for x, stack in zip(mapped(*padded), stacks, strict=True)]
-
-
-def _on_whole_matrices(work: Callable[[jax.Array], jax.Array], part_Xmn: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`work` on the matrices of which this device holds the part that `spec` says, and that part of the result."""
-    exchanges = [(name, axis) for axis, name in enumerate(spec, 1) if name]  # a matrix's axes follow one mesh axis each
-    x = part_Xmn
-    for name, axis in exchanges:
-        x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
-    same = tuple(axis for axis in AXES if axis not in dict(exchanges))  # devices that differ in these hold the same
-    if (count := jax.lax.axis_size(same)) > 1:
-        own = len(x) // count
-        x = work(jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(same) * own, own))
-        x = jax.lax.all_gather(x, same, tiled=True)
-    else:
-        x = work(x)
-    for name, axis in reversed(exchanges):
-        x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=0, tiled=True)
-    return x

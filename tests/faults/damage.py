@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
 KINDS = ("delete", "empty", "half", "flip", "zeros", "swap")

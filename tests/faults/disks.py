@@ -21,7 +21,7 @@ from helpers import arguments, tiny_config
 import input_pipeline
 import main
 import train_lib
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 
 NO_MOUNT = 77
 OUT, DISK = Path(sys.argv[1]), Path(tempfile.mkdtemp())

@@ -16,9 +16,9 @@ import pytest
 from damage import KINDS, PLACE, bits, copy_of, files_of, small_run, snapshot, trees
 
 from runtime import processes
-from runtime.checkpoint import BOOKKEEPING, Checkpoints
+from runtime.checkpoints.integrity import FILE_LIST, seal
+from runtime.checkpoints.manager import BOOKKEEPING, Checkpoints
 from runtime.errors import NoCheckpointError, UserError
-from runtime.seal import FILE_LIST, seal
 
 PAPERS = {*BOOKKEEPING, FILE_LIST, "metadata", "_METADATA", "_sharding", "process_0", "manifest.ocdbt"}
 

@@ -25,10 +25,11 @@ from helpers import (
 import main
 import run_lib
 import train_lib
-from input_pipeline import Batches, Split
-from runtime.checkpoint import Checkpoints
+from corpus.dataset import Split
+from input_pipeline import Batches
+from runtime.checkpoints.integrity import FILE_LIST
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError
-from runtime.seal import FILE_LIST
 
 
 @pytest.fixture

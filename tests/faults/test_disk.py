@@ -14,7 +14,7 @@ from helpers import ROOT, arguments, assert_one_line, assert_same_state, finishe
 import main
 import train_lib
 from runtime import files
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import StorageError
 
 SPACE = r"\(need [\d.]+ MB, free [\d.]+ MB\); make room, then run the same command again\n$"

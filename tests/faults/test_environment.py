@@ -11,10 +11,10 @@ import pytest
 from helpers import ROOT, arguments, assert_one_line, finished_run, losses, make_text, rows, run_main, tiny_config
 
 import main
-import step_lib
 import train_lib
 from runtime import devices
 from runtime.errors import UserError
+from training import step
 
 KEY = "c4a5" * 10  # what a W&B key looks like
 
@@ -121,7 +121,7 @@ def test_out_of_memory_names_the_size_and_the_key_to_lower(tmp_path, monkeypatch
 
         return step
 
-    monkeypatch.setattr(step_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(step, "make_train_step", make_train_step)
     assert main.main(arguments(tiny_config(), tmp_path)) == 2
     error = capsys.readouterr().err
     assert_one_line(

@@ -17,12 +17,14 @@ import input_pipeline
 import main
 import run_lib
 import train_lib
+from commands import flags
 from configs import default
+from corpus.tokenizer import UnknownCharacters
 from input_pipeline import load_dataset
-from runtime.console import Console
 from runtime.errors import UserError
-from transformer.cost import parameter_counts
-from transformer.tokenizer import UnknownCharacters
+from runtime.screen.console import Console
+from training.cost import parameter_counts
+from transformer import sampling
 
 DEFAULTS = default.get_config()
 NUMBERS = [key for key, value in DEFAULTS.items() if type(value) in (int, float)]
@@ -77,7 +79,7 @@ def test_any_word_on_the_command_line_is_a_flag_or_one_line(word):
         if argv[0] in ("-h", "--h", "--help", "--helpfull") or argv[0].startswith(("-h", "--h")):
             continue
         try:
-            values = config_lib.parse_flags("train", "", argv, lambda _: None, config=True)
+            values = flags.parse_flags("train", "", argv, lambda _: None, config=True)
             config_lib.check(values.config)
         except UserError as error:
             with contextlib.redirect_stderr(io.StringIO()) as screen:
@@ -197,7 +199,7 @@ def test_an_empty_prompt_a_long_one_and_no_tokens(capsys):
     assert capsys.readouterr().out == f"\n{empty}"
     long, end = "The miller finds two eels at 7.\n", "finds two eels at 7.\n"[-16:]
     model, tokenizer, _, _ = run_lib.load_model(workdir)
-    assert train_lib.generate(model, tokenizer, [long], 6) == train_lib.generate(model, tokenizer, [end], 6)
+    assert sampling.generate(model, tokenizer, [long], 6) == sampling.generate(model, tokenizer, [end], 6)
     assert main.main(["sample", f"--workdir={workdir}", "--prompt=A", "--top_k=100000", "--num_tokens=2"]) == 0
 
 

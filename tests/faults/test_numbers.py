@@ -13,10 +13,10 @@ from test_step import AT_ONCE, MODEL, Trainer, assert_same, batch
 import input_pipeline
 import run_lib
 import train_lib
-from runtime.checkpoint import Checkpoints
-from runtime.divergence import Divergence
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import DivergedError, NoCheckpointError
-from transformer import health, step
+from training import health, step
+from training.health import Divergence
 
 VALUES = (math.nan, math.inf, -math.inf)
 

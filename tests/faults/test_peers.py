@@ -7,8 +7,8 @@ from helpers import arguments, assert_one_line, tiny_config
 from process_runs import HIT, ends, free_port, start, train
 
 from runtime import distributed
+from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
-from runtime.leftovers import UNFINISHED
 
 SETTINGS = {"num_blocks": 1, "save_every": 3, "eval_every": 30, "peer_seconds": 15}
 
@@ -21,7 +21,7 @@ def own_lines(text: str) -> list[str]:
 KILL_IN_A_SAVE = """
 import os, signal
 import orbax.checkpoint as ocp
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
 save, write = Checkpoints.save, ocp.StandardCheckpointHandler.async_save
 async def killed(*args, **others):  # its directory is there, and the other process waits for this one's part
     os.kill(os.getpid(), signal.SIGKILL)

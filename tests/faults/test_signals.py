@@ -9,9 +9,10 @@ import pytest
 from helpers import ROOT, arguments, assert_same_state, finished_run, losses, run_patched, tiny_config
 
 import main
-import step_lib
 import train_lib
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints.manager import Checkpoints
+from training import step
+from transformer import sampling
 
 
 def assert_goes_on(workdir, config) -> None:
@@ -23,7 +24,7 @@ def assert_goes_on(workdir, config) -> None:
 
 
 def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, capsys):
-    make = step_lib.make_train_step
+    make = step.make_train_step
 
     def make_train_step(*args, **kwargs):
         step = make(*args, **kwargs)
@@ -36,7 +37,7 @@ def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, cap
         return compiling
 
     sent: list = []
-    monkeypatch.setattr(step_lib, "make_train_step", make_train_step)
+    monkeypatch.setattr(step, "make_train_step", make_train_step)
     assert main.main(arguments(tiny_config(), tmp_path)) == 143
     assert "saved step 1; the same command goes on from here" in capsys.readouterr().out
     monkeypatch.undo()
@@ -44,7 +45,7 @@ def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, cap
 
 
 def test_a_signal_while_a_sample_is_written_is_not_lost(tmp_path, monkeypatch, capsys):
-    generate = train_lib.generate
+    generate = sampling.generate
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
@@ -75,7 +76,7 @@ def test_a_second_signal_in_a_slow_save_ends_at_once_and_the_checkpoint_before_i
         import signal, threading, time
         from helpers import signal_before
         import train_lib
-        from runtime.checkpoint import Checkpoints
+        from runtime.checkpoints.manager import Checkpoints
         train_lib.prefetch = signal_before(signal.SIGINT, 13)
         save = Checkpoints.save
         def slow(self, step, *args):

@@ -7,11 +7,11 @@ import torch
 from original import Original, randomised
 from stock import CONTEXT, LLAMA3, YARN, V, arrays, stock
 
-from transformer.interop import from_original, from_theirs, join_weights
-from transformer.interop_families import FAMILIES, ORIGINAL_RULES
+from interop.families import FAMILIES, ORIGINAL_RULES
+from interop.models import from_original, from_theirs, join_weights
+from training.step import make_loss_and_grads
 from transformer.model import model_of
 from transformer.sharding import make_mesh
-from transformer.step import make_loss_and_grads
 
 # Both sides compute in float32, whose unit is 6e-8, through some dozen sums each. The gradients of sinks and of norms'
 # scales are sums whose terms nearly cancel, which is where the largest differences are.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from transformer.attention import LayerCache, attend, attend_heads_first, visible, write
-from transformer.flash import causal_attention
+from transformer.kernels.choose import causal_attention
 
 B, N, H = 4, 6, 8
 SINKS = np.float32([-20, -11.9, -3.7, 4.1, 12.3, 20])  # bfloat16 would change the inner ones

@@ -16,10 +16,10 @@ import config_lib
 import main
 import run_lib
 from configs import shakespeare, shakespeare_gptoss
-from transformer.interop import from_theirs, to_theirs
-from transformer.model import TransformerConfig
+from corpus.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
+from interop.models import from_theirs, to_theirs
+from transformer.config import TransformerConfig
 from transformer.sampling import Sampling, generate
-from transformer.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
 
 RANKS = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b"ll": 257, b"er": 258}
 TIKTOKEN = TiktokenTokenizer(
@@ -55,7 +55,7 @@ def exported(tmp_path_factory, random_params):
         if name not in made:
             changes, tokenizer = SHAPES[name]
             config = tiny_config(**changes)
-            params = random_params(run_lib.model_config_of(config, tokenizer.vocab_size), seed=1)
+            params = random_params(config_lib.model_config_of(config, tokenizer.vocab_size), seed=1)
             if name == "GPT-2":  # whose text ends by itself
                 params["embedding.embedding"] *= 1 + (np.arange(tokenizer.vocab_size) == tokenizer.eot)[:, None]
             directory = tmp_path_factory.mktemp("exported")
@@ -130,7 +130,7 @@ def our_own(tmp_path_factory, random_params) -> Path:
     config = shakespeare.get_config()
     tiny = tiny_config(logit_softcap=7.0)
     config.update({key: tiny[key] for key in (*TINY, "logit_softcap", "dataset", "data_dir")})
-    params = random_params(run_lib.model_config_of(config, CHAR.vocab_size))
+    params = random_params(config_lib.model_config_of(config, CHAR.vocab_size))
     return make_run(tmp_path_factory.mktemp("runs") / "run", config, CHAR, params)
 
 
@@ -199,7 +199,7 @@ def test_an_export_that_is_cut_short_leaves_nothing(error, status, our_own, tmp_
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("runtime.model_files.save_file", half)
+    monkeypatch.setattr("interop.weight_files.save_file", half)
     argv = ["export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}", "--format=safetensors"]
     assert main.main(argv) == status
     assert list(tmp_path.iterdir()) == []

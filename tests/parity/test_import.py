@@ -29,8 +29,8 @@ import main
 import run_lib
 from configs import finetune
 from input_pipeline import Batches
-from transformer.interop import join_weights
-from transformer.interop_families import FAMILIES
+from interop.families import FAMILIES
+from interop.models import join_weights
 
 pytestmark = pytest.mark.usefixtures("encoded_texts_lie_in_scratch")
 

@@ -13,13 +13,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import _muon, lr_scheduler
 
-from transformer.model import TransformerConfig
-from transformer.optimizer import (
-    HIDDEN_MATRIX,
-    OptimizerConfig,
-    grad_norm_of,
-    make_optimizer,
-)
+from training.optimizer import HIDDEN_MATRIX, OptimizerConfig, grad_norm_of, make_optimizer
+from transformer.config import TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

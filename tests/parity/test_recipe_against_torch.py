@@ -14,9 +14,9 @@ import run_lib
 import train_lib
 from configs import nanogpt_char_cpu
 from input_pipeline import Batches, eval_batches
-from transformer.interop import to_theirs
+from interop.models import to_theirs
+from training.optimizer import schedule_shape
 from transformer.model import init_params
-from transformer.optimizer import schedule_shape
 
 
 def torch_run(config, model_config, data) -> torch.nn.Module:

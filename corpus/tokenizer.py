@@ -1,0 +1,388 @@
+"""Text to token ids and back, by characters, by bytes, by any tiktoken encoding, or as an imported model does it.
+
+A tokenizer is made from a name (`build_tokenizer`) or from what `to_dict` gave (`tokenizer_from_dict`), so that a run
+keeps its own vocabulary and needs neither its text nor a download to be read again.
+"""
+
+import base64
+import codecs
+import difflib
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from runtime.errors import UserError, one_line
+
+END_OF_TEXT = "<|endoftext|>"
+# Far above any vocabulary in use; without it one absurd id in a damaged file would make lists of that length.
+MAX_VOCAB_SIZE = 2**21
+
+# The character that writes each byte in a byte-level vocabulary (GPT-2's): the byte's own where that can be seen, else
+# the next one from U+0100 on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_HIDDEN = sorted(set(range(256)) - _VISIBLE)
+BYTE_SYMBOLS = "".join(chr(byte if byte in _VISIBLE else 256 + _HIDDEN.index(byte)) for byte in range(256))
+_BYTE_OF = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
+
+TokenIds = Sequence[int] | np.ndarray
+
+
+class UnknownCharacters(ValueError):
+    """The text has characters that the vocabulary lacks.
+
+    Attributes:
+        characters: each such character once, in order of appearance.
+        positions: where in the text each of them stands first, in characters from 0.
+    """
+
+    def __init__(self, characters: str, positions: tuple[int, ...]):
+        self.characters, self.positions = characters, positions
+        shown = [f"{c!a} at {p}" for c, p in zip(characters[:8], positions[:8], strict=True)]
+        more = f" and {len(characters) - len(shown)} more" if len(characters) > len(shown) else ""
+        super().__init__(f"characters not in the vocabulary: {', '.join(shown)}{more}")
+
+
+class Tokenizer(ABC):
+    """What every tokenizer offers.
+
+    Attributes:
+        name: "char", "byte", "imported" or the tiktoken encoding's name.
+        vocab_size: V; ids lie in [0, V).
+        eot: the id that ends a text, if there is one.
+        unsampled: ids that stand for no text (gaps, control tokens other than `eot`) and must never be sampled.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int | None = None
+    unsampled: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that `encode` returns and that encoded corpora are stored in."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    @abstractmethod
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        """Token ids, 1-D, of type `dtype`.
+
+        Raises:
+            UnknownCharacters: a character is not in the vocabulary (`char` only) and `replace_unknown` is false.
+        """
+
+    @abstractmethod
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        """The UTF-8 bytes that the ids stand for; any cut of the ids may split a character.
+
+        Raises:
+            ValueError: an id is not in the vocabulary or stands for no text.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer as values that JSON can hold, for `tokenizer_from_dict`."""
+
+    def decode(self, ids: TokenIds) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def text_stream(self) -> "TextStream":
+        """What turns ids into text as they come."""
+        return TextStream(self)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the whole tokenizer: two that differ in any token differ here."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def _checked(self, ids: TokenIds) -> np.ndarray:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {self.vocab_size}")
+        return ids
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character, in the order of `symbols`.
+
+    Any code point will do, NUL and lone surrogates too. `replace_unknown` puts a space where a character is unknown,
+    a newline if the vocabulary has no space, its first symbol if it has neither.
+
+    Attributes:
+        symbols: the character of each id.
+        replacement: the one that stands for unknown characters.
+    """
+
+    name = "char"
+
+    def __init__(self, symbols: Sequence[str]):
+        if not symbols or any(not isinstance(s, str) or len(s) != 1 for s in symbols):
+            raise ValueError("a character vocabulary needs one or more symbols of one character each")
+        if len(set(symbols)) != len(symbols):
+            raise ValueError("a character vocabulary names a symbol twice")
+        self.symbols = tuple(symbols)
+        self.vocab_size = len(symbols)
+        self._code_points = np.array([ord(s) for s in symbols], dtype="<u4")
+        # One entry a code point, and one more that stands for all beyond the last: `take` clips to it.
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
+        self._ids[self._code_points] = np.arange(self.vocab_size)
+        self.replacement = next((symbol for symbol in (" ", "\n") if symbol in self.symbols), self.symbols[0])
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = np.take(self._ids, code_points, mode="clip")
+        unknown = np.flatnonzero(ids < 0)
+        if unknown.size and not replace_unknown:
+            _, first = np.unique(code_points[unknown], return_index=True)
+            positions = tuple(sorted(unknown[first].tolist()))
+            raise UnknownCharacters("".join(text[p] for p in positions), positions)
+        ids[unknown] = self._ids[ord(self.replacement)]
+        return ids.astype(self.dtype)
+
+    def decode(self, ids: TokenIds) -> str:
+        return self._code_points[self._checked(ids)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        return self.decode(ids).encode("utf-8", "surrogatepass")
+
+    def to_dict(self) -> dict[str, Any]:
+        # A list, not a string: JSON would read two lone surrogates side by side as one character.
+        return {"kind": "char", "symbols": list(self.symbols)}
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+
+    name = "byte"
+    vocab_size = 256
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        return self.encode_bytes(text.encode("utf-8", errors="replace"))
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Token ids of any bytes, text or not."""
+        return np.frombuffer(data, dtype=np.uint8).astype(self.dtype)
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        return self._checked(ids).astype(np.uint8).tobytes()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-pair encoding by tiktoken. Special tokens written in a text are plain text; lone surrogates become "?"."""
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        self._encoding = encoding
+        self.name = encoding.name
+        self.vocab_size = encoding.n_vocab
+        self.eot = encoding._special_tokens.get(END_OF_TEXT)
+        self.unsampled = tuple(
+            sorted(set(range(self.vocab_size)) - set(encoding._mergeable_ranks.values()) - {self.eot})
+        )
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
+        return self._encoding.encode_to_numpy(well_formed, disallowed_special=()).astype(self.dtype)
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        try:
+            return self._encoding.decode_bytes(self._checked(ids).tolist())
+        except KeyError as error:
+            raise ValueError(f"a token id stands for no text: {error.args[0]}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        ranks = self._encoding._mergeable_ranks
+        return {
+            "kind": "tiktoken",
+            "name": self.name,
+            "pattern": self._encoding._pat_str,
+            "ranks": {base64.b64encode(piece).decode("ascii"): rank for piece, rank in ranks.items()},
+            "special": dict(self._encoding._special_tokens),
+        }
+
+
+class ImportedTokenizer(Tokenizer):
+    """The tokenizer.json of a model from elsewhere, run by the library tokenizers.
+
+    Special tokens written in a text are plain text (but for a Unigram model, which cannot tell them from others), none
+    are put around it, and lone surrogates become "?". Where the vocabulary lacks a character, the library puts its
+    unknown token or nothing. Where it puts a space before the text, as Llama 2's does, `decode` takes one off again;
+    `decode_bytes`, whose ids may be from the middle of a text, does not.
+
+    Args:
+        content: the parsed tokenizer.json.
+        vocab_size: the model's V, which may exceed the tokenizer's.
+        eot: the id that ends a text, if there is one.
+
+    Raises:
+        ValueError: the library cannot read the content, its tokens are not text on their own (as WordPiece's), or it
+            does not fit `vocab_size` and `eot`.
+    """
+
+    name = "imported"
+
+    def __init__(self, content: dict[str, Any], vocab_size: int, eot: int | None):
+        self._content, self.vocab_size, self.eot = content, vocab_size, eot
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._library.encode("\U0010ffff")  # no vocabulary has it: fails here if what stands for it is missing
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # Exception, or where the library panics, one that is none
+            raise ValueError(f"the library tokenizers cannot read it: {one_line(error)}") from None
+        self._library.encode_special_tokens = True
+        vocabulary, added = self._library.get_vocab(), self._library.get_added_tokens_decoder()
+        if not 0 <= max(vocabulary.values(), default=-1) < vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"the tokenizer's {len(vocabulary)} tokens do not fit a vocabulary of {vocab_size}")
+        for token in content.get("added_tokens", []):
+            if vocabulary.get(token["content"]) != token["id"]:
+                raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")
+        if eot is not None and eot not in vocabulary.values():
+            raise ValueError(f"the id {eot}, which should end a text, is none of the tokenizer's")
+        decoder: dict[str, Any] = {"type": "none"}
+        if self._library.decoder:  # in the library's words: those of a file depend on its age
+            decoder = json.loads(self._library.decoder.__getstate__())
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
+        self._strips_space = any(
+            step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never" for step in steps
+        )
+        text = self._pieces.keys() - {i for i, token in added.items() if token.special} | {eot}
+        self.unsampled = tuple(sorted(set(range(vocab_size)) - text))
+
+    def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
+        well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
+        return np.array(self._library.encode(well_formed, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def decode(self, ids: TokenIds) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._strips_space else text
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        try:
+            return b"".join(self._pieces[i] for i in self._checked(ids).tolist())
+        except KeyError as error:
+            raise ValueError(f"a token id stands for no text: {error.args[0]}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "imported", "json": self._content, "vocab_size": self.vocab_size, "eot": self.eot}
+
+
+def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
+    """The bytes that a token stands for under a decoder of these steps, whatever stands before it.
+
+    Raises:
+        ValueError: with one of the steps that depends on what stands before, or is unknown.
+    """
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                plain = added or not _BYTE_OF.keys() >= set(token)  # such tokens are written as they are
+                return token.encode() if plain else bytes(_BYTE_OF[symbol] for symbol in token)
+            case {"type": "ByteFallback"}:
+                if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+                    return bytes.fromhex(token[3:5])
+            case {"type": "Replace", "pattern": {"String": str(mark)}, "content": str(text)}:
+                token = token.replace(mark, text)
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                token = token.replace(mark, " ")
+            case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                pass  # these are about the whole text
+            case _:
+                raise ValueError(f"a tokenizer whose decoder has a step of type {step['type']} is not supported")
+    return token.encode()
+
+
+class TextStream:
+    """Turns ids into text as they come, and never gives out half a character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: TokenIds) -> str:
+        """The characters that these ids complete; bytes of one not yet complete are kept for the next call."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def flush(self) -> str:
+        """What is left at the end: nothing, or U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
+    names = ["char", "byte", "imported", *tiktoken.list_encoding_names()]
+    if name not in names:
+        guess = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        raise UserError(
+            f"config.tokenizer: unknown tokenizer {name!r}; {hint}use char, byte or one of {', '.join(names[3:])}"
+        )
+
+
+def build_tokenizer(name: str, text: str) -> Tokenizer:
+    """A tokenizer by name: "char", whose vocabulary is the text's characters in sorted order, "byte" or tiktoken's.
+
+    Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
+
+    Raises:
+        UserError: no tokenizer has that name, or it is "imported", which has to come from somewhere.
+    """
+    check_tokenizer_name(name)
+    if name == "imported":
+        raise UserError('config.tokenizer: "imported" comes with a run\'s weights; set config.init_from to it')
+    if name == "char":
+        return CharTokenizer(sorted(set(text)))
+    if name == "byte":
+        return ByteTokenizer()
+    return TiktokenTokenizer(tiktoken.get_encoding(name))
+
+
+def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_dict` described. The content is checked and only ever read as data.
+
+    Raises:
+        ValueError: it describes no tokenizer.
+    """
+    match saved:
+        case {"kind": "byte"}:
+            return ByteTokenizer()
+        case {"kind": "char", "symbols": list(symbols)}:
+            return CharTokenizer(symbols)
+        case {"kind": "tiktoken", "name": str(), "pattern": str(), "ranks": dict(), "special": dict()}:
+            encoding = _checked_encoding(saved["name"], saved["pattern"], saved["ranks"], saved["special"])
+            return TiktokenTokenizer(encoding)
+        case {"kind": "imported", "json": dict(content), "vocab_size": int(vocab_size), "eot": int() | None as eot}:
+            return ImportedTokenizer(content, vocab_size, eot)
+    raise ValueError(
+        "not a saved tokenizer: kind must be char (with symbols), byte, or tiktoken or imported (with its vocabulary)"
+    )
+
+
+def _checked_encoding(name: str, pattern: str, ranks: dict[str, int], special: dict[str, int]) -> tiktoken.Encoding:
+    """A tiktoken encoding from its saved parts, checked here because tiktoken aborts on some that do not fit."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(isinstance(i, int) and 0 <= i < MAX_VOCAB_SIZE for i in ids):
+        raise ValueError(f"tokenizer {name!r}: ids must be whole numbers from 0 to {MAX_VOCAB_SIZE - 1}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"tokenizer {name!r}: two tokens have the same id")
+    try:
+        pieces = {base64.b64decode(piece, validate=True): rank for piece, rank in ranks.items()}
+    except ValueError as error:
+        raise ValueError(f"tokenizer {name!r}: a token is not base64: {error}") from None
+    if len(pieces) != len(ranks) or not all(bytes([byte]) in pieces for byte in range(256)):
+        raise ValueError(f"tokenizer {name!r}: every byte must be a token, and no token twice")
+    try:
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=pieces, special_tokens=special)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {name!r}: the pattern does not compile: {error}") from None

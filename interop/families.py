@@ -1,0 +1,244 @@
+"""The tables of `interop.py`: what other implementations compute, and their names and shapes of settings and weights.
+
+Each family is one table, read from right to left by an import and from left to right by an export.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from transformer.config import TransformerConfig
+
+Arrays = dict[str, np.ndarray]
+
+# --- Layouts: how one array there holds one or more of ours -------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    join: Callable[..., np.ndarray]  # our arrays -> theirs
+    split: Callable[[np.ndarray], Iterable[np.ndarray]]  # theirs -> ours
+
+
+SAME = Layout(lambda x: x, lambda x: [x])
+FLAT = Layout(lambda x: x, lambda x: [x.reshape(-1)])
+TRANSPOSED = Layout(lambda x: x.T, lambda x: [x.T])  # torch.nn.Linear holds [out, in]
+SIDE_BY_SIDE = Layout(lambda *xs: np.concatenate(xs, -1), lambda x: np.split(x, 3, -1))  # q, k, v
+ONE_EXPERT = Layout(lambda x: x[None], lambda x: [x[0]])
+INTERLEAVED = Layout(  # gate and up in alternate columns, of one expert
+    lambda gate, up: np.stack([gate, up], -1).reshape(1, *gate.shape[:-1], -1),
+    lambda x: [x[0, ..., ::2], x[0, ..., 1::2]],
+)
+
+
+class Rule(NamedTuple):
+    theirs: str  # {n} stands for the number of the block
+    ours: tuple[str, ...]
+    layout: Layout
+
+
+def _both(theirs: str, ours: str, weight: Layout = TRANSPOSED) -> list[Rule]:
+    """The weight and the bias of a linear map."""
+    return [Rule(f"{theirs}.weight", (f"{ours}.kernel",), weight), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+
+
+def _layer_norm(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(f"{theirs}.weight", (f"{ours}.scale",), SAME), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+
+
+# --- Families -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a class of transformers computes, in our settings, and what it calls them.
+
+    Attributes:
+      settings: our setting -> their key and its default, where only the name differs.
+      fixed: our settings that the class cannot have otherwise.
+      demands: their key -> the value (and default) without which we could not hold the model.
+      activations: their name of the activation -> our `mlp`; the first is their default.
+      theta, rope: the rotary base and scaling where config.json has none.
+      constants: arrays of theirs that hold nothing of ours; written, and ignored when read.
+    """
+
+    model_type: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    settings: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, Any]
+    activations: Mapping[str, str]
+    activation_key: str = "hidden_act"
+    demands: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    theta: float = 10_000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
+
+
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    rules=(
+        Rule("transformer.wte.weight", ("embedding.embedding",), SAME),
+        Rule("transformer.wpe.weight", ("positions.embedding",), SAME),
+        *_layer_norm("transformer.h.{n}.ln_1", "blocks.{n}.attention_norm"),
+        *(
+            Rule(
+                f"transformer.h.{{n}}.attn.c_attn.{theirs}",
+                tuple(f"blocks.{{n}}.attention.{part}.{ours}" for part in ("query", "key", "value")),
+                SIDE_BY_SIDE,
+            )
+            for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+        ),
+        *_both("transformer.h.{n}.attn.c_proj", "blocks.{n}.attention.out", SAME),
+        *_layer_norm("transformer.h.{n}.ln_2", "blocks.{n}.mlp_norm"),
+        *_both("transformer.h.{n}.mlp.c_fc", "blocks.{n}.mlp.up", SAME),
+        *_both("transformer.h.{n}.mlp.c_proj", "blocks.{n}.mlp.down", SAME),
+        *_layer_norm("transformer.ln_f", "final_norm"),
+        Rule("lm_head.weight", ("head.kernel",), TRANSPOSED),
+    ),
+    settings={
+        "vocab_size": ("vocab_size", 50257),
+        "context_len": ("n_positions", 1024),
+        "embedding_dim": ("n_embd", 768),
+        "num_blocks": ("n_layer", 12),
+        "num_heads": ("n_head", 12),
+        "mlp_dim": ("n_inner", None),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed={
+        **{"norm": "layernorm", "norm_bias": True, "position": "learned", "qk_norm": "none", "attention_sink": False},
+        **{"sliding_window": 0, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "logit_softcap": 0.0},
+    },
+    activations={"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"},
+    activation_key="activation_function",
+    demands={
+        "scale_attn_weights": (True, True),
+        "scale_attn_by_inverse_layer_idx": (False, False),
+        "add_cross_attention": (False, False),
+    },
+)
+
+
+def _llama_rules(*mlp: Rule) -> tuple[Rule, ...]:
+    """Llama's names, which Qwen3 and gpt-oss share outside the MLP."""
+    projections = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
+    attention = [
+        _both(f"model.layers.{{n}}.self_attn.{theirs}", f"blocks.{{n}}.attention.{ours}")
+        for theirs, ours in projections.items()
+    ]
+    return (
+        Rule("model.embed_tokens.weight", ("embedding.embedding",), SAME),
+        Rule("model.layers.{n}.input_layernorm.weight", ("blocks.{n}.attention_norm.scale",), SAME),
+        *(rule for rules in attention for rule in rules),
+        Rule("model.layers.{n}.post_attention_layernorm.weight", ("blocks.{n}.mlp_norm.scale",), SAME),
+        *mlp,
+        Rule("model.norm.weight", ("final_norm.scale",), SAME),
+        Rule("lm_head.weight", ("head.kernel",), TRANSPOSED),
+    )
+
+
+_GATED_MLP = [
+    rule
+    for theirs, ours in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down"))
+    for rule in _both(f"model.layers.{{n}}.mlp.{theirs}", f"blocks.{{n}}.mlp.{ours}")
+]
+_LLAMA_SETTINGS = {
+    "vocab_size": ("vocab_size", 32000),
+    "context_len": ("max_position_embeddings", 2048),
+    "embedding_dim": ("hidden_size", 4096),
+    "num_blocks": ("num_hidden_layers", 32),
+    "num_heads": ("num_attention_heads", 32),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
+    "mlp_dim": ("intermediate_size", 11008),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    "qkv_bias": ("attention_bias", False),
+    "attention_out_bias": ("attention_bias", False),
+}
+_LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": False, "logit_softcap": 0.0}
+_SILU = {"silu": "swiglu", "swish": "swiglu"}
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    rules=_llama_rules(*_GATED_MLP),
+    settings={**_LLAMA_SETTINGS, "mlp_bias": ("mlp_bias", False)},
+    fixed={**_LLAMA_FIXED, "sliding_window": 0},
+    activations=_SILU,
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    rules=_llama_rules(
+        Rule("model.layers.{n}.self_attn.q_norm.weight", ("blocks.{n}.attention.query_norm.scale",), SAME),
+        Rule("model.layers.{n}.self_attn.k_norm.weight", ("blocks.{n}.attention.key_norm.scale",), SAME),
+        *_GATED_MLP,
+    ),
+    settings={**_LLAMA_SETTINGS, "head_dim": ("head_dim", 128)},
+    fixed={**_LLAMA_FIXED, "qk_norm": "scaled", "mlp_bias": False},
+    activations=_SILU,
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    rules=_llama_rules(
+        Rule("model.layers.{n}.self_attn.sinks", ("blocks.{n}.attention.sink",), SAME),
+        *(
+            Rule(
+                f"model.layers.{{n}}.mlp.experts.gate_up_proj{theirs}",
+                (f"blocks.{{n}}.mlp.gate.{ours}", f"blocks.{{n}}.mlp.up.{ours}"),
+                INTERLEAVED,
+            )
+            for theirs, ours in (("", "kernel"), ("_bias", "bias"))
+        ),
+        Rule("model.layers.{n}.mlp.experts.down_proj", ("blocks.{n}.mlp.down.kernel",), ONE_EXPERT),
+        Rule("model.layers.{n}.mlp.experts.down_proj_bias", ("blocks.{n}.mlp.down.bias",), ONE_EXPERT),
+    ),
+    settings={
+        **_LLAMA_SETTINGS,
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "qkv_bias": ("attention_bias", True),
+        "attention_out_bias": ("attention_bias", True),
+    },
+    fixed={**_LLAMA_FIXED, "attention_sink": True, "mlp_bias": True},
+    activations={"silu": "swiglu_clamped"},
+    demands={
+        "num_local_experts": (1, 128),
+        "num_experts_per_tok": (1, 1),
+        "swiglu_limit": (7.0, 7.0),
+        "swiglu_alpha": (1.702, 1.702),
+    },
+    theta=150_000.0,
+    rope={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    constants=lambda config: {  # a router over one expert gives it weight 1, whatever its own weights are
+        f"model.layers.{n}.mlp.router.{part}": np.zeros(shape, np.float32)
+        for n in range(config.num_blocks)
+        for part, shape in (("weight", (1, config.embedding_dim)), ("bias", (1,)))
+    },
+)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3, GPT_OSS)}
+
+_ORIGINAL_BLOCK = "blocks.{n}.Attention_Layers."
+ORIGINAL_RULES = (
+    Rule("embed.W_E.weight", ("embedding.embedding",), SAME),
+    Rule("embed.W_pos.weight", ("positions.embedding",), SAME),
+    *_layer_norm("blocks.{n}.layer_norm1", "blocks.{n}.attention_norm"),
+    Rule(_ORIGINAL_BLOCK + "W_Q.weight", ("blocks.{n}.attention.query.kernel",), TRANSPOSED),
+    Rule(_ORIGINAL_BLOCK + "W_K.weight", ("blocks.{n}.attention.key.kernel",), TRANSPOSED),
+    Rule(_ORIGINAL_BLOCK + "W_V.weight", ("blocks.{n}.attention.value.kernel",), TRANSPOSED),
+    Rule(_ORIGINAL_BLOCK + "W_out.weight", ("blocks.{n}.attention.out.kernel",), TRANSPOSED),
+    Rule(_ORIGINAL_BLOCK + "sink_scalar", ("blocks.{n}.attention.sink",), FLAT),
+    *_layer_norm("blocks.{n}.layer_norm2", "blocks.{n}.mlp_norm"),
+    *_both("blocks.{n}.MLP_Layers.layer1", "blocks.{n}.mlp.up"),
+    *_both("blocks.{n}.MLP_Layers.layer2", "blocks.{n}.mlp.down"),
+    *_layer_norm("final_layer_norm", "final_norm"),
+    Rule("deembed.W_D.weight", ("head.kernel",), TRANSPOSED),
+)
+
+# Buffers that some files carry among the weights.
+BUFFER = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|causal_mask)")

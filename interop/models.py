@@ -1,0 +1,324 @@
+"""Models of other implementations, both ways: the PyTorch original, and four classes of transformers.
+
+The tables are in `interop_families.py`. Arrays are numpy's, so that a model can pass through without a device.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from interop.families import BUFFER, FAMILIES, FLAT, GPT2, GPT_OSS, LLAMA, ORIGINAL_RULES, QWEN3, Arrays, Family, Rule
+from transformer.config import TransformerConfig
+from transformer.model import init_params
+
+# --- Weights ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    return {name: leaf.shape for name, leaf in params.items()}
+
+
+def _rules_of(rules: Iterable[Rule], config: TransformerConfig) -> list[Rule]:
+    """The rules of each block, without those for parameters that the model has not."""
+    names, found = _shapes(config).keys(), []
+    for rule in rules:
+        for n in range(config.num_blocks if "{n}" in rule.theirs else 1):
+            ours = tuple(name.format(n=n) for name in rule.ours)
+            if names >= set(ours):
+                found.append(Rule(rule.theirs.format(n=n), ours, rule.layout))
+    return found
+
+
+def join_weights(rules: Iterable[Rule], config: TransformerConfig, params: Mapping[str, np.ndarray]) -> Arrays:
+    """Our parameters under their names, in their layout."""
+    return {
+        rule.theirs: np.ascontiguousarray(rule.layout.join(*(params[name] for name in rule.ours)))
+        for rule in _rules_of(rules, config)
+    }
+
+
+def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Mapping[str, np.ndarray]) -> Arrays:
+    """Their weights (or gradients) as our parameters, float32.
+
+    Raises:
+      ValueError: a weight is missing, unknown, or of another shape than the config makes it; names it.
+    """
+    shapes, params, left = _shapes(config), {}, set(weights)
+    for rule in _rules_of(rules, config):
+        if rule.theirs not in weights:
+            raise ValueError(f"{rule.theirs}: missing among the weights")
+        stand_ins = [np.broadcast_to(np.float32(0), shapes[name]) for name in rule.ours]
+        want, have = rule.layout.join(*stand_ins).shape, weights[rule.theirs].shape
+        if have != want and not (rule.layout is FLAT and math.prod(have) == math.prod(want)):
+            raise ValueError(f"{rule.theirs}: its shape is {have}, by the config it would be {want}")
+        for name, part in zip(rule.ours, rule.layout.split(weights[rule.theirs]), strict=True):
+            params[name] = np.ascontiguousarray(part, np.float32)
+        left.remove(rule.theirs)
+    if left:
+        raise ValueError(f"{min(left)}: this model has no place for it")
+    if missing := shapes.keys() - params.keys():
+        raise ValueError(f"{min(missing)}: nothing among the weights gives it")
+    return params
+
+
+# --- Rotary positions and windows ---------------------------------------------------------------------------------
+
+
+def _rope_to(config: TransformerConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling != "none":
+        rope |= {
+            "rope_type": config.rope_scaling,
+            "factor": config.yarn_factor,
+            "original_max_position_embeddings": config.yarn_original_context,
+        }
+    if config.rope_scaling == "llama3":
+        rope |= {"high_freq_factor": config.yarn_beta_fast, "low_freq_factor": config.yarn_beta_slow}
+    if config.rope_scaling == "yarn":
+        rope |= {
+            "beta_fast": config.yarn_beta_fast,
+            "beta_slow": config.yarn_beta_slow,
+            "truncate": config.yarn_truncate,
+            **({"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}),
+        }
+    return rope
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> dict[str, Any]:
+    """From `rope_parameters`, or from `rope_theta` and `rope_scaling`, as files before transformers 5 have it."""
+    rope = _first(theirs.get("rope_parameters"), theirs.get("rope_scaling"), family.rope)
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "yarn", "llama3"):
+        raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")
+    for key in ("partial_rotary_factor", "mscale", "mscale_all_dim"):
+        if rope.get(key, theirs.get(key)) not in (None, 1, 1.0):
+            raise ValueError(f"{key}: must be 1, got {rope.get(key, theirs.get(key))}")
+    settings = {"rope_theta": _first(rope.get("rope_theta"), theirs.get("rope_theta"), family.theta)}
+    if kind != "default":
+        original = rope.get("original_max_position_embeddings") or context_len
+        fast, slow = ("beta_fast", "beta_slow") if kind == "yarn" else ("high_freq_factor", "low_freq_factor")
+        settings |= {
+            "rope_scaling": kind,
+            "yarn_original_context": original,
+            "yarn_factor": _first(rope.get("factor"), context_len / original),
+            "yarn_beta_fast": _first(rope.get(fast), 32.0),
+            "yarn_beta_slow": _first(rope.get(slow), 1.0),
+        }
+    if kind == "yarn":
+        settings |= {
+            "yarn_truncate": rope.get("truncate", True),
+            "yarn_attention_factor": _first(rope.get("attention_factor"), 0.0),
+        }
+    return settings
+
+
+def _windows_to(family: Family, config: TransformerConfig) -> dict[str, Any]:
+    local = [bool(config.window(n)) for n in range(config.num_blocks)]
+    unused = config.context_len if family is GPT_OSS else None  # which asks for a width even if no layer has a window
+    return {
+        "sliding_window": config.sliding_window or unused,
+        "use_sliding_window": any(local),
+        "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local],
+    }
+
+
+def _windows_from(family: Family, theirs: Mapping[str, Any], num_blocks: int) -> dict[str, Any]:
+    window = theirs.get("sliding_window", 4096 if family is QWEN3 else 128)
+    if (family is QWEN3 and not theirs.get("use_sliding_window")) or not window:
+        return {}
+    kinds = theirs.get("layer_types")
+    if not kinds and family is QWEN3:
+        first = theirs.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if n >= first else "full_attention" for n in range(num_blocks)]
+    letters = {"sliding_attention": "L", "full_attention": "G"}
+    if unknown := [kind for kind in kinds or () if kind not in letters]:
+        raise ValueError(f"layer_types: must be of {', '.join(letters)}, got {unknown[0]!r}")
+    if kinds and len(kinds) != num_blocks:
+        raise ValueError(f"layer_types: {len(kinds)} of them for {num_blocks} layers")
+    pattern = "".join(letters[kind] for kind in kinds) if kinds else "LG"
+    if "L" not in pattern:
+        return {}
+    shortest = next(p for p in range(1, len(pattern) + 1) if (pattern[:p] * len(pattern))[: len(pattern)] == pattern)
+    return {"sliding_window": window, "window_pattern": pattern[:shortest]}
+
+
+# --- Whole models -------------------------------------------------------------------------------------------------
+
+
+def from_theirs(theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> tuple[TransformerConfig, Arrays]:
+    """A model of one of the four classes: from its config.json and its weights, our shape and parameters.
+
+    Raises:
+      ValueError: `<their key or weight>: <what does not fit>`.
+    """
+    config = config_from(theirs)
+    family = FAMILIES[theirs["model_type"]]
+    names, prefix = {rule.theirs for rule in family.rules}, family.rules[0].theirs.partition(".")[0]
+    whole = any(name.startswith(f"{prefix}.") for name in weights)  # else those of the class without its head
+    renamed = {name if whole or name in names else f"{prefix}.{name}": value for name, value in weights.items()}
+    ignored = family.constants(config).keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
+    kept = {name: x for name, x in renamed.items() if name not in ignored and not BUFFER.fullmatch(name)}
+    return config, split_weights(family.rules, config, kept)
+
+
+def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
+    """Our shape of a model, from the config.json of one of the four classes.
+
+    Raises:
+      ValueError: `<key>: <what we cannot hold>`.
+    """
+    family = FAMILIES.get(str(theirs.get("model_type")))
+    if family is None:
+        raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
+    if theirs.get("quantization_config"):
+        raise ValueError("quantization_config: quantised weights cannot be read; take a bfloat16 or float32 version")
+    for key, (value, default) in family.demands.items():
+        if theirs.get(key, default) != value:
+            raise ValueError(f"{key}: must be {value}, got {theirs.get(key, default)!r}")
+    activation = theirs.get(family.activation_key, next(iter(family.activations)))
+    if not isinstance(activation, str) or activation not in family.activations:
+        raise ValueError(f"{family.activation_key}: must be one of {', '.join(family.activations)}, got {activation!r}")
+    keys = {ours: key for ours, (key, _) in family.settings.items()}
+    given = {ours: theirs.get(key) for ours, key in keys.items()}
+    settings = {ours: default if given[ours] is None else given[ours] for ours, (_, default) in family.settings.items()}
+    settings = _typed({ours: value for ours, value in settings.items() if value is not None}, keys)
+    if family is GPT2:
+        settings.setdefault("mlp_dim", 4 * settings["embedding_dim"])
+    else:
+        settings |= _typed(_rope_from(family, theirs, settings["context_len"]), {})
+        if "sliding_window" not in family.fixed:
+            settings |= _typed(_windows_from(family, theirs, settings["num_blocks"]), {})
+    return TransformerConfig(**{**family.fixed, "mlp": family.activations[activation], **settings})
+
+
+def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The same settings, each of the type that TransformerConfig has; `keys`: what their file calls them."""
+    typed = {}
+    for name, value in settings.items():
+        kind = TransformerConfig.__annotations__[name]
+        typed[name] = float(value) if kind is float and type(value) is int else value
+        if type(typed[name]) is not kind:
+            raise ValueError(f"{keys.get(name, name)}: must be of type {kind.__name__}, got {value!r}")
+    return typed
+
+
+def family_of(config: TransformerConfig) -> Family:
+    """The class that comes nearest to a model."""
+    if config.attention_sink:
+        return GPT_OSS
+    if config.position == "learned":
+        return GPT2
+    return LLAMA if config.qk_norm == "none" else QWEN3
+
+
+def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
+    """What config.json and the weights file of the nearest class hold for a model.
+
+    Where the class has a bias or a scale that the model lacks, it gets zeros or ones, which compute the same.
+
+    Raises:
+      ValueError: no class computes this; names each setting that stands in the way.
+    """
+    family = family_of(config)
+    full = _filled_up(family, config)
+    activations: dict[str, str] = {}
+    for name, mlp in family.activations.items():
+        activations.setdefault(mlp, name)
+    there = {**family.fixed, "mlp": full.mlp if full.mlp in activations else next(iter(activations))}
+    if "head_dim" not in family.settings:
+        there |= {"num_kv_heads": full.num_heads, "head_dim": full.embedding_dim // full.num_heads}
+    if family is LLAMA and full.embedding_dim % full.num_heads:
+        there["num_heads"] = "a divisor of embedding_dim"
+    if odd := [name for name, value in there.items() if getattr(full, name) != value]:
+        ours = ", ".join(f"{name} {getattr(full, name)!r}" for name in odd)
+        nearest = ", ".join(f"{name} {there[name]!r}" for name in odd)
+        raise ValueError(
+            f"{odd[0]}: no class of transformers has {ours}; the nearest, {family.architecture}, has {nearest}"
+        )
+
+    theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    theirs |= {key: value for key, (value, _) in family.demands.items()}
+    theirs |= {key: getattr(full, ours) for ours, (key, _) in family.settings.items()}
+    theirs |= {family.activation_key: activations[full.mlp], "dtype": "float32"}
+    if family is GPT2:
+        theirs |= {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
+    else:
+        theirs |= {"rope_parameters": _rope_to(full), "attention_dropout": 0.0}
+        if "sliding_window" not in family.fixed:
+            theirs |= _windows_to(family, full)
+    whole = {name: np.full(shape, name.endswith("scale"), np.float32) for name, shape in _shapes(full).items()}
+    whole |= {name: np.asarray(value, np.float32) for name, value in params.items()}
+    return theirs, join_weights(family.rules, full, whole) | family.constants(full)
+
+
+def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
+    """The same function with the biases and scales that the class always has, and without a window nobody uses."""
+    changes: dict[str, Any] = {
+        name: getattr(config, name) or bool(family.fixed.get(name))
+        for name in ("qkv_bias", "attention_out_bias", "mlp_bias")
+    }
+    if family is not GPT2:  # one key for both
+        either = changes["qkv_bias"] or changes["attention_out_bias"]
+        changes |= {"qkv_bias": either, "attention_out_bias": either}
+    if config.norm == "layernorm":
+        changes["norm_bias"] = True
+    if config.qk_norm == "unscaled" and family is QWEN3:
+        changes["qk_norm"] = "scaled"
+    if not any(config.window(n) for n in range(config.num_blocks)):
+        changes["sliding_window"] = 0
+    return replace(config, **changes)
+
+
+def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> tuple[TransformerConfig, Arrays]:
+    """A checkpoint of the PyTorch original: its shape is read off the weights.
+
+    Args:
+      metadata: settings by our names, which must not contradict the weights; `num_heads` is needed without sinks.
+
+    Raises:
+      ValueError: `<weight>: <what does not fit>`.
+    """
+    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
+    weights = {name: x for name, x in weights.items() if not BUFFER.fullmatch(name)}
+    first = "blocks.0.Attention_Layers."
+    for name in ("embed.W_E.weight", "embed.W_pos.weight", f"{first}W_Q.weight", "blocks.0.MLP_Layers.layer1.weight"):
+        if name not in weights:
+            raise ValueError(f"{name}: missing among the weights")
+    sink, head = weights.get(f"{first}sink_scalar"), weights.get("deembed.W_D.weight")
+    num_heads = metadata.get("num_heads") if sink is None else sink.size
+    if not num_heads:
+        raise ValueError("num_heads: cannot be told from weights without sinks, and metadata.json has none")
+    tied = head is None or np.array_equal(head, weights["embed.W_E.weight"])
+    if tied:
+        weights.pop("deembed.W_D.weight", None)
+    vocab_size, width = weights["embed.W_E.weight"].shape
+    config = TransformerConfig(
+        vocab_size=vocab_size,
+        context_len=weights["embed.W_pos.weight"].shape[0],
+        num_blocks=1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m),
+        num_heads=num_heads,
+        embedding_dim=width,
+        head_dim=weights[f"{first}W_Q.weight"].shape[0] // num_heads,
+        mlp_dim=weights["blocks.0.MLP_Layers.layer1.weight"].shape[0],
+        attention_sink=sink is not None,
+        tie_embeddings=tied,
+    )
+    for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
+        if metadata.get(name, getattr(config, name)) != getattr(config, name):
+            raise ValueError(f"{name}: {metadata[name]!r} in metadata.json, {getattr(config, name)} by the weights")
+    return config, split_weights(ORIGINAL_RULES, config, weights)

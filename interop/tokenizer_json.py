@@ -1,0 +1,170 @@
+"""Tokenizers in the format of the library `tokenizers`, tokenizer.json, both ways: the same ids and the same text."""
+
+import base64
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from corpus.tokenizer import (
+    BYTE_SYMBOLS,
+    MAX_VOCAB_SIZE,
+    ByteTokenizer,
+    CharTokenizer,
+    ImportedTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from runtime.errors import one_line
+
+
+def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
+
+    Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
+    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids, unless
+    `encode_special_tokens` is set on the result; and an imported one may put its own around a text, unless
+    `add_special_tokens` is false.
+
+    Raises:
+        ValueError: the vocabulary cannot be written in that format.
+    """
+    match tokenizer:
+        case CharTokenizer():
+            return _of_symbols(tokenizer.symbols, tokenizer.replacement)
+        case ByteTokenizer():
+            return _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None)
+        case TiktokenTokenizer():
+            saved = tokenizer.to_dict()
+            ranks = {base64.b64decode(piece): rank for piece, rank in saved["ranks"].items()}
+            return _byte_level(ranks, saved["special"], saved["pattern"])
+        case ImportedTokenizer():
+            return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_dict()["json"]))
+    raise TypeError(f"tokenizer.json has no form for a {type(tokenizer).__name__}")
+
+
+def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json, beside which `transformers.AutoTokenizer` reads tokenizer.json."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # The last two are the defaults of version 5. In 4, some made " ." of a text ".", and gave GPT-2 token types,
+        # which it adds to its embeddings.
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if tokenizer.eot is not None:
+        config["eos_token"] = tokenizer.decode([tokenizer.eot])
+    return config
+
+
+def from_tokenizers(json_text: str, vocab_size: int, eot: int | None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: `char` or `byte` if it is just what `to_tokenizers` makes of one.
+
+    Args:
+        json_text: the file's content; it is checked and only ever read as data.
+        vocab_size: the model's V, which may exceed the tokenizer's.
+        eot: the id that ends a text, if there is one.
+
+    Raises:
+        ValueError: it is no tokenizer.json that can be read, or does not fit `vocab_size` and `eot`.
+    """
+    try:
+        content = json.loads(json_text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the tokenizer is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a tokenizer should be a JSON object, not a {type(content).__name__}")
+    # Whoever saved it may have been cutting texts to a length; that is no part of the tokenizer.
+    imported = ImportedTokenizer(content | {"truncation": None, "padding": None}, vocab_size, eot)
+    match content:
+        case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):
+            for ours in (ByteTokenizer(), CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))):
+                same = to_tokenizers(ours).to_str() == to_tokenizers(imported).to_str()
+                if same and (ours.vocab_size, ours.eot) == (vocab_size, eot):
+                    return ours
+    return imported
+
+
+def _of_symbols(symbols: tuple[str, ...], replacement: str) -> tokenizers.Tokenizer:
+    """One token a character: byte-pair encoding that never merges."""
+    for symbol in symbols:
+        if "\ud800" <= symbol <= "\udfff":
+            raise ValueError(f"tokenizer.json cannot hold the lone surrogate {symbol!a} of the vocabulary")
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token=replacement))
+    library.decoder = decoders.Fuse()
+    return library
+
+
+def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str | None) -> tokenizers.Tokenizer:
+    """Byte-pair encoding of the bytes of each piece that `pattern` finds (of the whole text if None)."""
+    names = {piece: piece.decode("latin-1").translate(BYTE_SYMBOLS) for piece in ranks}
+    vocabulary = {names[piece]: rank for piece, rank in ranks.items()}
+    if twice := vocabulary.keys() & special.keys():
+        raise ValueError(f"tokenizer.json cannot hold {min(twice)!r} both as a special token and as a plain one")
+    longer = [piece for piece in sorted(ranks, key=ranks.__getitem__) if len(piece) > 1]
+    merges = {piece: parts for piece in longer if len(parts := _last_parts(piece, ranks)) == 2}
+    library = tokenizers.Tokenizer(
+        models.BPE(
+            vocabulary | special,
+            [(names[left], names[right]) for left, right in merges.values()],
+            # Tiktoken looks for a whole piece first, which tells only where merging would not lead to the same token.
+            ignore_merges=len(merges) < len(longer),
+        )
+    )
+    library.add_special_tokens(list(special))
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pattern is None:
+        library.pre_tokenizer = to_bytes
+    else:
+        split = pre_tokenizers.Split(_regex(pattern), "removed", invert=True)  # all but what it finds
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def _last_parts(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What is left of a token's bytes before its last merge: two parts, or more if merging never leads to it.
+
+    Tiktoken merges whatever makes the token of the lowest rank, a tokenizer.json only the pairs that it lists. Merges
+    within a span do not depend on what stands around it, so that each token needs but one pair.
+    """
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        joined = [left + right for left, right in pairwise(parts)]
+        best = min(range(len(joined)), key=lambda i: ranks.get(joined[i], MAX_VOCAB_SIZE))
+        if joined[best] not in ranks:
+            break
+        parts[best : best + 2] = [joined[best]]
+    return parts
+
+
+# An atom of a regular expression (each bracket of a group by itself) and a possessive count after it.
+_ATOM = re.compile(r"(\\[pPxu]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|.)(?:(\{\d+(?:,\d*)?\})\+)?", re.DOTALL)
+
+
+def _regex(pattern: str) -> tokenizers.Regex:
+    """A pattern in the syntax of tiktoken's engine, fancy-regex, for the library's, which is Oniguruma with Ruby's.
+
+    There `x{1,3}+` repeats `x{1,3}` instead of keeping what it took, and `$` ends any line, not only the text.
+
+    Raises:
+        ValueError: it cannot be written for that engine.
+    """
+
+    def rewrite(match: re.Match[str]) -> str:
+        atom, count = match.groups()
+        if count is None:
+            return {"^": r"\A", "$": r"\z"}.get(atom, atom)
+        if atom == ")":
+            raise ValueError(f"tokenizer.json cannot hold a possessive count of a group: {pattern}")
+        return f"(?>{atom}{count})"
+
+    rewritten = _ATOM.sub(rewrite, pattern)
+    try:
+        return tokenizers.Regex(rewritten)
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"tokenizer.json cannot hold the pattern {pattern}: {one_line(error)}") from None

@@ -1,0 +1,322 @@
+"""Runs side by side: what differs in their configs, what they reached, and at what cost. It reads what runs left, while
+they go on too, and needs no device."""
+
+import itertools
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import config_lib
+import run_lib
+from config_lib import written
+from configs import default
+from reports.html import Picture, html_page
+from reports.plots import Curve, plot_curves
+from runtime.errors import UserError, one_line
+from runtime.files import MetricsFile, read_json, write_text
+from runtime.screen.console import Console
+from runtime.screen.text import Table, human, nearest
+
+DEFAULT_OUT = "runs/compare"
+_NAMES_OF_A_RUN = {"seed", "run"}  # runs that differ in no other key are seeds of one config
+_ENVIRONMENT = ("device_kind", "device_count", "git_commit")
+_NONE = "-"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's directory says of it."""
+
+    name: str
+    config: dict[str, Any]  # every key, in JSON's types
+    environment: dict[str, Any]  # where it ran
+    rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; what is no finite number is None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row.get("val_loss") is not None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run in numbers; None where there is nothing yet."""
+
+    steps: float | None = None
+    tokens: float | None = None
+    val_loss: float | None = None  # of the last evaluation, nats per token
+    best: float | None = None  # the lowest
+    best_step: float | None = None
+    bits_per_byte: float | None = None  # of the best evaluation
+    tokens_to: float | None = None  # to the target
+    seconds_to: float | None = None
+    seconds: float | None = None  # of the whole run, all its sessions
+    tokens_per_second: float | None = None  # the median of the logged ones
+    peak_mib: float | None = None
+
+
+class _Column(NamedTuple):
+    title: str  # {} stands for the target
+    text: Callable[[float], str]
+
+
+_COLUMNS = {
+    "steps": _Column("steps", "{:,.0f}".format),
+    "tokens": _Column("tokens", human),
+    "val_loss": _Column("val_loss", "{:.4f}".format),
+    "best": _Column("best", "{:.4f}".format),
+    "best_step": _Column("at step", "{:,.0f}".format),
+    "bits_per_byte": _Column("bits/byte", "{:.4f}".format),
+    "tokens_to": _Column("tokens to {}", human),
+    "seconds_to": _Column("seconds to {}", "{:,.1f}".format),
+    "seconds": _Column("seconds", "{:,.1f}".format),
+    "tokens_per_second": _Column("tokens/s", human),
+    "peak_mib": _Column("peak MiB", "{:,.0f}".format),
+}
+_LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "bits_per_byte")
+_COST = ("tokens_to", "seconds_to", "seconds", "tokens_per_second", "peak_mib")
+_MEAN_LOSS = ("steps", "val_loss", "best", "bits_per_byte")
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def find_runs(paths: Sequence[str | Path], skip: Path) -> list[Path]:
+    """The runs that `paths` name, each once; a directory of runs, as of a sweep, stands for those in it.
+
+    Args:
+      skip: a directory that is left out: earlier output among the runs.
+
+    Raises:
+      UserError: there is no run.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.resolve() == skip.resolve():
+            continue
+        inside = [path] if (path / run_lib.CONFIG_FILE).exists() else []
+        if not inside and path.is_dir():
+            inside = sorted(file.parent for file in path.glob(f"*/{run_lib.CONFIG_FILE}"))
+        if not inside:
+            there = [entry.name for entry in path.parent.glob("*") if entry.is_dir()]
+            what = f"no {run_lib.CONFIG_FILE} in it" if path.is_dir() else "no such directory"
+            raise UserError(f"{path}: no run ({what}){nearest(path.name, there) or '; see runs/'}")
+        found += inside
+    return list({path.resolve(): path for path in found}.values())
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """The runs, named by their paths below the directory that they share.
+
+    Raises:
+      UserError: a file of theirs cannot be read.
+    """
+    shared = os.path.commonpath([path.resolve().parent for path in paths])
+    return [_read_run(path, os.path.relpath(path.resolve(), shared)) for path in paths]
+
+
+def _read_run(path: Path, name: str) -> RunRecord:
+    saved = read_json(path / run_lib.CONFIG_FILE)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path / run_lib.CONFIG_FILE}: holds no config; is {path} a run's directory?")
+    metrics = path / run_lib.METRICS_FILE
+    try:
+        read = MetricsFile(metrics).read()
+    except OSError as error:
+        raise UserError(f"{metrics}: cannot be read ({one_line(error)}); look at its rights") from error
+    rows = {}
+    for row in read:
+        if isinstance(row, dict):
+            row = {key: value if _is_number(value) else None for key, value in row.items()}
+            if None not in (row.get("step"), row.get("tokens"), row.get("elapsed_seconds")):
+                rows[row["step"]] = row
+    return RunRecord(
+        name=name,
+        config=config_lib.to_dict(default.get_config()) | saved["config"],
+        environment={key: saved.get(key) for key in _ENVIRONMENT},
+        rows=[rows[step] for step in sorted(rows)],
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------------
+
+
+def metric_of(runs: Sequence[RunRecord]) -> str:
+    """What the runs' losses are compared in: nats per token, or bits per byte where the tokens are not the same."""
+    return "val_loss" if len({run.config["tokenizer"] for run in runs}) == 1 else "bits_per_byte"
+
+
+def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
+    """The worst of the runs' best losses, which all that were evaluated reach."""
+    values = [[row[metric] for row in run.evaluations if row.get(metric) is not None] for run in runs]
+    return max((min(series) for series in values if series), default=None)
+
+
+def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
+    """The run in numbers; what it took to reach `target` is that of the first evaluation at or below it."""
+    if not run.rows:
+        return Result()
+    last, evaluations = run.rows[-1], run.evaluations
+    best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    reached = [] if target is None else [r for r in evaluations if r.get(metric) is not None and r[metric] <= target]
+    first = reached[0] if reached else {}
+    speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second") is not None]
+    peaks = [row["peak_memory_bytes"] for row in run.rows if row.get("peak_memory_bytes") is not None]
+    return Result(
+        steps=last["step"],
+        tokens=last["tokens"],
+        val_loss=evaluations[-1]["val_loss"] if evaluations else None,
+        best=best.get("val_loss"),
+        best_step=best.get("step"),
+        bits_per_byte=best.get("bits_per_byte"),
+        tokens_to=first.get("tokens"),
+        seconds_to=first.get("elapsed_seconds"),
+        seconds=last["elapsed_seconds"],
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        peak_mib=max(peaks) / 2**20 if peaks else None,
+    )
+
+
+def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs by config, under a name for each: seeds of one config stand together."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        key = repr(sorted((k, v) for k, v in run.config.items() if k not in _NAMES_OF_A_RUN))
+        groups.setdefault(key, []).append(run)
+    named: dict[str, list[RunRecord]] = {}
+    for group in groups.values():
+        name = _shared_name([run.name for run in group])
+        named[name if name and name not in named else f"{group[0].name} ..."] = group
+    return named
+
+
+def _shared_name(names: list[str]) -> str:
+    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1", "3 seeds" of "seed=0" ..."""
+    if len(names) == 1:
+        return names[0]
+    shared = os.path.commonprefix(names)  # noqa: RUF071  by characters is meant
+    return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared) or (f"{len(names)} seeds" if "seed" in shared else "")
+
+
+def mean_and_spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    """Mean ± sample standard deviation; where some are missing, how many are there."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return f"{len(there)} of {len(values)}" if there else _NONE
+    spread = f" ± {text(statistics.stdev(there))}" if there[1:] else ""
+    return text(statistics.fmean(there)) + spread
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
+
+
+def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
+    """What differs between the configs, and the seeds of each; the shorter side becomes the columns."""
+    of_group: dict[str, dict[str, str]] = {}
+    for name, runs in groups.items():
+        texts = {key: written(value) for key, value in runs[0].config.items() if key not in _NAMES_OF_A_RUN}
+        texts["seed"] = ", ".join(written(run.config["seed"]) for run in runs)
+        for key in _ENVIRONMENT:
+            texts[key] = ", ".join(sorted({str(run.environment[key])[:40] for run in runs}))
+        of_group[name] = texts
+    keys = dict.fromkeys(itertools.chain.from_iterable(of_group.values()))
+    differ = [key for key in keys if len({texts.get(key) for texts in of_group.values()}) > 1]
+    differ = differ or ["seed"]
+    if len(differ) > len(of_group):
+        rows = [[key, *(texts.get(key, _NONE) for texts in of_group.values())] for key in differ]
+        return Table("What differs", ["key", *of_group], rows, left=1 + len(of_group))
+    rows = [[name, *(texts.get(key, _NONE) for key in differ)] for name, texts in of_group.items()]
+    return Table("What differs", ["config", *differ], rows, left=1 + len(differ))
+
+
+def _table(
+    title: str, first: list[str], named: dict[str, list[Result]], keys: Sequence[str], target: str, metric: str
+) -> Table:
+    """A row for each name: of one result its numbers, of several their mean and spread."""
+    columns = [_COLUMNS[key] for key in keys]
+    rows = []
+    for name, results in named.items():
+        cells = [
+            mean_and_spread([getattr(result, key) for result in results], column.text)
+            for key, column in zip(keys, columns, strict=True)
+        ]
+        rows.append([name, *([str(len(results))] if len(first) > 1 else []), *cells])
+    key = "best" if metric == "val_loss" else "bits_per_byte"
+    score = [
+        statistics.fmean(values) if None not in (values := [getattr(r, key) for r in results]) else math.inf
+        for results in named.values()
+    ]
+    best = frozenset({score.index(min(score))} if len(score) > 1 and min(score) < math.inf else ())
+    return Table(title, [*first, *(column.title.format(target) for column in columns)], rows, bold=best)
+
+
+def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Table], list[str]]:
+    """The tables of a comparison, and what has to be said to them.
+
+    Args:
+      target: nats per token, or bits per byte where the runs' tokenizers differ; None takes the loss that all reach.
+    """
+    metric, groups = metric_of(runs), group_seeds(runs)
+    unit = "nats per token" if metric == "val_loss" else "bits per byte"
+    goal = common_target(runs, metric) if target is None else target
+    heading = "a loss" if goal is None else f"{goal:.4f}"
+    single = {run.name: [result_of(run, metric, goal)] for run in runs}
+    tables = [
+        _config_table(groups),
+        _table("Loss", ["run"], single, _LOSS, heading, metric),
+        _table("Cost", ["run"], single, _COST, heading, metric),
+    ]
+    whose = ", the worst of the runs' best" if target is None and goal is not None else ""
+    notes = ["Losses in nats per token."]
+    if goal is not None:
+        notes.append(f"To {heading} {unit}{whose}: by the first evaluation there.")
+    if metric != "val_loss":
+        notes.append("The tokenizers differ, so only bits per byte compare.")
+    covered = {run.evaluations[-1].get("val_tokens") for run in runs if run.evaluations}
+    if len(covered) > 1 and metric == "val_loss":
+        notes.append("The last evaluations cover different numbers of tokens: losses of different texts.")
+    if any(len(group) > 1 for group in groups.values()):
+        means = {name: [single[run.name][0] for run in group] for name, group in groups.items()}
+        first = ["config", "n"]
+        tables.append(_table("Loss, mean over seeds", first, means, _MEAN_LOSS, heading, metric))
+        tables.append(_table("Cost, mean over seeds", first, means, _COST, heading, metric))
+        notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
+    return tables, notes
+
+
+def compare(paths: Sequence[str | Path], out: Path, target: float | None, console: Console) -> None:
+    """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
+
+    Raises:
+      UserError: there is no such run, or `out` cannot be made.
+      StorageError: the disk did not take it.
+    """
+    runs = read_runs(find_runs(paths, skip=out))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; name a directory that can be written") from error
+    tables, notes = tables_of(runs, target)
+    for table in tables:
+        console.table(table)
+    for note in notes:
+        console.line(note)
+    curves = [Curve(name, run.rows) for name, group in group_seeds(runs).items() for run in group]
+    pictures = []
+    for x, file in ("tokens", "loss_by_tokens.png"), ("elapsed_seconds", "loss_by_seconds.png"):
+        plot_curves(curves, out / file, x, metric_of(runs))
+        pictures.append(Picture((out / file).read_bytes(), f"The runs' losses against {x.split('_')[-1]}"))
+    means = [table for table in tables if table.columns[:2] == ["config", "n"]]
+    single = [table for table in tables if table not in means]
+    title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name
+    page = html_page(title, [pictures, *means, *single, *notes])
+    write_text(out / "compare.html", page)
+    console.line(f"wrote {out / 'compare.html'} and its pictures")

@@ -1,0 +1,364 @@
+"""The pictures of runs: the losses of one against the tokens it has seen, and those of several over each other."""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from runtime.files import storage_error
+from runtime.screen.text import human
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRAIN, _VAL, _INK = "#4878a8", "#d1603d", "#333333"
+_COLORS = ("#4878a8", "#d1603d", "#5b9a4f", "#8c62a8", "#c9a227", "#3aa6a0", "#b8517f", "#7a6a58")
+_DASHES = ("-", "--", ":", "-.")  # for the labels that the colours do not reach
+_MOST_LABELS = 16  # in a legend that leaves room for the curves
+_LONGEST_LABEL = 40  # characters
+_UNITS = {"val_loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
+SMOOTH_FROM = 60  # points; fewer can be read as they are
+
+
+def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws training and validation loss (nats per token) against tokens into a PNG file, replaced in one piece.
+
+    Args:
+        rows: the logged steps in order, each with `tokens`, `loss` and perhaps `val_loss`; what is missing or None is
+            left out.
+        path: the file.
+        title: the heading.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+
+    tokens, losses = series(rows, "loss")
+    if len(losses) < SMOOTH_FROM:
+        axes.plot(tokens, losses, color=_TRAIN, linewidth=1.4, label="training")
+    else:
+        axes.plot(tokens, losses, color=_TRAIN, linewidth=0.6, alpha=0.35)
+        axes.plot(tokens, smoothed(losses), color=_TRAIN, linewidth=1.6, label="training (smoothed)")
+
+    tokens, losses = series(rows, "val_loss")
+    if len(losses):
+        axes.plot(tokens, losses, "o-", color=_VAL, markersize=4, linewidth=1.0, label="validation")
+        best = int(np.argmin(losses))
+        axes.plot(tokens[best], losses[best], "o", color=_VAL, markersize=9, markerfacecolor="none")
+        axes.annotate(
+            f"best {losses[best]:.4f}",
+            (tokens[best], losses[best]),
+            xytext=(0, 14),
+            textcoords="offset points",
+            ha="right" if tokens[best] > 0.8 * axes.get_xlim()[1] else "center",
+            color=_VAL,
+            fontweight="bold",
+        )
+
+    axes.set_title(title, loc="left", color=_INK, fontweight="bold", parse_math=False)
+    _dress(axes, "tokens", _UNITS["val_loss"])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+class Curve(NamedTuple):
+    """One run in a picture of several. Those of one label share a colour and a line of the legend."""
+
+    label: str
+    rows: list[dict[str, Any]]  # the logged steps in order
+
+
+def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
+    """Draws the losses of several runs over each other into a PNG file, replaced in one piece.
+
+    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth, where
+    every loss falls from the same height, may lie above the picture.
+
+    Args:
+        curves: the runs.
+        path: the file.
+        x: what they are drawn against: `tokens` or `elapsed_seconds`.
+        metric: `val_loss` (nats per token) or `bits_per_byte`, in which the training loss is drawn too.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), dpi=180, layout="constrained")
+    axes = figure.add_subplot()
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    lines: dict[str, Any] = {}
+    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    for curve in curves:
+        number = labels.index(curve.label)
+        style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
+        at, losses = series(curve.rows, "loss", x)
+        scale = next(
+            (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss")), 1
+        )
+        if len(losses) >= SMOOTH_FROM:
+            losses = smoothed(losses)
+        drawn.append((at, losses * scale))
+        axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
+        drawn.append(series(curve.rows, metric, x))
+        (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
+    span = max((at[-1] for at, _ in drawn if len(at)), default=0)
+    seen = [values[at >= span / 10] for at, values in drawn if len(at)]
+    if any(len(values) for values in seen):
+        low, high = (
+            min(values.min() for values in seen if len(values)),
+            max(values.max() for values in seen if len(values)),
+        )
+        axes.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9))
+    axes.set_title("validation (dots) and training (faint)", loc="left", color=_INK, fontsize="small")
+    _dress(axes, {"elapsed_seconds": "seconds"}.get(x, x), _UNITS[metric])
+    if labels[_MOST_LABELS:]:
+        figure.suptitle(f"{len(labels)} configs, the first {_MOST_LABELS} named", fontsize="small", color=_INK)
+    # As a shield against what a name may hold: matplotlib passes over labels that begin with _, and reads $...$.
+    shown = labels[:_MOST_LABELS]
+    legend = axes.legend(
+        [lines[label] for label in shown],
+        [f"\u200b{label[:_LONGEST_LABEL]}" for label in shown],
+        frameon=False,
+        fontsize="small",
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def _dress(axes: "Axes", x: str, y: str) -> None:
+    """What all the pictures have: named axes, tokens as 1.2M, a faint grid."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.02)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG so that at no moment a half of it is there.
+
+    Raises:
+      StorageError: the disk did not take it.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name may hold what the font lacks
+            figure.savefig(unfinished, format="png")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise storage_error(path, error) from None
+
+
+def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+    """`x` and values of the rows that have a value for `key`."""
+    points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
+    at, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return at, values
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean over a window around each point: a fortieth of them, less at the start, where the loss falls fast."""
+    at = np.arange(len(values))
+    half = np.minimum(at, max(1, len(values) // 80))
+    first, end = at - half, np.minimum(at + half + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[end] - sums[first]) / (end - first)
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PAGE_INK = "#7a7a7a"
+_KEYS, _SINK, _OTHER = "#4f86bd", "#d1603d", "#5b9a4f"
+_PAGE_COLORS = (_KEYS, _SINK, _OTHER)
+_WIDTH = 4.8  # inches: a phone's screen shows it at about its own size
+_MOST_NUMBERS = 10  # columns of a grid in which each cell's number can still be read
+_SINK_COLUMNS = 3  # how wide a sink is drawn, in keys
+
+
+def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, log: bool = False) -> bytes | None:
+    """What metrics.jsonl says of `keys` against the step; None where it says nothing.
+
+    Args:
+        rows: the logged steps in order.
+        keys: what each is called; those with few points get a dot for each.
+        log: a logarithmic scale.
+    """
+    figure, axes = _figure(3.1, title)
+    for color, (key, label) in zip(_PAGE_COLORS, keys.items(), strict=False):
+        steps, values = series(rows, key, "step")
+        if not len(values):
+            continue
+        if len(values) < SMOOTH_FROM:
+            axes.plot(steps, values, ".-", color=color, linewidth=1.4, markersize=5, label=label)
+        else:
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
+            axes.plot(steps, smoothed(values), color=color, linewidth=1.6, label=label)
+    if not axes.lines:
+        return None
+    plain = lambda value, _: human(value).replace(".0", "") if value >= 1000 else f"{value:g}"
+    if log and all((line.get_ydata() > 0).all() for line in axes.lines):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(lambda value, at: plain(value, at) if f"{value:e}"[0] in "235" else "")
+    axes.yaxis.set_major_formatter(plain)
+    _dress_page(axes, "step")
+    if len(keys) > 1:
+        axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
+    return _png(figure)
+
+
+def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> bytes:
+    """Each head's share as a thin line, and each layer's mean as a strong one, the first layer palest."""
+    from matplotlib import colormaps
+
+    figure, axes = _figure(3.1, "attention to the sinks, by layer (thin: by head)")
+    layers = shares_ELN.shape[1]
+    for layer in range(layers):
+        color = colormaps["plasma"](0.3 + 0.55 * layer / max(1, layers - 1))
+        axes.plot(steps, shares_ELN[:, layer], color=color, linewidth=0.7, alpha=0.45)
+        name = f"layer {layer + 1}" if layers <= 8 or layer in (0, layers - 1) else None
+        axes.plot(steps, shares_ELN[:, layer].mean(-1), ".-", color=color, linewidth=1.8, label=name)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(_percent)
+    _dress_page(axes, "step")
+    axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
+    return _png(figure)
+
+
+def plot_shares(shares_LN: np.ndarray) -> bytes:
+    """The shares as bars: a row for each layer, a column for each head."""
+    L, N = shares_LN.shape
+    figure, axes = _figure(min(9.0, 0.9 + 0.5 * L), "share of attention that goes to the sink")
+    layer_LN, head_LN = np.indices((L, N))
+    floor_LN = L - 1 - layer_LN
+    height_LN = 0.6 * shares_LN / max(shares_LN.max(), 1e-9)
+    axes.bar(head_LN.ravel(), height_LN.ravel(), bottom=floor_LN.ravel(), width=0.8, color=_SINK)
+    if N <= _MOST_NUMBERS:
+        for head, top, share in zip(head_LN.flat, (floor_LN + height_LN).flat, shares_LN.flat, strict=True):
+            axes.text(head, top + 0.03, _percent(share), ha="center", va="bottom", color=_PAGE_INK, fontsize="small")
+    axes.hlines(range(L), -0.5, N - 0.5, color=_PAGE_INK, linewidth=0.6)
+    axes.set(xlim=(-0.5, N - 0.5), ylim=(-0.05, L))
+    every = range(0, N, -(-N // 12))
+    axes.set_xticks(list(every), [str(head + 1) for head in every])
+    every = range(0, L, -(-L // 12))
+    axes.set_yticks([L - 1 - layer + 0.3 for layer in every], [str(layer + 1) for layer in every])
+    axes.set_xlabel("head", color=_PAGE_INK)
+    axes.set_ylabel("layer", color=_PAGE_INK)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def plot_all_maps(maps_LNTS: np.ndarray, layers: Sequence[int], heads: Sequence[int], sinks: bool) -> bytes:
+    """A small attention map for each of these heads.
+
+    Args:
+        maps_LNTS: probabilities [L, N, T, 1 + T], of which the first is the sink's.
+        sinks: whether there are any to be drawn.
+    """
+    rows = [[_painted(maps_LNTS[layer, head], sinks) for head in heads] for layer in layers]
+    T, wide = rows[0][0].shape[:2]
+    gap = max(2, T // 12)
+    canvas = np.zeros((len(layers) * (T + gap) - gap, len(heads) * (wide + gap) - gap, 4))
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas[i * (T + gap) : i * (T + gap) + T, j * (wide + gap) : j * (wide + gap) + wide] = picture
+    height = _WIDTH * canvas.shape[0] / canvas.shape[1] + 0.4
+    figure, axes = _figure(min(12.0, height), "what each head attends to" + (": sink left, then keys" if sinks else ""))
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_xticks([j * (wide + gap) + wide / 2 for j in range(len(heads))], [f"head {head + 1}" for head in heads])
+    axes.set_yticks([i * (T + gap) + T / 2 for i in range(len(layers))], [f"layer {layer + 1}" for layer in layers])
+    axes.tick_params(length=0, labelsize=8)
+    axes.tick_params(axis="y", labelrotation=90)
+    for label in axes.get_yticklabels():
+        label.set_verticalalignment("center")
+    axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def plot_map(map_TS: np.ndarray, tokens: list[str], title: str, sinks: bool) -> bytes:
+    """One head's attention map, its tokens beside it: [T, 1 + T], the first the sink's. Each row is one query."""
+    picture = _painted(map_TS, sinks)
+    figure, axes = _figure(_WIDTH * picture.shape[0] / picture.shape[1] + 0.3, title)
+    axes.imshow(picture, interpolation="nearest")
+    first = _SINK_COLUMNS + 1 if sinks else 0
+    size = float(np.clip(230 / len(tokens), 4, 9))
+    ticks = {first + i: token for i, token in enumerate(tokens)}
+    if sinks:
+        ticks = {(_SINK_COLUMNS - 1) / 2: "sink"} | ticks
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=size, rotation=90 if max(map(len, tokens)) > 1 else 0)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=size)
+    if sinks:
+        axes.get_xticklabels()[0].set(rotation=90, color=_SINK)
+    for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+        label.set_parse_math(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def _painted(map_TS: np.ndarray, sinks: bool) -> np.ndarray:
+    """A map as RGBA; the square root of a probability is how opaque it is, so that small ones are seen as well."""
+    keys = _tint(_KEYS, np.sqrt(map_TS[:, 1:]))
+    keys[..., 3] = np.where(np.tri(len(keys), dtype=bool), np.maximum(keys[..., 3], 0.06), 0)
+    if not sinks:
+        return keys
+    sink = _tint(_SINK, np.maximum(np.sqrt(map_TS[:, :1]), 0.06)).repeat(_SINK_COLUMNS, axis=1)
+    return np.concatenate([sink, np.zeros_like(sink[:, :1]), keys], axis=1)
+
+
+def _tint(color: str, opacity: np.ndarray) -> np.ndarray:
+    from matplotlib.colors import to_rgb
+
+    return np.concatenate([np.broadcast_to(to_rgb(color), (*opacity.shape, 3)), opacity[..., None]], axis=-1)
+
+
+def _percent(share: float, _: Any = None) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+
+
+def _figure(height: float, title: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=160, layout="constrained")
+    axes = figure.add_subplot(facecolor="none")
+    axes.set_title(title, loc="left", color=_PAGE_INK, fontsize="medium", parse_math=False)
+    axes.tick_params(which="both", colors=_PAGE_INK)
+    axes.spines[:].set_color(_PAGE_INK)
+    return figure, axes
+
+
+def _dress_page(axes: "Axes", x: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel(x, color=_PAGE_INK)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.02)
+    axes.grid(color=_PAGE_INK, alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a token may hold what the font lacks
+        figure.savefig(file, format="png", transparent=True)
+    return file.getvalue()

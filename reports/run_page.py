@@ -1,0 +1,245 @@
+"""The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import config_lib
+import run_lib
+from config_lib import key_docs, written
+from corpus.tokenizer import Tokenizer, UnknownCharacters
+from reports.compare import RunRecord, read_runs, result_of
+from reports.html import Block, Fold, Heading, Picture, Verbatim, html_page
+from reports.plots import plot_all_maps, plot_map, plot_series, plot_shares, plot_shares_over_training
+from reports.sinks import TOKENS, attention_maps, read_shares
+from runtime.errors import one_line
+from runtime.files import read_json, write_text
+from runtime.screen.text import Table, duration, human
+from training.cost import parameter_counts
+from transformer.config import TransformerConfig
+from transformer.model import Transformer
+
+REPORT_FILE = "report.html"
+_MAP_TOKENS = 48  # of the text whose attention is shown
+_LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
+_MOST_MAPS = 8  # layers, and heads of each, that are drawn
+_MOST_SAMPLES = 12
+_VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
+
+
+def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
+    """`write_report` at the end of a run, which must not fail for a page: whatever goes wrong becomes one warning."""
+    try:
+        write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}")
+    except Exception as error:  # the run is saved; the report command shows what it was
+        path = run.workdir / REPORT_FILE
+        warn(f"{path}: not written: {one_line(error)}; python main.py report --workdir={run.workdir}")
+
+
+def write_report(
+    workdir: Path, model: Transformer | str, tokenizer: Tokenizer, which: str, text: str | None = None
+) -> Path:
+    """Write `report.html` from what the run's directory holds, and from its model.
+
+    Args:
+      model: on one device; or, where there is none, why.
+      which: what the page calls this state of the model.
+      text: whose attention is shown; None takes the last sample's beginning.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      UserError: a file of the run cannot be read.
+      UnknownCharacters: `text` holds some that the tokenizer does not know.
+      StorageError: the disk did not take it.
+    """
+    run, saved = read_runs([workdir])[0], read_json(workdir / run_lib.CONFIG_FILE)
+    model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
+    samples = run_lib.read_samples(workdir)
+    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config)
+    blocks = [
+        _summary(run, model_config),
+        *_curves(run),
+        *_sinks(model_config, steps, shares_ELN),
+        *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer), not len(steps)),
+        *_samples(samples),
+        *_config(run),
+        _environment(saved),
+        _parameters(model_config),
+    ]
+    write_text(workdir / REPORT_FILE, html_page(run.name, blocks))
+    return workdir / REPORT_FILE
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunRecord, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the text whose attention is shown."""
+    if text is not None:
+        return tokenizer.encode(text)
+    for found in (samples[-1][1].lstrip() if samples else "", run.config["sample_prompt"]):
+        try:
+            ids = tokenizer.encode(found)
+        except UnknownCharacters:
+            continue
+        if len(ids) > 1:
+            return ids
+    return np.zeros(0, np.int32)
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
+    result = result_of(run, "val_loss", None)
+    number = lambda value, form: None if value is None else format(value, form)
+    rows = {
+        "validation loss": number(result.val_loss, ".4f"),
+        "best": None if result.best is None else f"{result.best:.4f} at step {result.best_step:,.0f}",
+        "bits per byte": number(result.bits_per_byte, ".4f"),
+        "steps": number(result.steps, ",.0f"),
+        "tokens": None if result.tokens is None else human(result.tokens),
+        "time": None if result.seconds is None else duration(result.seconds),
+        "tokens per second": None if result.tokens_per_second is None else human(result.tokens_per_second),
+        "peak memory": None if result.peak_mib is None else f"{result.peak_mib:,.0f} MiB",
+        "parameters": f"{sum(parameter_counts(model_config).values()):,}",
+        "model": f"{model_config.num_blocks} layers of {model_config.num_heads} heads, width "
+        f"{model_config.embedding_dim}, context {model_config.context_len}",
+        "text": f"{run.config['dataset']}, {run.config['tokenizer']}",
+    }
+    return Table("", ["", ""], [[name, value] for name, value in rows.items() if value is not None], left=2)
+
+
+def _curves(run: RunRecord) -> list[Block]:
+    wanted = [
+        ({"loss": "training", "val_loss": "validation"}, "loss, nats per token", False),
+        ({"grad_norm": "gradient norm"}, "gradient norm before clipping", True),
+        ({"muon_lr": "Muon", "lr": "AdamW"}, "learning rates", False),
+        ({"tokens_per_second": "tokens per second"}, "tokens per second", False),
+    ]
+    pictures = [
+        Picture(png, f"{title}, by step", clear=True)
+        for keys, title, log in wanted
+        if (png := plot_series(run.rows, keys, title, log)) is not None
+    ]
+    return [Heading("Curves"), pictures] if pictures else ["No step was logged."]
+
+
+def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np.ndarray) -> list[Block]:
+    heading = Heading("Sinks")
+    if not model_config.attention_sink:
+        return [heading, "This model has no attention sinks (attention_sink = False)."]
+    if not len(steps):
+        return [heading, "No shares were measured in this run: it has no evaluation with report = True."]
+    last_LN = shares_ELN[-1]
+    most, least = (np.unravel_index(pick(last_LN), last_LN.shape) for pick in (np.argmax, np.argmin))
+    name = lambda at: f"head {at[1] + 1} of layer {at[0] + 1}"
+    said = (
+        f"What a head gives to its sink, it gives to no token. At step {steps[-1]:,} the sinks take "
+        f"{last_LN.mean():.1%} of all attention; most in {name(most)} ({last_LN[most]:.1%}), least in {name(least)} "
+        f"({last_LN[least]:.1%}). Means over up to {TOKENS:,} tokens of the validation text, always the same."
+    )
+    pictures = [Picture(plot_shares(last_LN), f"Share of attention to the sink by layer and head: {said}", clear=True)]
+    if len(steps) > 1:
+        over = plot_shares_over_training(steps, shares_ELN)
+        pictures.append(Picture(over, "The shares by layer and head over training", clear=True))
+    return [heading, said, pictures]
+
+
+def _attention(
+    model: Transformer | str, tokenizer: Tokenizer, which: str, ids: np.ndarray, show_shares: bool
+) -> list[Block]:
+    """Maps of one text; with `show_shares`, the shares over this text too."""
+    heading = Heading("What the heads attend to")
+    if isinstance(model, str):
+        return [heading, f"No attention map: {model}."]
+    ids = ids[: min(_MAP_TOKENS, model.config.context_len)]
+    if len(ids) < 2:
+        return [heading, 'No text to show it on; name one: python main.py report --workdir=RUN --text="..."']
+    sinks = model.config.attention_sink
+    maps_LNTS = np.asarray(attention_maps(model, jnp.asarray(ids)), np.float64)
+    shares_LNT = maps_LNTS[..., 0]
+    shares_LN = shares_LNT.mean(-1)
+    parts = [tokenizer.decode([token]) for token in ids.tolist()]
+    labels = [part.translate(_VISIBLE) for part in parts]
+    L, N = shares_LN.shape
+    layers, heads = _spread(L, _MOST_MAPS), _spread(N, _MOST_MAPS)
+    said = (
+        f"The model at {which}, on a text of {len(ids)} tokens. Rows are queries, from top to bottom; the stronger the "
+        "colour, the higher the probability (its square root is drawn)."
+    )
+    pictures = [Picture(plot_all_maps(maps_LNTS, layers, heads, sinks), "Attention maps of the heads", clear=True)]
+    if sinks:
+        chosen = [("most", np.unravel_index(shares_LN.argmax(), shares_LN.shape))]
+        chosen.append(("least", np.unravel_index(shares_LN.argmin(), shares_LN.shape)))
+    else:
+        chosen = [("", (L - 1, 0))]
+    T = min(_LABELLED_TOKENS, len(ids))
+    for word, (layer, head) in chosen:
+        title = f"layer {layer + 1}, head {head + 1}" + (
+            f": {shares_LN[layer, head]:.1%} to its sink, {word}" if word else ""
+        )
+        png = plot_map(maps_LNTS[layer, head, :T, : 1 + T], labels[:T], title, sinks)
+        pictures.append(Picture(png, f"Attention map of {title}", clear=True))
+    blocks: list[Block] = [heading, said, pictures]
+    if sinks:
+        if show_shares:
+            blocks.append([Picture(plot_shares(shares_LN), "Share of attention to the sink, on this text", clear=True)])
+        blocks.append("Each token by how much of its attention goes to the sinks, mean over a layer's heads.")
+        for layer in layers:
+            shades = shares_LNT[layer].mean(0)
+            caption = f"layer {layer + 1}: {shades.mean():.1%}, at most {shades.max():.1%}"
+            blocks.append(Verbatim(caption, parts, (shades / max(shades.max(), 1e-9)).tolist()))
+    return blocks
+
+
+def _samples(samples: list[tuple[int, str]]) -> list[Block]:
+    if not samples:
+        return []
+    shown = [samples[i] for i in _spread(len(samples), _MOST_SAMPLES)]
+    blocks = [Verbatim(f"step {step:,}", [text]) for step, text in shown]
+    if not blocks[1:]:
+        return [Heading("Sample"), *blocks]
+    *earlier, last = blocks
+    return [Heading("Samples"), last, Fold(f"{len(earlier)} earlier", list(earlier))]
+
+
+def _config(run: RunRecord) -> list[Block]:
+    docs = key_docs()
+    plain = lambda value: json.loads(json.dumps(value))  # tuples are lists in a file
+    differs = [key for key, doc in docs.items() if plain(run.config[key]) != plain(doc.default)]
+    rows = [[key, written(run.config[key]), written(docs[key].default)] for key in differs]
+    every = [[key, written(run.config[key]), doc.comment] for key, doc in docs.items()]
+    bold = frozenset(i for i, key in enumerate(docs) if key in differs)
+    return [
+        Table("Config: what differs from the defaults", ["key", "here", "default"], rows, left=3),
+        Fold("Every key", [Table("", ["key", "here", "meaning"], every, left=3, bold=bold)]),
+    ]
+
+
+def _environment(saved: dict[str, Any]) -> Table:
+    rest = {key: value for key, value in saved.items() if key != "config"}
+    packages = rest.pop("packages", {})
+    rows = {**rest, **(packages if isinstance(packages, dict) else {})}
+    known = [[key.replace("_", " "), str(value)] for key, value in rows.items() if value is not None]
+    return Table("Environment", ["", ""], known, left=2)
+
+
+def _parameters(model_config: TransformerConfig) -> Table:
+    counts = {part: count for part, count in parameter_counts(model_config).items() if count}
+    total = sum(counts.values())
+    rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in counts.items()]
+    return Table(
+        "Parameters", ["part", "number", "share"], [*rows, ["all", f"{total:,}", ""]], bold=frozenset({len(rows)})
+    )
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many indices of `count`, first and last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})

@@ -1,0 +1,164 @@
+"""Fingerprints of arrays, made on the device that holds them: a few bytes of each array travel, never the array.
+
+Each array gives two sums of its 32-bit words modulo 2^32. A sum of integers is the same in whatever order it is made,
+so it does not depend on how many devices share the array. Whatever changes within one word, a single bit for instance,
+changes the second sum for certain, for its terms are bijections of their words. Other damage goes unseen with a chance
+of about 2^-64.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runtime.errors import UserError
+
+Fingerprints = dict[str, list]  # path of a leaf -> [shape, dtype, sixteen hexadecimal digits], as JSON gives it back
+
+_WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of an entry; eight bytes are two words
+_GOLDEN = 0x9E3779B1  # odd, and near 2^32 over the golden ratio: indices that follow each other come to lie far apart
+
+
+def fingerprints(tree: Any) -> Fingerprints:
+    """Shape, dtype and fingerprint of every array of a tree, by its path: `0/mu/blocks.0.mlp.up.kernel`.
+
+    A path reads the same whether the tree is made of tuples and named tuples or, as a checkpoint is read without a
+    pattern, of lists and dictionaries.
+    """
+    leaves = paths_of(tree)
+    sums = jax.device_get(_all_sums(list(leaves.values())))
+    return {
+        path: [*signature(leaf), "".join(f"{int(word):08x}" for word in words)]
+        for (path, leaf), words in zip(leaves.items(), sums, strict=True)
+    }
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    """Every leaf of a tree, by its path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def signature(leaf: Any) -> list:
+    """[shape, dtype] of an array, or of what stands for one."""
+    return [list(leaf.shape), np.dtype(leaf.dtype).name]
+
+
+def require_same_kind(where: str, stored: Fingerprints, tree: Any) -> None:
+    """Refuse a checkpoint of other arrays; Orbax would cast, and leave out what nobody asked for, without a word.
+
+    Args:
+      where: what an array's path is put behind, to name it.
+      stored: of a checkpoint.
+      tree: of arrays, or of what stands for them, as this run has them.
+
+    Raises:
+      UserError: an array has another shape or dtype, is missing, or is one too many: the first, and both sides.
+    """
+    there = {path: entry[:2] for path, entry in stored.items()}
+    here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
+    different = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+    if different:
+        describe = lambda entry: f"{entry[1]}{entry[0]}" if entry else "not there"
+        was, wanted = (describe(side.get(different[0])) for side in (there, here))
+        raise UserError(
+            f"{where}{different[0]} is {was} in the checkpoint and {wanted} in this run "
+            f"({len(different)} of {len(there)} arrays differ); use the config and the program that wrote it"
+        )
+
+
+@jax.jit
+def _all_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sums(leaf) for leaf in leaves]
+
+
+@jax.jit  # arrays of one shape are traced once
+def _sums(x: jax.Array) -> jax.Array:
+    """The two sums [2] of an array."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    words = jax.lax.bitcast_convert_type(x, _WORD[x.dtype.itemsize]).astype(jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1  # of each word; no reshape, which would move a sharded array
+    for axis in reversed(range(words.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    weight = 2 * index + 1  # odd, so that it has an inverse modulo 2^32
+    linear = jnp.sum(words * weight, dtype=jnp.uint32)
+    mixed = jnp.sum(_mix(words ^ (weight * jnp.uint32(_GOLDEN))), dtype=jnp.uint32)
+    return jnp.stack([linear, mixed])
+
+
+def _mix(word: jax.Array) -> jax.Array:
+    """A bijection of 32 bits in which every bit of the result depends on every bit of the word (MurmurHash3's last)."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
+
+
+SEAL = "sha256"  # the key under which an object carries the hash of all its others
+FILE_LIST = "files.sha256"  # as `sha256sum --check` reads it
+LARGEST = 64 * 2**20  # bytes of a JSON object that is read at all: some hundred thousand arrays
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its seal."""
+    return {**values, SEAL: _hash_of(values)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object in a file, without its seal.
+
+    Raises:
+      ValueError: the file is missing, too large, no JSON object, or the seal does not fit; says which.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("is too large")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(str(error) if str(error) == "is too large" else "is not JSON") from error
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError("carries no seal")
+    if values.pop(SEAL) != _hash_of(values):
+        raise ValueError("does not fit its seal")
+    return values
+
+
+def _hash_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_file_list(directory: Path, besides: Collection[str]) -> None:
+    """List the hash of every file under `directory`, but for `besides`."""
+    lines = [f"{hash_of}  {name}\n" for name, hash_of in _hash_files(directory, besides).items()]
+    (directory / FILE_LIST).write_text("".join(lines), encoding="utf-8")
+
+
+def changed_files(directory: Path, besides: Collection[str]) -> list[str] | None:
+    """Files that are not as the list has them, those included that only the list or only the directory knows.
+
+    None where there is no list. A list that is damaged itself disagrees with what is there.
+    """
+    try:
+        text = (directory / FILE_LIST).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    listed = {line[66:]: line[:64] for line in text.splitlines()}
+    found = _hash_files(directory, besides)
+    return sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+
+
+def _hash_files(directory: Path, besides: Collection[str]) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in besides and name != FILE_LIST:
+            with path.open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,443 @@
+"""Checkpoints on disk. The only file that knows Orbax.
+
+A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (all else that
+the training state is made of), and `meta`, a JSON object under a seal. `meta` says of every array what it must be, down
+to a fingerprint that the device made when it was saved; nothing is used before it was found to be that. Beside the
+items lies a list of all files' hashes, for `verify`.
+"""
+
+import contextlib
+import logging
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from runtime.checkpoints.integrity import (
+    changed_files,
+    fingerprints,
+    read_sealed,
+    require_same_kind,
+    seal,
+    write_file_list,
+)
+from runtime.checkpoints.retention import (
+    DELETED,
+    REPLACED,
+    UNFINISHED,
+    Mark,
+    Retention,
+    any_set_aside,
+    best_first,
+    empty_trash,
+    finish_replacing,
+    newest_first,
+    place_aside,
+    strangers,
+)
+from runtime.distributed import end_if_a_peer_is_lost
+from runtime.errors import NoCheckpointError, StorageError, one_line
+from runtime.files import MAKE_ROOM, require_room, room
+from runtime.multihost import require_same, seen_by_first
+from runtime.processes import by_first, is_first
+
+FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
+ITEMS = ("params", "rest")
+BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
+NEVER = 100 * 365 * 86400  # seconds
+BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last: times, read by nobody
+Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a tree of arrays -> one of shardings
+
+
+class DamagedError(NoCheckpointError):
+    """A checkpoint is not what was saved; the text says in which way, without its name."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination of a checkpoint found."""
+
+    val_loss: float | None
+    size: int  # bytes of all files
+    wrong: list[str]
+    listed: bool  # whether it has a list of its files
+
+
+def _bytes_on_disk(state: Any) -> int:
+    """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
+    return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of one run, in `workdir/checkpoints`.
+
+    Kept are the newest `keep` and the one with the lowest validation loss. Saving is asynchronous: an error of the disk
+    surfaces at the next save or at `close`. Use as a context manager, so that the last save is waited for.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
+        """Open `workdir/checkpoints`; `read_only` creates and changes nothing.
+
+        Raises:
+          NoCheckpointError: `read_only` and there are none; or one is of another format.
+        """
+        self.directory = workdir.absolute() / "checkpoints"
+        if read_only and not self.directory.is_dir():
+            raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
+        quieten()
+        self._marks: dict[int, Mark] = {}
+        self._damaged: dict[int, str] = {}  # those whose meta says nothing any more, and why
+        self._saving: int | None = None
+        self._read_only = read_only
+        self._retention = Retention(self._marks, keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._retention,
+            todelete_subdir=None if read_only else DELETED,  # what a kill leaves there is no damage
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
+                timeout_secs=NEVER,  # goes by the wall clock, which may jump: the watchdog looks after saves that hang
+                post_finalization_callback=self._list_files,
+            ),
+        )
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
+        if not read_only:
+            by_first(lambda: finish_replacing(self.directory))
+        self._empty_trash()
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
+        for step in self._steps_on_disk():
+            try:
+                meta = self.meta(step)
+                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"])
+            except DamagedError as error:
+                self._damaged[step] = str(error)
+        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _steps_on_disk(self) -> list[int]:
+        names = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name)))
+
+    def _known(self) -> dict[int, Mark]:
+        """Of the checkpoints that are there and whose meta is sound."""
+        return {step: self._marks[step] for step in self._manager.all_steps() if step in self._marks}
+
+    def steps(self) -> list[int]:
+        """All that are there, damaged ones included."""
+        return sorted({*self._known(), *self._damaged})
+
+    def latest(self) -> int | None:
+        """The newest whose meta is sound: the one that has read most of the data."""
+        return next(iter(newest_first(self._known())), None)
+
+    def best(self) -> int:
+        """The step with the lowest validation loss; the newest when none was evaluated.
+
+        Raises:
+          NoCheckpointError: there is no checkpoint.
+        """
+        return self._best_first()[0]
+
+    def _best_first(self) -> list[int]:
+        if not self.steps():
+            raise NoCheckpointError(f"{self.directory}: no checkpoint yet; train first, or name another --workdir")
+        if not self._known():
+            raise self._all_damaged(self._damaged)
+        return best_first(self._known())
+
+    # --- Saving ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        meta: Mapping[str, Any],
+        val_loss: float | None,
+        position: int | None = None,
+    ) -> None:
+        """Write a checkpoint, numbered by micro-steps, in the background.
+
+        One of that number is replaced, and at no moment is there neither of the two. A `val_loss` that is not finite
+        is as none. The one with the highest `position` (default: the step) counts as the newest.
+
+        Raises:
+          StorageError: this save, or the one before, could not be written.
+        """
+        mark = Mark(
+            position=int(step if position is None else position),
+            val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
+        )
+        if any(other.position > mark.position for other in self._known().values()):
+            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+        values = {
+            **meta,
+            "format": FORMAT,
+            "step": int(step),
+            "position": mark.position,
+            "checkpoint_val_loss": mark.val_loss,
+            "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
+        }
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            rest=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave(seal(values)),
+        )
+        try:
+            self._manager.wait_until_finished()
+            self._empty_trash()
+            self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
+            replaces = step in self._manager.all_steps()
+            if replaces:
+                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
+                self._manager.reload()
+            self._marks[step], self._saving = mark, step
+            self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
+            if replaces:
+                self._manager.wait_until_finished()
+                by_first(lambda: finish_replacing(self.directory))
+            elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
+                self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
+        except StorageError:
+            raise
+        except Exception as error:
+            raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
+
+    def _list_files(self) -> None:
+        """Orbax calls this when all is written and not yet committed, from its own thread."""
+        if is_first():
+            with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
+                write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
+
+    def require_room(self, count: int, state: Any) -> None:
+        """Whether the disk would take `count` more checkpoints of a state.
+
+        Raises:
+          StorageError: it would not.
+        """
+        what = f"{count} checkpoints" if count > 1 else "a checkpoint"
+        require_room(self.directory, count * _bytes_on_disk(state), what)
+
+    def _empty_trash(self) -> None:
+        if is_first() and not self._read_only:
+            empty_trash(self.directory)
+
+    def close(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+          StorageError: it could not be.
+        """
+        try:
+            self._manager.close()
+            self._empty_trash()
+        except Exception as error:
+            raise self._not_saved("the last checkpoint was not saved", error) from error
+
+    def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
+        """One line; of the libraries' long one the operating system's reason, if it is in there."""
+        end_if_a_peer_is_lost(error)
+        reasons = "No space left on device|Read-only file system|File too large|Disk quota exceeded"
+        reason = re.search(reasons, str(error))
+        text = reason[0] if reason else one_line(error)
+        return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
+
+    # --- Reading one ----------------------------------------------------------------------------------------------
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON item of a checkpoint.
+
+        Raises:
+          DamagedError: it is not what was saved.
+          NoCheckpointError: there is no such checkpoint, or its format is another program's.
+        """
+        if step not in self._steps_on_disk():
+            steps = self.steps()
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+            raise NoCheckpointError(f"{self.directory}/{step}: no such checkpoint; {there}")
+        try:
+            meta = read_sealed(self.directory / str(step) / "meta" / "metadata")
+        except ValueError as error:
+            raise DamagedError(f"meta {error}") from error
+        if meta.get("format") != FORMAT:
+            raise NoCheckpointError(
+                f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}; use the program "
+                "that wrote it, or begin anew with --fresh"
+            )
+        if meta.get("step") != step:
+            raise DamagedError(f"meta is that of step {meta.get('step')}")
+        arrays = meta.get("arrays")
+        if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in ITEMS):
+            raise DamagedError("meta has no table of the arrays")
+        return meta
+
+    def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
+        """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
+
+        Raises:
+          UserError: it is another model's or program's: the first array that differs, and in what.
+          DamagedError: it is not what was saved.
+        """
+        return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
+
+    def restore_params(self, step: int, params: Any, sharding: Placement) -> Any:
+        """The weights alone; raises as `restore`."""
+        return self._arrays(step, {"params": params}, sharding)["params"]
+
+    def _arrays(self, step: int, wanted: dict[str, Any], sharding: Placement) -> dict[str, Any]:
+        stored = self.meta(step)["arrays"]
+        if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
+            raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
+        for item, tree in wanted.items():
+            require_same_kind(f"{self.directory}/{step}: {item}/", stored[item], tree)
+        return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
+
+    def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement) -> Any:
+        at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
+        target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+            found = self._manager.restore(step, args=args)[item]
+        except Exception as error:
+            end_if_a_peer_is_lost(error)
+            raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
+        now = fingerprints(found)
+        different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))
+        if different:
+            raise DamagedError(f"{item}/{different[0]} has changed ({len(different)} of {len(stored)} arrays)")
+        return found
+
+    # --- Reading the one that is best to read -------------------------------------------------------------------------
+
+    def restore_newest(
+        self,
+        target: Callable[[int, dict[str, Any]], tuple[Any, Any]],
+        sharding: Placement,
+        warn: Callable[[str], None],
+    ) -> tuple[int, dict[str, Any], Any, Any] | None:
+        """Step, meta, `params` and `rest` of the newest sound checkpoint; None where there is none at all.
+
+        What is damaged is renamed, but only once a sound one was restored. `warn` gets a line about each, and one about
+        foreign files.
+
+        Args:
+          target: takes a step and its meta and gives the trees for `restore`; may raise to refuse.
+
+        Raises:
+          NoCheckpointError: all are damaged; nothing was renamed.
+        """
+        damaged = dict(self._damaged)
+        if names := strangers(self.directory):
+            warn(f"{self.directory}: left alone, as no checkpoints have such names: {', '.join(map(ascii, names))}")
+        for step in newest_first(self._known()):
+            try:
+                meta = self.meta(step)
+                params, rest = self.restore(step, *target(step, meta), sharding)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in sorted(damaged.items()):
+                place = self._set_aside(bad)
+                warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
+            self._prune()
+            return step, meta, params, rest
+        if damaged or any_set_aside(self.directory):
+            raise self._all_damaged(damaged)
+        return None
+
+    def restore_best_params(self, params: Any, sharding: Placement, warn: Callable[[str], None]) -> tuple[int, Any]:
+        """Step and weights of the best sound checkpoint. Renames nothing: `warn` gets a line about what is damaged.
+
+        Raises:
+          NoCheckpointError: there is no checkpoint, or all are damaged.
+        """
+        damaged = dict(self._damaged)
+        for step in self._best_first():
+            try:
+                found = self.restore_params(step, params, sharding)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in sorted(damaged.items()):
+                warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
+            return step, found
+        raise self._all_damaged(damaged)
+
+    def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:
+        found = "; ".join(f"{step}: {reason}" for step, reason in sorted(damaged.items())) or "all were set aside"
+        return NoCheckpointError(
+            f"{self.directory}: every checkpoint is damaged ({found}); put a copy back, or begin anew with --fresh, "
+            "which moves the run aside"
+        )
+
+    def _set_aside(self, step: int) -> Path:
+        path = self.directory / str(step)
+        place = place_aside(path)
+        by_first(lambda: path.rename(place))
+        self._marks.pop(step, None)
+        self._damaged.pop(step, None)
+        self._manager.reload()
+        return place
+
+    def _prune(self) -> None:
+        """Delete what a save, had it not been cut short, would have: not before one that stays was found sound."""
+        for step in self._retention.superfluous(self._known()):
+            self._manager.delete(step)
+        self._empty_trash()
+
+    def examine(self, step: int) -> "Finding":
+        """Look at every file and at every array of a checkpoint, on one device."""
+        path, val_loss = self.directory / str(step), None
+        changed = changed_files(path, BOOKKEEPING)
+        wrong = [f"{name} has changed" for name in changed or ()]
+        try:
+            meta = self.meta(step)
+            val_loss = meta["checkpoint_val_loss"]
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            for item in ITEMS:
+                try:
+                    tree = self._manager.item_metadata(step)[item]
+                except Exception as error:
+                    raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
+                self._read(step, item, meta["arrays"][item], tree, place)
+        except DamagedError as error:
+            wrong.insert(0, str(error))
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return Finding(val_loss, size, wrong, changed is not None)
+
+
+def quieten() -> None:
+    """Let nothing of that through; called as often as one likes."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # its own settings, and what it raises
+    logging.getLogger("asyncio").addFilter(_is_news)
+    sys.unraisablehook = _print_news
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+
+
+# When a read or a write fails, Orbax drops the others: for each that had begun asyncio or Python itself prints a
+# traceback, for each that had not, a warning. Nothing of ours is a coroutine.
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def _print_news(unraisable: "sys.UnraisableHookArgs", print_it: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    text = str(unraisable.exc_value)
+    if text != "Event loop is closed" and not text.startswith("Encountered error while reading array"):
+        print_it(unraisable)

@@ -1,0 +1,128 @@
+"""The ways to stop a run: signals that let it finish its step, and the sudden end."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import NoReturn, Self
+
+from runtime.errors import ExpectedError, Interrupted
+from runtime.multihost import reached_stop
+from runtime.processes import num_processes
+from runtime.screen import live
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = "stopping: this step is finished and saved first; once more stops at once and saves nothing"
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into an exit at once.
+
+    `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
+    handler only when the main thread is back from C code, which a compilation can keep for minutes. So the second
+    signal is not left to the handler: the interpreter writes every signal's number into a pipe the moment it arrives
+    (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number. It
+    waits for nothing longer than a second, not even for a terminal that takes no more.
+
+    Handlers can be set in the main thread alone; in any other this does nothing. On a terminal, Ctrl-Z takes the live
+    view away before it stops the process.
+
+    Of several processes each hands its signal on to JAX, which makes it known to the others; all stop at the same call
+    of `raise_if_set`, and so all must call it equally often.
+
+    Args:
+        say: takes one line when the first signal arrives, called from a thread of its own.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.signum: int | None = None
+        self._say = say
+        self._together = num_processes() > 1
+        self._calls = 0  # of `raise_if_set`
+
+    def __enter__(self) -> Self:
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._pipe_out, self._pipe_in = os.pipe()
+            os.set_blocking(self._pipe_in, False)  # a signal must not wait for a full pipe
+            self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
+            self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
+            self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
+            if sys.stdout and sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+                self._old_handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
+            self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
+            self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            for signum, handler in self._old_handlers.items():
+                signal.signal(signum, handler or signal.SIG_DFL)  # None: a handler that Python does not know
+            signal.set_wakeup_fd(self._old_fd)
+            os.close(self._pipe_in)  # the reader sees the end of the pipe
+            self._reader.join()
+            os.close(self._pipe_out)
+
+    def raise_if_set(self) -> None:
+        """Raises `Interrupted` once a signal came: the way out of an evaluation or a sample."""
+        if self._together:
+            self._calls += 1
+            if reached_stop(self._calls):
+                raise Interrupted(self.signum or signal.SIGTERM)
+        elif self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def _request(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = self.signum or signum
+
+    def _watch(self) -> None:
+        """The reader thread: says that the first signal was heard, ends the process at the second."""
+        heard = False
+        while number := os.read(self._pipe_out, 1):
+            signum = number[0]
+            if signum == signal.SIGTSTP:
+                attempt(live.suspend)
+            if signum not in _SIGNALS:
+                continue
+            if heard:
+                exit_at_once(128 + signum)
+            heard = True
+            self._tell_jax(signal.SIGTERM)
+            attempt(partial(self._say, _STOPPING))
+
+
+def _c_handler(signum: int) -> Callable[[int], object]:
+    """The handler that a library has set: JAX's of SIGTERM, which notes that this process is about to be preempted."""
+    look_up = ctypes.pythonapi.PyOS_getsig
+    look_up.restype, look_up.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    address = look_up(signum) or 0
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address > 1 else lambda signum: None  # 0, 1: default, none
+
+
+def attempt(action: Callable[[], object], seconds: float = 1) -> None:
+    """Does it in a thread and waits no longer for it than that: a terminal or a disk may take nothing any more."""
+    thread = threading.Thread(target=action, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is about to end, or the machine has no more threads
+        action()
+    else:
+        thread.join(seconds)
+
+
+def exit_at_once(why: int | ExpectedError) -> NoReturn:
+    """End the process from any thread, whatever the others do: a status, or an error's line and its status."""
+
+    def write() -> None:
+        live.leave()
+        with contextlib.suppress(OSError):
+            if isinstance(why, ExpectedError):
+                os.write(2, f"error: {why}\n".encode(errors="backslashreplace"))
+
+    attempt(write)
+    os._exit(why.status if isinstance(why, ExpectedError) else why)

@@ -1,0 +1,299 @@
+"""Attention by flash kernels: sinks, chunks, the kernels of TPU and GPU as far as a CPU can show them, the choice.
+
+`attend` is the measure; that it is the definition, and chunks too, is shown in parity/test_attention_forms.py.
+"""
+
+import dataclasses
+import math
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+import config_lib
+from configs import default
+from runtime.errors import UserError
+from transformer import TransformerConfig
+from transformer.attention import MASKED, attend, visible
+from transformer.kernels import choose as choice
+from transformer.kernels import chunked, vendor
+from transformer.kernels.choose import KERNELS, Kernel, attend_by, causal_attention, choose
+from transformer.model import model_of
+
+B, N, K, H = 2, 6, 3, 8
+
+
+def measure(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT=None):
+    position_T = jnp.arange(q_BTNH.shape[1])
+    mask_BTS = visible(position_T[None], position_T, window)
+    if document_BT is not None:
+        mask_BTS = mask_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
+    return attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS, sink_N)
+
+
+def inputs(T, dtype="float32", with_sinks=True):
+    rng = np.random.default_rng(T)
+    q_BTNH, k_BTKH, v_BTKH = (jnp.asarray(rng.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K))
+    return q_BTNH, k_BTKH, v_BTKH, jnp.float32(np.linspace(-3, 3, N)) if with_sinks else None
+
+
+def differences(form, arguments, window, *document_BT) -> dict[str, float]:
+    """Relative L2 of the output and all gradients, of the form and of `attend` on the same numbers in float32."""
+    exact = [None if x is None else x.astype(jnp.float32) for x in arguments]
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(0.5, size=arguments[0].shape), arguments[0].dtype)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(form, arguments, cotangent):
+        output, pull_back = jax.vjp(lambda *x: form(*x, window, *document_BT), *arguments)
+        assert output.dtype == cotangent.dtype
+        return output, *pull_back(cotangent)
+
+    have, want = run(form, arguments, cotangent), run(measure, exact, cotangent.astype(jnp.float32))
+    names = ("output", "dq", "dk", "dv", "dsink")[: 4 if arguments[3] is None else 5]
+    return {
+        name: float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y))
+        for name, x, y in zip(names, have, want, strict=False)
+    }
+
+
+def by_kernel(kernel):
+    return lambda q, k, v, sink_N, window, document_BT=None: attend_by(kernel, window, q, k, v, sink_N, document_BT)
+
+
+# --- Sinks around a kernel ----------------------------------------------------------------------------------------
+
+
+def stand_in_scores(q_BTNH, k_BTKH, window):
+    T, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
+    k_BTNH = jnp.repeat(k_BTKH, groups, axis=2)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    return jnp.where(visible(jnp.arange(T), jnp.arange(T), window), scores_BNTS, MASKED)
+
+
+def stand_in_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
+    """Like cuDNN's: the output rounded to the dtype of the inputs, lse in float32."""
+    scores_BNTS = stand_in_scores(q_BTNH, k_BTKH, window)
+    v_BTNH = jnp.repeat(v_BTKH, N // K, axis=2)
+    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores_BNTS), v_BTNH)
+    return out_BTNH.astype(q_BTNH.dtype), jax.nn.logsumexp(scores_BNTS, axis=-1)
+
+
+def stand_in_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
+    assert out_BTNH.dtype == q_BTNH.dtype and lse_BNT.dtype == jnp.float32
+    exact = [x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)]
+    q, k, v, out, dout = exact[0], *(jnp.repeat(x, N // K, axis=2) for x in exact[1:3]), *exact[3:]
+    probs_BNTS = jnp.exp(stand_in_scores(q_BTNH, k_BTKH, window) - lse_BNT[..., None])
+    dprobs_BNTS = jnp.einsum("BTNH,BSNH->BNTS", dout, v)
+    mean_BNT = jnp.einsum("BTNH,BTNH->BNT", dout, out)
+    dscores_BNTS = probs_BNTS * (dprobs_BNTS - mean_BNT[..., None]) / math.sqrt(H)
+    join = lambda x_BTNH: x_BTNH.reshape(B, -1, K, N // K, H).sum(3)
+    dq = jnp.einsum("BNTS,BSNH->BTNH", dscores_BNTS, k)
+    dk = join(jnp.einsum("BNTS,BTNH->BSNH", dscores_BNTS, q))
+    dv = join(jnp.einsum("BNTS,BTNH->BSNH", probs_BNTS, dout))
+    return tuple(x.astype(q_BTNH.dtype) for x in (dq, dk, dv))
+
+
+STAND_IN = Kernel(stand_in_forward, stand_in_backward)
+
+
+@pytest.mark.parametrize("window, with_sinks", [(0, True), (4, True), (4, False)])
+def test_sinks_around_any_kernel_equal_attend(window, with_sinks):
+    found = differences(by_kernel(STAND_IN), inputs(11, with_sinks=with_sinks), window)
+    assert max(found.values()) < 1e-6, found  # a few units of 2^-24, of sums in another order
+
+
+def test_sinks_around_a_bfloat16_kernel_are_wrong_by_its_roundings_alone():
+    # One rounding is wrong by 0.42 x 2^-8 in the mean square: dv has one, the output two, the kernel's and ours (0.59).
+    # dq, dk and dsink also take the rows' means from that output.
+    found = differences(by_kernel(STAND_IN), inputs(11, "bfloat16"), 4)
+    limits = {"output": 0.7 * 2**-8, "dq": 2**-8, "dk": 2**-8, "dv": 0.5 * 2**-8, "dsink": 2**-8}
+    assert all(found[name] < limit for name, limit in limits.items()), found
+
+
+# --- Chunks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 1, 9])
+def test_chunks_equal_attend_wherever_a_window_and_the_blocks_end(monkeypatch, window):
+    monkeypatch.setattr(chunked, "BLOCK", 8)
+    found = differences(by_kernel(KERNELS["chunked"]), inputs(35), window)  # five blocks of seven
+    assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.parametrize("form", ["plain", "chunked", "chunked, one block"])
+@pytest.mark.parametrize("window", [0, 9])
+def test_documents_are_kept_apart(monkeypatch, form, window):
+    monkeypatch.setattr(chunked, "BLOCK", 128 if "one" in form else 8)
+    run = lambda q, k, v, sink_N, window, document_BT: causal_attention(
+        q, k, v, sink_N, window, form.split(",")[0], document_BT
+    )
+    borders_BT = np.zeros((B, 35), int)  # one inside blocks of seven, one between two, one before the last token
+    borders_BT[0, [0, 3, 14, 34]] = borders_BT[1, [20, 21]] = 1
+    found = differences(run, inputs(35), window, jnp.cumsum(borders_BT, axis=1))
+    assert max(found.values()) < 1e-6, found
+
+
+def test_chunks_never_look_at_blocks_without_a_visible_key(monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", 8)
+    q_BTNH, k_BTKH, v_BTKH, sink_N = inputs(40)
+    outside = (jnp.arange(40) < 16) | (jnp.arange(40) >= 32)
+    v_BTKH = jnp.where(outside[:, None, None], jnp.nan, v_BTKH)  # 0 x NaN is NaN: no mask would hide it
+    output = causal_attention(q_BTNH, k_BTKH, v_BTKH, sink_N, 8, "chunked")
+    gone_T = np.isnan(np.asarray(output)).any((0, 2, 3))
+    # Together the queries of the block from 24 on see keys from 17 on, and those of the one before keys from 9 on.
+    assert gone_T.tolist() == [not 24 <= t < 32 for t in range(40)]
+
+
+def test_chunks_keep_no_square_of_the_length():
+    T = 1024
+    shapes = [jax.ShapeDtypeStruct((1, T, heads, H), jnp.float32) for heads in (N, K, K)]
+    loss = lambda *qkv: causal_attention(*qkv, None, 0, "chunked").sum()
+    memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < N * T * T * 4 / 8
+
+
+# --- The kernels of other devices ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window, with_sinks", [(0, False), (50, True)])
+def test_splash_equals_attend(monkeypatch, window, with_sinks):
+    """As an interpreter runs it: what a TPU compiles from it remains to be seen there."""
+    monkeypatch.setattr(vendor, "SPLASH_BLOCKS", (128,))
+    kernel = Kernel(*(partial(run, interpret=True) for run in KERNELS["splash"]))
+    documents = [jnp.cumsum(jnp.arange(B * 256).reshape(B, 256) % 97 == 60, axis=1)] if window else []
+    found = differences(by_kernel(kernel), inputs(256, with_sinks=with_sinks), window, *documents)
+    assert max(found.values()) < 1e-6, found
+
+
+@pytest.fixture
+def looks_like_cuda(monkeypatch):
+    """A GPU of the capability that is returned's "capability", with cuDNN."""
+    monkeypatch.setattr(choice, "platform", lambda: "cuda")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    gpu = type("Gpu", (), {"compute_capability": "8.0"})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    choice._misfit.cache_clear()
+    choice._warn_once.cache_clear()
+    yield gpu
+    choice._misfit.cache_clear()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("window, with_sinks", [(0, True), (50, False)])
+def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(looks_like_cuda, devices, window, with_sinks):
+    arguments = inputs(64, "bfloat16", with_sinks)
+
+    def gradients(*arguments):
+        loss = lambda q, k, v, sink: causal_attention(q, k, v, sink, window).astype(jnp.float32).sum()
+        return jax.grad(loss, (0, 1, 2))(*arguments)
+
+    if devices > 1:
+        rows = PartitionSpec("data")
+        specs = {"in_specs": (rows, rows, rows, PartitionSpec()), "out_specs": rows}
+        gradients = jax.shard_map(
+            gradients, mesh=AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,)), **specs, check_vma=False
+        )
+    text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
+    assert ["Backward(" in line for line in calls] == [False, True]
+    for line in calls:
+        assert f"sliding_window_length\\22: {window}" in line and "mask_type\\22: \\22CAUSAL" in line
+        assert f"fmha_scale\\22: {1 / math.sqrt(H)}"[:24] in line
+        assert f"tensor<{B // devices}x64x{N}x{H}xbf16>" in line  # each device its own rows
+    assert f"-> (tensor<{B // devices}x{N}x64x{H}xbf16>, tensor<{B // devices}x{N}x64xf32>" in calls[0]
+
+
+# --- The choice ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_is_fastest_here(monkeypatch, looks_like_cuda):
+    warnings.simplefilter("error")  # float32 was asked for: nothing to warn of
+    chosen = lambda T, dtype: choose("auto", T, N, K, H, jnp.dtype(dtype))
+    assert chosen(256, "bfloat16") == "cudnn"
+    assert [chosen(T, "float32") for T in (choice.LONG - 1, choice.LONG)] == ["plain", "chunked"]
+    monkeypatch.setattr(choice, "platform", lambda: "tpu")
+    assert chosen(256, "bfloat16") == "splash"
+    monkeypatch.setattr(choice, "platform", lambda: "cpu")
+    assert [chosen(T, "bfloat16") for T in (choice.LONG_ON_CPU - 1, choice.LONG_ON_CPU)] == ["plain", "chunked"]
+
+
+def test_auto_warns_once_when_the_fast_kernel_cannot_be_had(monkeypatch, looks_like_cuda):
+    def other_version(*, scale, res):  # its arguments are not ours
+        raise AssertionError
+
+    monkeypatch.setattr(cudnn, "_dot_product_attention_bwd_rule", other_version)
+    with pytest.warns(UserWarning, match="cudnn does not fit: .* unexpected keyword argument .* instead: plain"):
+        assert choose("auto", 64, N, K, H, jnp.bfloat16) == "plain"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("auto", 64, N, K, H, jnp.bfloat16) == "plain"
+    with pytest.warns(UserWarning, match="multiple of 128 tokens, not 1100"):
+        monkeypatch.setattr(choice, "platform", lambda: "tpu")
+        assert choose("auto", 1100, N, K, H, jnp.bfloat16) == "chunked"
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, dtype, words",
+    [
+        ("7.5", 8, "bfloat16", "needs compute capability 8.0"),
+        ("8.0", 8, "float32", "set dtype to bfloat16"),
+        ("8.0", 12, "bfloat16", "multiple of 8"),
+        ("12.1", 8, "bfloat16", None),
+    ],
+)
+def test_cudnn_by_name_is_taken_or_refused_with_the_reason(looks_like_cuda, capability, head_dim, dtype, words):
+    looks_like_cuda.compute_capability = capability
+    if words is None:
+        assert choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype)) == "cudnn"
+    else:
+        with pytest.raises(ValueError, match=f"^attention_kernel: cudnn .*{words}"):
+            choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype))
+
+
+def test_cudnn_does_not_keep_documents_apart(looks_like_cuda):
+    looks_like_cuda.compute_capability = "9.0"
+    with pytest.raises(ValueError, match=r"^attention_kernel: cudnn does not keep documents apart here; use auto, or "):
+        choose("cudnn", 64, N, K, H, jnp.bfloat16, documents=True)
+    with pytest.warns(UserWarning, match="taken instead: chunked"):
+        assert choose("auto", 2048, N, K, H, jnp.bfloat16, documents=True) == "chunked"
+
+
+def test_the_config_refuses_what_cannot_run_and_lets_a_resume_change_it(tmp_path):
+    config = default.get_config()
+    for kernel, words in (("cudnn", "needs an NVIDIA GPU, and this is cpu"), ("splash", "needs a TPU")):
+        config.attention_kernel = kernel
+        config_lib.check(config)
+        with pytest.raises(UserError, match=rf"^config\.attention_kernel: {kernel} {words}.*; use auto"):
+            config_lib.check_devices(config, 1)
+    for kernel in ("auto", "plain", "chunked"):
+        config.attention_kernel = kernel
+        config_lib.check_devices(config, 1)
+    config_lib.check_resume(default.get_config(), config, tmp_path)
+
+
+def test_the_model_is_the_same_by_every_kernel(monkeypatch, random_params):
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    config = TransformerConfig(
+        vocab_size=11,
+        context_len=9,
+        num_blocks=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embedding_dim=12,
+        mlp_dim=20,
+        sliding_window=3,
+        window_pattern="LG",
+    )
+    params = random_params(config)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 11, (3, 9)))
+
+    @partial(jax.jit, static_argnums=1)
+    def logits(params, kernel):
+        return model_of(dataclasses.replace(config, attention_kernel=kernel), params)(tokens_BT)
+
+    np.testing.assert_allclose(logits(params, "chunked"), logits(params, "plain"), rtol=1e-5, atol=1e-5)

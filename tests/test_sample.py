@@ -1,0 +1,160 @@
+"""The prompt of `sample`: commands, what cannot be read, Ctrl-C, the history; and a prompt from standard input."""
+
+import io
+import signal
+import sys
+import time
+
+import pytest
+from helpers import ROOT, assert_one_line, finished_run
+from terminal import Terminal
+
+import main
+from commands import sample
+from commands.sample import Talk
+from transformer.sampling import Sampling, generate
+
+
+class Person:
+    """Someone at the prompt, who sees what is said and what is written."""
+
+    def __init__(self, **settings):
+        self.said, self.written = [], []
+        run = finished_run()
+        values = {"sampling": Sampling(seed=7), "num_tokens": 12, **settings}
+        self.talk = Talk(run.model, run.tokenizer, say=self.said.append, write=self.written.append, **values)
+
+    def types(self, line: str) -> tuple[str, list[str]]:
+        """(text, lines) that come back."""
+        self.said.clear()
+        self.written.clear()
+        assert self.talk.answer(line)
+        return "".join(self.written), list(self.said)
+
+
+def text_after(prompt: str, **settings) -> str:
+    run = finished_run()
+    return prompt + generate(run.model, run.tokenizer, [prompt], 12, Sampling(**settings))[0] + "\n"
+
+
+def test_each_text_has_the_next_seed_and_an_empty_line_goes_on():
+    person = Person()
+    first, said = person.types("A heron")
+    assert (first, said) == (text_after("A heron", seed=7), [])
+    second, _ = person.types("A heron")
+    assert second == text_after("A heron", seed=8) != first
+    assert person.types("")[0] == text_after(second.removesuffix("\n"), seed=9)
+
+
+def test_settings_are_changed_and_shown():
+    person = Person()
+    for line in ("/temperature 0.3", "/top_k 3", "/top_p 0.9", "/min_p 0.05", "/seed 4", "/num_tokens 5"):
+        assert person.types(line) == ("", [])
+    assert person.talk.sampling == Sampling(0.3, 3, 0.9, 0.05, 4) and person.talk.num_tokens == 5
+    assert person.types("/temperature") == ("", ["temperature 0.3"])
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "num_tokens", "quit"):
+        assert f"/{name}" in person.types("/help")[1][0]
+    assert max(map(len, sample.HELP.split("\n"))) <= 108
+    assert not person.talk.answer("/quit")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("/temprature 1", "/temprature: unknown"),
+        ("/temperature warm", "/temperature: 'warm' is no such number"),
+        ("/temperature -1", "/temperature: must be at least 0"),
+        ("/temperature nan", "/temperature: must be at least 0"),
+        ("/top_k 1.5", "/top_k: '1.5' is no such number"),
+        ("/seed -1", "/seed: "),
+        ("/num_tokens -3", "/num_tokens: must be at least 0"),
+        ("A µ", "'\\xb5' at 2"),
+        ("//", "'/' at 0"),  # one slash of text, which this model does not know
+    ],
+)
+def test_what_cannot_be_is_one_line_and_changes_nothing(line, words):
+    person = Person()
+    before = person.talk.sampling, person.talk.num_tokens
+    text, said = person.types(line)
+    assert text == "" and len(said) == 1 and words in said[0] and "\n" not in said[0]
+    assert (person.talk.sampling, person.talk.num_tokens) == before
+
+
+def test_long_prompts_and_unknown_characters_where_they_are_replaced():
+    person = Person(replace_unknown=True)
+    text, said = person.types("two eels " * 3)
+    assert text.startswith("two eels " * 3) and said == ["the prompt has 27 tokens; the model reads the last 16"]
+    assert person.types("A µ")[0].startswith("A  ")
+
+
+def test_an_interrupt_stops_the_text_and_nothing_else():
+    person = Person(num_tokens=100_000)
+    whole = person.written.append
+
+    def write(text):
+        whole(text)
+        if len(person.written) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    person.talk._write = write
+    before = signal.getsignal(signal.SIGINT)
+    text, _ = person.types("At")
+    assert len(text) < 1000 and text.endswith("\n") and signal.getsignal(signal.SIGINT) is before
+    assert person.types("/seed")[1] == ["seed 8"]
+
+
+def test_a_terminal_gets_a_prompt_with_history_and_ctrl_c_stops_only_the_text(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        "sample",
+        f"--workdir={finished_run().workdir}",
+        "--num_tokens=20",
+    ]
+    for session in range(2):
+        with Terminal(*command, XDG_STATE_HOME=str(tmp_path), PYTHONPATH=str(ROOT)) as terminal:
+            terminal.wait_for("/help says more")
+            terminal.wait_for("> ")
+            if session == 0:
+                terminal.type("A µ\r")
+                assert "leave them out\r\n" in terminal.wait_for("> ")
+                terminal.type("/num_tokens 1000000\rA heron\r")
+                terminal.wait_for("A heron")  # the echo
+                terminal.wait_for("A heron")
+                terminal.wait_for("at ")
+                terminal.type("\x03")
+                terminal.wait_for("> ")
+                terminal.type("half a line")
+                terminal.wait_for("half a line")
+                time.sleep(0.3)  # until it waits for a key: Python's readline misses a signal just before that
+                terminal.type("\x03")
+                terminal.wait_for("> ")
+                terminal.type("/num_tokens 5\rAt\\\r")
+                terminal.wait_for("… ")
+                terminal.type(" 7\r")
+                assert "At\r\n 7" in terminal.wait_for("> ")
+                terminal.type("/quit\r")
+            else:
+                terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\r")  # four lines back: before /quit, " 7" and "At\\"
+                terminal.wait_for("/num_tokens 5\r\n")
+                terminal.wait_for("> ")
+                terminal.type("\x04")
+            assert terminal.end() == 0
+            assert "Traceback" not in terminal.seen
+
+
+def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monkeypatch):
+    def sample(given: bytes) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        return main.main(["sample", f"--workdir={finished_run().workdir}", "--num_tokens=12"])
+
+    finished_run()
+    capsys.readouterr()
+    assert sample(b"A heron\n") == 0
+    assert capsys.readouterr() == (text_after("A heron"), "")
+    assert sample(b"") == 0
+    assert capsys.readouterr().out == text_after("\n")
+    assert sample(b"A \xff") == 2
+    assert_one_line(capsys.readouterr().err, "error: standard input: not UTF-8 at byte 2")
+    assert sample("A µ".encode()) == 2
+    assert_one_line(capsys.readouterr().err, "error: standard input: ", "'\\xb5' at 2")

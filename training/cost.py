@@ -1,0 +1,202 @@
+"""What a model costs, from its config alone: parameters, arithmetic, memory."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from training.step import TrainState
+from transformer.config import TransformerConfig
+from transformer.kernels.choose import choose
+from transformer.sharding import DATA, FSDP, SEQUENCE, TENSOR
+
+
+def parameter_counts(config: TransformerConfig) -> dict[str, int]:
+    """The number of parameters by part, from the config alone."""
+    c = config
+    D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
+    matrices = 3 if c.mlp.startswith("swiglu") else 2
+    norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
+    attention = 2 * D * H * (N + K) + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
+    return {
+        "embedding": c.vocab_size * D,
+        "positions": c.context_len * D if c.position == "learned" else 0,
+        "attention": L * attention,
+        "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
+        "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
+        "sinks": L * N if c.attention_sink else 0,
+        "head": 0 if c.tie_embeddings else c.vocab_size * D,
+    }
+
+
+def _hidden_weights(config: TransformerConfig) -> int:
+    """Entries of the 2-D weights of all blocks."""
+    c = config
+    attention = 2 * c.embedding_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+    return c.num_blocks * (attention + (3 if c.mlp.startswith("swiglu") else 2) * c.embedding_dim * c.mlp_dim)
+
+
+def flops_per_token(config: TransformerConfig) -> float:
+    """Training FLOPs a token, forward and backward: 6 a matrix weight, and 12 L N H T for attention.
+
+    The convention of PaLM (arXiv:2204.02311, appendix B): look-ups count nothing, the causal mask halves nothing.
+    """
+    c = config
+    attention = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
+    return 6 * (_hidden_weights(c) + c.embedding_dim * c.vocab_size) + 12 * attention * c.num_heads * c.head_dim
+
+
+def memory_bytes(
+    config: TransformerConfig, rows: int, use_muon: bool, accumulation_steps: int, num_devices: int = 1, tensor: int = 1
+) -> dict[str, int]:
+    """What a training step holds on each device, by part, in bytes.
+
+    Parameters and optimizer are exact, the rest a rule that was fitted on a CPU: there the sum lay within -16 % and
+    +30 % of what the compiled steps of a dozen configs, 12 MB to 6 GB, say they need.
+
+    gradients: with the updates made of them, and what travels between devices. activations: what the forward pass
+    keeps, and 5/4 of it for the one block that is being differentiated. logits: with their gradient.
+
+    Args:
+      rows: sequences of context_len tokens a device.
+      tensor: into how many parts heads and hidden units are split, which are activations' alone: a device holds the
+        residual stream whole. Parameters are counted as if they were whole.
+    """
+    c = config
+    D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), 2 if c.dtype == "bfloat16" else 4
+    parameters, hidden = sum(parameter_counts(c).values()), _hidden_weights(c) if use_muon else 0
+
+    qkv = (N + 2 * K) * H
+    inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
+    kernel = c.attention_kernel, c.context_len, N, K, H
+    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
+    whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
+    dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
+    kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
+    at_once = min(c.loss_chunk or tokens, tokens)
+    return {
+        "parameters": 4 * parameters,
+        "optimizer": 4 * (2 * parameters - hidden + (parameters if accumulation_steps > 1 else 0)),
+        "gradients": 4 * parameters * (2 + (accumulation_steps > 1) + (num_devices > 1)),
+        "activations": tokens * (4 * c.num_blocks * kept + 5 * whole) // 4,
+        "logits": 2 * 4 * at_once * c.vocab_size,
+    }
+
+
+def held_bytes(config: ConfigDict, model_config: TransformerConfig, state: TrainState, mesh: Mesh) -> dict[str, int]:
+    """What a step holds on each device, by part: parameters and optimizer exact, the rest by `cost.memory_bytes`.
+
+    gathered: weights that are used whole and kept in parts (fsdp), those of two blocks at a time.
+    """
+    rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
+    settings = config.use_muon, config.accumulation_steps, mesh.size, tensor
+    by_rule, parameters = memory_bytes(model_config, config.batch_size // rows, *settings), _bytes_of(state.params)
+    result = {
+        "parameters": parameters,
+        "optimizer": _bytes_of(state.opt_state),
+        "gradients": by_rule["gradients"] * parameters // by_rule["parameters"],
+        "activations": by_rule["activations"] // sequence,
+        "logits": by_rule["logits"] // (sequence * (1 if model_config.vocab_size % tensor else tensor)),
+    }
+    if mesh.shape[FSDP] > 1:
+        size = jnp.dtype(model_config.dtype).itemsize
+        whole = {name: p.size * size // tensor for name, p in state.params.items()}
+        blocks = sum(n for name, n in whole.items() if name.startswith("blocks."))
+        result["gathered"] = sum(whole.values()) - blocks + 2 * blocks // model_config.num_blocks
+    return result
+
+
+def _bytes_of(tree: Any) -> int:
+    """On each device."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * size for shape, size in shards)
+
+
+PEAK_FLOPS = {
+    # Dense bfloat16 floating-point operations a second of one JAX device, by a word or words of its `device_kind`;
+    # float16 where the hardware has no bfloat16. Vendors' data sheets, halved where those count 2:4 sparsity.
+    "B300": 2.25e15,
+    "GB300": 2.5e15,
+    "B200": 2.25e15,
+    "GB200": 2.5e15,
+    "H200": 989e12,
+    "H200 NVL": 836e12,
+    "GH200": 989e12,
+    "H100": 989e12,  # SXM; its device kind reads "NVIDIA H100 80GB HBM3"
+    "H100 PCIe": 756e12,
+    "H100 NVL": 836e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "T4": 65e12,  # float16
+    "V100": 125e12,  # float16
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    # A TPU v2, v3 or 7x chip is two JAX devices, the others are one.
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of a JAX device by its kind; None for a CPU, a slice of a GPU, or a kind that is not in the table."""
+
+    def named(key: str) -> bool:  # as whole words: an "RTX A1000" is no A100, an L40 no L4
+        return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", device_kind) is not None
+
+    if named("MIG"):
+        return None
+    key = max(filter(named, PEAK_FLOPS), key=len, default=None)
+    return None if key is None else PEAK_FLOPS[key]
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation: the share, 0 to 1, of the devices' peak that the model's own arithmetic uses.
+
+    As in PaLM (Chowdhery et al., 2022, appendix B): recomputed activations do not count. None where the peak is
+    unknown.
+
+    Args:
+        flops_per_token: floating-point operations of one forward and backward pass, for one token.
+        tokens_per_second: over all devices.
+        num_devices: devices in use.
+        device_kind: `jax.Device.device_kind`.
+    """
+    peak = peak_flops(device_kind)
+    return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
+
+
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) -> float | None:
+    """A loss in nats per token as bits per byte of text, which compares across tokenizers.
+
+    Args:
+        loss: mean nats per token.
+        num_tokens: tokens of the text.
+        num_bytes: UTF-8 bytes of the same text; None, and so is the result, where they are not known.
+    """
+    return None if num_bytes is None else loss / math.log(2) * num_tokens / num_bytes

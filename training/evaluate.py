@@ -1,0 +1,60 @@
+"""Exact loss over a split: what validation during a run, the `eval` command and benchmarks share."""
+
+from collections import deque
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from corpus.dataset import Split
+from input_pipeline import eval_batches
+from runtime.multihost import from_all, put
+from training.step import make_eval_step
+from transformer.config import TransformerConfig
+from transformer.model import Params
+from transformer.sharding import batch_sharded, is_data_parallel
+
+
+class Evaluator:
+    """Exact loss over a split: every token but the first predicted once, in non-overlapping windows."""
+
+    TOKENS = 4096  # a batch is at least about this large: without a backward pass there is room
+
+    def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
+        self._context_len = model_config.context_len
+        self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
+        self._place = batch_sharded(mesh)
+        self._step = make_eval_step(model_config, mesh)
+        alone = jax.default_backend() == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
+        self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
+
+    def __call__(
+        self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
+    ) -> tuple[float, int]:
+        """Mean loss in nats per token, and over how many tokens.
+
+        Args:
+          max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
+          check: called between batches; may raise to break off.
+        """
+        sums: list[tuple[float, int]] = []  # of loss and tokens on this process's devices, a batch each
+        in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
+
+        def collect(at_most: int) -> None:
+            while len(in_flight) > at_most:
+                losses, counts = map(_own_part, in_flight.popleft())
+                sums.append((losses.sum(dtype=np.float64), counts.sum(dtype=np.float64)))
+
+        for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
+            check()
+            in_flight.append(self._step(params, put(batch, self._place)))
+            collect(at_most=self._in_flight)
+        collect(at_most=0)
+        total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
+        return total / tokens, int(tokens)
+
+
+def _own_part(x: jax.Array) -> np.ndarray:
+    """Of an array over the devices of all processes the part that this process counts."""
+    return np.concatenate([np.zeros(0, x.dtype), *(s.data for s in x.addressable_shards if s.replica_id == 0)])

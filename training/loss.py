@@ -1,0 +1,102 @@
+"""The loss of a batch: cross-entropy, whole or in chunks that never hold the logits of all tokens at once.
+
+Shapes: B sequences, T tokens each, D embedding_dim, V vocabulary; I chunks of C tokens. A batch is [B, T + 1], inputs
+and targets being its two slices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.config import TransformerConfig
+from transformer.model import Params, head_logits, model_of
+from transformer.sharding import bring_together, constrain
+
+
+def batch_loss(
+    config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
+    width, dtype = config.embedding_dim, config.dtype  # those of the blocks come together where they are used
+    params = {n: p if n.startswith("blocks.") else bring_together(n, p, width, dtype) for n, p in params.items()}
+    model = model_of(config, params)
+    rngs = None if key is None else nnx.Rngs(dropout=key)
+    x_BTD, _ = model.hidden(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs)
+    targets_BT = batch_BT1[:, 1:]
+    if not 0 < config.loss_chunk < targets_BT.size:
+        return loss_sum(constrain(model.logits(x_BTD), "BTV"), targets_BT)
+    graph, weights = nnx.split(model.output)
+
+    def chunk_loss(weights, x_CD, targets_C):
+        return loss_sum(head_logits(nnx.merge(graph, weights), x_CD, config.logit_softcap), targets_C)[0]
+
+    return chunked_loss_sum(chunk_loss, weights, x_BTD, targets_BT, config.loss_chunk)
+
+
+def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of logits [..., V] summed over the targets [...] that are not negative, and how many those are.
+
+    In nats, float32.
+    """
+    real = targets >= 0
+    target = jnp.maximum(targets, 0)[..., None]
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+    return jnp.where(real, loss, 0.0).sum(), real.sum()
+
+
+def chunked_loss_sum(
+    chunk_loss: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    weights: Any,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """What `loss_sum` gives for the logits of x, made for `chunk` tokens at a time.
+
+    The gradients of a chunk are taken while its logits are there, in the forward pass: nothing is computed twice, as
+    it would be if the backward pass had to make the logits again. Those of the weights are summed in their own dtype,
+    float32.
+
+    Args:
+      chunk_loss: (weights, x [C, D], targets [C]) -> the sum of the C tokens' losses; negative targets add nothing.
+    """
+    x_ICD, targets_IC = _in_chunks(x_BTD, targets_BT, chunk)
+    return _summed(chunk_loss, weights, x_ICD, targets_IC), (targets_BT >= 0).sum()
+
+
+def _in_chunks(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """[I, C, D] and [I, C], filled up with tokens that have no target; chunks of equal size, not above `chunk`."""
+    chunks = -(-targets_BT.size // chunk)
+    missing = -targets_BT.size % chunks
+    x_ND = jnp.pad(x_BTD.reshape(-1, x_BTD.shape[-1]), ((0, missing), (0, 0)))
+    targets_N = jnp.pad(targets_BT.reshape(-1), (0, missing), constant_values=-1)
+    return constrain(x_ND.reshape(chunks, -1, x_BTD.shape[-1]), "ICD"), targets_N.reshape(chunks, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(chunk_loss, weights, x_ICD, targets_IC):
+    add = lambda total, chunk: (total + chunk_loss(weights, *chunk), None)
+    return jax.lax.scan(add, jnp.zeros(()), (x_ICD, targets_IC))[0]
+
+
+def _forward(chunk_loss, weights, x_ICD, targets_IC):
+    def add(sums, chunk):
+        loss, (dweights, dx_CD) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(weights, *chunk)
+        return jax.tree.map(jnp.add, sums, (loss, dweights)), dx_CD
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights)
+    (loss, dweights), dx_ICD = jax.lax.scan(add, zeros, (x_ICD, targets_IC))
+    return loss, (dweights, dx_ICD)
+
+
+def _backward(chunk_loss, kept, dloss):
+    del chunk_loss
+    dweights, dx_ICD = jax.tree.map(lambda gradient: (dloss * gradient).astype(gradient.dtype), kept)
+    return dweights, dx_ICD, None
+
+
+_summed.defvjp(_forward, _backward)

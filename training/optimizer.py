@@ -1,0 +1,191 @@
+"""Who is trained by what: Muon for the 2-D hidden weights, AdamW for everything else, schedules, accumulation.
+
+The step is one optax transformation. Its `update` takes, beside gradients and parameters:
+  tokens: how many targets the gradients were summed over, in all micro-batches of this real step;
+  real_step: the optimizer step this belongs to, from 0;
+  apply:  whether this micro-batch ends a real step that has anything to apply.
+"""
+
+import re
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from training.muon import scale_by_muon
+from transformer.model import Params
+
+Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
+
+HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out)|mlp\.(gate|up|down))\.kernel")
+EMBEDDING = re.compile(r"(embedding|positions)\.embedding")
+VECTOR = re.compile(r".*\.(bias|scale|sink)")
+HEAD = "head.kernel"
+
+CHOICES = {
+    "schedule": ("constant", "cosine", "linear", "constant_linear"),
+    "newton_schulz": ("classical", "polar_express"),
+    "muon_scale": ("aspect", "rms"),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The settings of the optimizer; `configs/default.py` says what each means."""
+
+    lr: float = 3e-4
+    muon_lr: float = 0.02
+    use_muon: bool = True
+    muon_momentum: float = 0.95
+    muon_momentum_start: float = 0.95
+    muon_momentum_warmup_steps: int = 0
+    newton_schulz: str = "classical"
+    newton_schulz_steps: int = 5
+    muon_scale: str = "aspect"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_embeddings: bool = False
+    grad_clip: float = 1.0
+    accumulation_steps: int = 1
+    schedule: str = "constant"
+    lr_warmup_ratio: float = 0.0
+    decay_ratio: float = 0.5
+    min_lr_ratio: float = 0.0
+
+
+# --- Who goes where -----------------------------------------------------------------------------------------------
+
+
+def labels_of(params: Params, use_muon: bool) -> dict[str, str]:
+    """ "muon" or "adamw" for each parameter, by name.
+
+    Raises:
+      ValueError: a name that no rule knows, or that two rules claim: a new kind of parameter needs a decision.
+    """
+    labels = {}
+    for name in params:
+        matrix = HIDDEN_MATRIX.fullmatch(name) is not None
+        other = [EMBEDDING.fullmatch(name), VECTOR.fullmatch(name), name == HEAD]
+        if matrix + sum(map(bool, other)) != 1:
+            raise ValueError(f"{name}: must belong to exactly one optimizer group")
+        labels[name] = "muon" if matrix and use_muon else "adamw"
+    return labels
+
+
+def decayed(name: str, decay_embeddings: bool) -> bool:
+    """Whether weight decay touches a parameter: matrices, never norms, biases or sinks; embeddings if asked."""
+    return name == HEAD or bool(HIDDEN_MATRIX.fullmatch(name) or (decay_embeddings and EMBEDDING.fullmatch(name)))
+
+
+# --- Schedules ----------------------------------------------------------------------------------------------------
+
+
+def schedule_shape(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """The factor, 0 to 1, of both peak learning rates at a real step.
+
+    A linear warm-up over `lr_warmup_ratio` of the steps, then `schedule`: constant; cosine or linear to
+    `min_lr_ratio`; or constant_linear, which starts its decay `decay_ratio` of all steps before the end.
+    """
+    warmup = round(config.lr_warmup_ratio * total_steps)
+    rest = max(total_steps - warmup, 1)
+    one = optax.constant_schedule(1.0)
+    match config.schedule:
+        case "constant":
+            main = one
+        case "cosine":
+            main = optax.cosine_decay_schedule(1.0, rest, alpha=config.min_lr_ratio)
+        case "linear":
+            main = optax.linear_schedule(1.0, config.min_lr_ratio, rest)
+        case _:
+            decay = min(round(config.decay_ratio * total_steps), rest)
+            down = optax.linear_schedule(1.0, config.min_lr_ratio, max(decay, 1))
+            main = optax.join_schedules([one, down], [rest - decay])
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(1 / (warmup + 1), 1.0, warmup), main], [warmup])
+
+
+# --- The whole step -----------------------------------------------------------------------------------------------
+
+
+class NormaliseState(NamedTuple):
+    grad_norm: jax.Array  # global norm of the mean gradient, before clipping
+
+
+def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Summed gradients -> mean over `tokens` -> global norm at most `max_norm` (0: not clipped)."""
+
+    def init(params):
+        del params
+        return NormaliseState(jnp.zeros((), jnp.float32))
+
+    def update(updates, state, params=None, **extra):
+        del state, params
+        tokens = extra["tokens"]
+        norm = optax.tree.norm(updates) / tokens
+        factor = (jnp.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0) / tokens
+        return jax.tree.map(lambda g: g * factor, updates), NormaliseState(norm)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scale by minus the learning rate of `real_step`.
+
+    optax's own schedules count the updates that were made, which lags behind when a step had nothing to apply.
+    """
+
+    def update(updates, state, params=None, **extra):
+        del params
+        factor = -lr * shape(extra["real_step"])
+        return jax.tree.map(lambda u: factor * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: OptimizerConfig, params: Params, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
+    """The optimizer of a run of `total_steps` real steps; only the names and shapes of `params` are read.
+
+    Gradients come in as sums over tokens, one call a micro-batch. When `apply` is false the inner optimizer does not
+    run at all: not in the middle of an accumulation (where optax.MultiSteps would run it and throw the result away,
+    Newton-Schulz included), and not for a step that has no finite gradient.
+    """
+    labels = labels_of(params, config.use_muon)
+    shape = schedule_shape(config, total_steps)
+    b1, b2 = config.betas
+
+    def decay() -> optax.GradientTransformation:
+        mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
+        return optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
+
+    muon = scale_by_muon(
+        config.muon_momentum,
+        start_momentum=config.muon_momentum_start,
+        warmup_steps=config.muon_momentum_warmup_steps,
+        newton_schulz=config.newton_schulz,
+        newton_schulz_steps=config.newton_schulz_steps,
+        scale=config.muon_scale,
+        mesh=mesh,
+    )
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "muon": optax.chain(muon, decay(), descend(config.muon_lr, shape)),
+        "adamw": optax.chain(optax.scale_by_adam(b1, b2, config.eps), decay(), descend(config.lr, shape)),
+    }
+    groups = {label: groups[label] for label in sorted(set(labels.values()))}
+    inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(groups, labels))
+    gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
+    if config.accumulation_steps == 1:
+        return gated  # MultiSteps would keep a buffer of the parameters' size for nothing
+    return optax.MultiSteps(gated, config.accumulation_steps, use_grad_mean=False)
+
+
+def grad_norm_of(opt_state: Any) -> jax.Array:
+    """The gradient norm (before clipping) of the last step that was applied."""
+    return optax.tree.get(opt_state, "grad_norm")

@@ -1,0 +1,232 @@
+"""One training step: the state, the gradients over all devices, the gate for bad numbers, the update.
+
+Shapes: B sequences a micro-batch, T context length; a batch is [B, T + 1], inputs and targets being its two slices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+
+from training.health import Health, fresh_health, see_gradients, see_loss
+from training.loss import batch_loss
+from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_of, make_optimizer, schedule_shape
+from transformer.config import TransformerConfig
+from transformer.model import Params, init_params
+from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
+from transformer.xla import compiler_options, settle
+
+COUNTS = ("bad_steps", "bad_batches", "bad_leaf", "loss_spikes")  # those of the metrics that are whole numbers
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Everything else is a function of the config and of `micro_step`."""
+
+    params: Params
+    opt_state: Any
+    micro_step: jax.Array  # micro-batches seen
+    window_loss: jax.Array  # summed over the micro-batches of the real step under way
+    window_tokens: jax.Array  # targets in those micro-batches
+    health: Health
+    metrics: dict[str, jax.Array]  # of the last real step
+
+
+def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str, str], key: jax.Array) -> TrainState:
+    """The state before the first step (to be called inside `jit`, so that it is born where it belongs)."""
+    params = init_params(model_config, key)
+    names = [
+        "loss",
+        "grad_norm",
+        "lr_factor",
+        *(f"{what}_rms_{g}" for g in sorted(set(labels.values())) for what in ("param", "update")),
+    ]
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        micro_step=jnp.zeros((), jnp.int32),
+        window_loss=jnp.zeros((), jnp.float32),
+        window_tokens=jnp.zeros((), jnp.int32),
+        health=fresh_health(),
+        metrics={**{name: jnp.zeros(()) for name in names}, **{name: jnp.zeros((), jnp.int32) for name in COUNTS}},
+    )
+
+
+def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:
+    """(params, batch, key) -> summed loss, targets, summed gradients, over the whole batch.
+
+    On several devices each works on its rows. Where all hold everything, it travels in one flat all-reduce: XLA would
+    send an array a parameter, and on small models most of the time would go into starting them.
+    """
+
+    def on_one_device(params, batch_BT1, key):
+        loss = partial(batch_loss, model_config, batch_BT1=batch_BT1, key=key if model_config.dropout else None)
+        (total, tokens), grads = jax.value_and_grad(lambda p: loss(params=p), has_aux=True)(params)
+        return total, tokens, grads
+
+    def on_each_device(params, batch_BT1, key):
+        total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(ROWS)))
+        if not is_data_parallel(mesh):
+            width = model_config.embedding_dim  # gradients of what was split are summed over fsdp already
+            sums = {n: sum_over((DATA,) if is_part(n, g, width) else ROWS, g, mesh) for n, g in grads.items()}
+            return *sum_over(ROWS, (total, tokens), mesh), sums
+        flat, unravel = ravel_pytree((total, tokens.astype(jnp.float32), grads))  # float32 counts up to 2^24 exactly
+        total, tokens, grads = unravel(jax.lax.psum(flat, DATA))
+        return total, tokens.astype(jnp.int32), grads
+
+    if mesh.size == 1:
+        return on_one_device
+
+    def on_all(params, batch_BT1, key):
+        everywhere, rows, parts = PartitionSpec(), PartitionSpec(ROWS), rows_specs(params, mesh)
+        return on_rows(on_each_device, mesh, (parts, rows, everywhere), (everywhere, everywhere, parts))(
+            params, batch_BT1, key
+        )
+
+    return on_all
+
+
+def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Params, jax.Array], tuple]:
+    """(params, batch) -> summed loss and number of targets, one entry for each of the devices with rows of their own.
+
+    Nothing is summed over these: evaluation steps do not depend on each other, and on CPUs collectives of several
+    programs in flight at once can wait for each other for ever.
+    """
+
+    def on_each_device(params, batch_BT1):
+        return jax.tree.map(lambda x: x[None], batch_loss(model_config, params, batch_BT1, None))
+
+    def eval_step(params, batch_BT1):
+        rows = PartitionSpec(ROWS)
+        return on_rows(on_each_device, mesh, (rows_specs(params, mesh), rows), rows)(params, batch_BT1)
+
+    return jax.jit(eval_step)
+
+
+def make_train_step(
+    model_config: TransformerConfig,
+    optimizer: Any,
+    schedule: Schedule,
+    labels: dict[str, str],
+    accumulation: int,
+    key: jax.Array,
+    mesh: Mesh,
+    spike_sigmas: float = 0.0,
+    skip_spikes: bool = False,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One micro-batch: (state, batch [B, T + 1]) -> (state, metrics of the last real step). The state is donated.
+
+    A micro-batch whose loss or gradient is not finite counts as one without tokens: its gradient is zeroed, the
+    counters go on. A real step without any tokens changes neither parameters nor optimizer, nor does one whose loss is
+    a spike (`health.see_loss`) under `skip_spikes`.
+    """
+    loss_and_grads = make_loss_and_grads(model_config, mesh)
+
+    def train_step(state: TrainState, batch_BT1: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        params = state.params
+        loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
+        good, seen = see_gradients(state.health, loss, grads)
+        good = settle(good)  # else a CPU program would hold a copy of the whole test for each gradient
+        grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+        window_loss = state.window_loss + jnp.where(good, loss, 0.0)
+        window_tokens = state.window_tokens + jnp.where(good, tokens, 0)
+
+        real_step = state.micro_step // accumulation
+        last = (state.micro_step + 1) % accumulation == 0
+        counts = last & (window_tokens > 0)
+        mean_loss = window_loss / jnp.maximum(window_tokens, 1)
+        spike, seen = see_loss(seen, mean_loss, counts, spike_sigmas)
+        apply = counts & ~spike if skip_spikes else counts
+        updates, opt_state = optimizer.update(
+            grads,
+            state.opt_state,
+            params,
+            apply=apply,
+            tokens=jnp.maximum(window_tokens, 1).astype(jnp.float32),
+            real_step=real_step,
+        )
+        new_params = jax.tree.map(jnp.add, params, updates)
+
+        of_this_step = {
+            "loss": jnp.where(counts, mean_loss, jnp.nan),
+            "grad_norm": jnp.where(apply, grad_norm_of(opt_state), jnp.nan),
+            "lr_factor": jnp.asarray(schedule(real_step), jnp.float32),
+            "bad_steps": jnp.where(counts, 0, state.metrics["bad_steps"] + 1),  # in a row
+            "bad_batches": seen.bad_batches,
+            "bad_leaf": seen.bad_leaf,
+            "loss_spikes": seen.loss_spikes,
+            **_rms("param", new_params, labels),
+            **_rms("update", updates, labels),
+        }
+        step_metrics = jax.tree.map(lambda new, old: jnp.where(last, new, old), of_this_step, state.metrics)
+        state = TrainState(
+            params=new_params,
+            opt_state=opt_state,
+            micro_step=state.micro_step + 1,
+            window_loss=jnp.where(last, 0.0, window_loss),
+            window_tokens=jnp.where(last, 0, window_tokens),
+            health=seen,
+            metrics=step_metrics,
+        )
+        if not is_data_parallel(mesh):
+            state = jax.lax.with_sharding_constraint(state, shardings_of(state, mesh))
+        return state, step_metrics
+
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
+    """Root mean square of the entries, by optimizer group."""
+    result = {}
+    for group in sorted(set(labels.values())):
+        leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
+        total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # no vdot, which would move a split array
+        result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+    return result
+
+
+def regroup(state: TrainState, optimizer: Any, old: int, new: int) -> TrainState:
+    """The state of a run that accumulated over `old` micro-batches, between two real steps, for `new` of them.
+
+    `optimizer` is that of the new number: with more than one, the inner optimizer's state is wrapped in optax's
+    MultiSteps, with one it stands alone. The count of real steps stays.
+    """
+    inner = state.opt_state if old == 1 else state.opt_state.inner_opt_state
+    opt_state = inner if new == 1 else optimizer.init(state.params)._replace(inner_opt_state=inner)
+    return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
+
+
+class Step(NamedTuple):
+    """A step and what it is made of."""
+
+    state: TrainState  # before the first step: shapes, dtypes and shardings of its arrays
+    labels: dict[str, str]  # parameter -> the optimizer that trains it
+    init: Callable[[jax.Array], TrainState]  # key -> the state before the first step, each part born where it belongs
+    run: Callable  # as `make_train_step` gives it
+
+
+def make_step(
+    settings: OptimizerConfig,
+    model_config: TransformerConfig,
+    total: int,
+    key: jax.Array,
+    mesh: Mesh,
+    spike_sigmas: float = 0.0,
+    skip_spikes: bool = False,
+) -> Step:
+    """The step of a run of `total` real steps; `key` is dropout's."""
+    shapes = jax.eval_shape(partial(init_params, model_config), key)
+    labels = labels_of(shapes, settings.use_muon)
+    optimizer = make_optimizer(settings, shapes, total, mesh)
+    schedule = schedule_shape(settings, total)
+    run = make_train_step(
+        *(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh),
+        spike_sigmas=spike_sigmas,
+        skip_spikes=skip_spikes,
+    )
+    init = partial(init_state, model_config, optimizer, labels)
+    born = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
+    return Step(jax.eval_shape(born, key), labels, born, run)

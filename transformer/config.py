@@ -1,0 +1,129 @@
+"""The shape of a model: its settings, which of their values are possible, and what follows from them."""
+
+from dataclasses import dataclass
+
+from transformer.kernels.choose import KERNEL_NAMES
+from transformer.rotary import Yarn
+from transformer.stack import REMAT_POLICIES
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "position": ("learned", "rope", "none"),
+    "rope_scaling": ("none", "yarn", "llama3"),
+    "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
+    "qk_norm": ("none", "scaled", "unscaled"),
+    "output_init": ("normal", "scaled", "zero"),
+    "dtype": ("float32", "bfloat16"),
+    "attention_kernel": KERNEL_NAMES,
+    "remat": tuple(REMAT_POLICIES),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a model. `configs/default.py` says what each setting means.
+
+    `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
+    the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
+
+    Raises:
+      ValueError: `<field>: <what is wrong>` for a shape that cannot be.
+    """
+
+    vocab_size: int
+    context_len: int = 64
+    num_blocks: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 0
+    embedding_dim: int = 128
+    head_dim: int = 0
+    mlp_dim: int = 512
+    mlp: str = "gelu"
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    position: str = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    yarn_factor: float = 32.0
+    yarn_original_context: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_truncate: bool = True
+    yarn_attention_factor: float = 0.0
+    qk_norm: str = "none"
+    attention_sink: bool = True
+    sliding_window: int = 0
+    window_pattern: str = "L"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = True
+    tie_embeddings: bool = True
+    logit_softcap: float = 0.0
+    dropout: float = 0.0
+    output_init: str = "normal"
+    dtype: str = "float32"
+    document_start: int = -1
+    attention_kernel: str = "auto"
+    loss_chunk: int = 0
+    remat: str = "none"
+    scan_blocks: bool = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if not self.head_dim:
+            if self.embedding_dim % self.num_heads:
+                near = max(1, round(self.embedding_dim / self.num_heads)) * self.num_heads
+                raise ValueError(
+                    f"embedding_dim: {self.embedding_dim} is not divisible by num_heads {self.num_heads}; "
+                    f"use {near}, or set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.embedding_dim // self.num_heads)
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim: must be at least 1, got {self.head_dim}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
+        if self.rope_scaling == "llama3" and self.yarn_beta_fast <= self.yarn_beta_slow:
+            raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
+        if set(self.window_pattern) - set("LG") or not self.window_pattern:
+            raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
+        if self.scan_blocks and self.period == self.num_blocks > 1:
+            raise ValueError(
+                f"scan_blocks: window_pattern {self.window_pattern!r} does not repeat in {self.num_blocks} blocks; "
+                f"use False, or a multiple of {len(self.window_pattern)} blocks"
+            )
+
+    @property
+    def period(self) -> int:
+        """After how many layers the windows repeat: the least divisor of num_blocks for which they do."""
+        windows = list(map(self.window, range(self.num_blocks)))
+        sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
+        return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
+
+    @property
+    def yarn(self) -> Yarn | None:
+        if self.rope_scaling == "none":
+            return None
+        return Yarn(
+            self.yarn_factor,
+            self.yarn_original_context,
+            self.yarn_beta_fast,
+            self.yarn_beta_slow,
+            self.yarn_truncate,
+            1.0 if self.rope_scaling == "llama3" else self.yarn_attention_factor,
+            ramp_over_turns=self.rope_scaling == "llama3",
+        )
+
+    def window(self, layer: int) -> int:
+        """How many keys a query of this layer sees, itself included; 0 is all."""
+        local = self.window_pattern[layer % len(self.window_pattern)] == "L"
+        return self.sliding_window if local else 0

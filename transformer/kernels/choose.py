@@ -1,0 +1,196 @@
+"""Which kernel causal self-attention takes, and sinks around those that know none.
+
+The kernels of `chunked` and `vendor` know no sinks. They are added around them, exactly, from what every flash kernel
+keeps for its backward pass: its output, and the logarithm of each row's sum of exponentials.
+
+Shapes: B batch, T time, S key time, N query heads, K key/value heads, G = N / K, H head_dim.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+
+from transformer.kernels.chunked import chunked_backward, chunked_forward, rowsum
+from transformer.kernels.plain import attend_plain
+from transformer.kernels.vendor import SPLASH_BLOCKS, cudnn_backward, cudnn_forward, splash_backward, splash_forward
+from transformer.sharding import by_heads
+
+KERNEL_NAMES = ("auto", "plain", "chunked", "cudnn", "splash")
+
+# Tokens from which "auto" takes chunks where no kernel of the device's own runs: on a CPU they save time (measured),
+# elsewhere they are thought to cost some, and save the memory.
+LONG_ON_CPU = 256
+LONG = 1024
+
+
+class Kernel(NamedTuple):
+    """Causal softmax attention without sinks, scores q·k / sqrt(H), each query seeing its last `window` keys (0: all).
+
+    Of those only the keys of its own document, where `document_BT` is not None.
+
+    forward: (q_BTNH, k_BTKH, v_BTKH, document_BT, window) -> out_BTNH in the dtype backward wants, float32 lse_BNT.
+    backward: (q, k, v, document, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. Takes probabilities as
+      exp(score - lse) and the softmax's correction as sum(dout * out), like FlashAttention-2 (arXiv:2307.08691,
+      algorithm 2): so it differentiates whatever softmax `out` and `lse` describe, one with sinks too.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def causal_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    sink_N: jax.Array | None,
+    window: int,
+    kernel: str = "auto",
+    document_BT: jax.Array | None = None,
+) -> jax.Array:
+    """What `attend` gives for T tokens that see each other causally, [B, T, N, H] in the dtype of v.
+
+    Args:
+      sink_N: the sinks' logits in float32, or None.
+      window: how many keys a query sees, itself included; 0 is all.
+      kernel: one of KERNEL_NAMES.
+      document_BT: a number for each token's document, across whose border nothing is seen; None: all is one.
+
+    Raises:
+      ValueError: `attention_kernel: <why>` when a kernel asked for by name cannot run here.
+    """
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+        _, T, N, H = q_BTNH.shape
+        name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype, document_BT is not None)
+        if name == "plain":
+            return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT)
+        return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+
+    return by_heads(attend, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+
+
+# --- The choice ---------------------------------------------------------------------------------------------------
+
+
+def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
+    """The kernel to take, never "auto": for that the fastest that runs here.
+
+    Raises:
+      ValueError: as `causal_attention`.
+    """
+    if kernel != "auto":
+        if problem := obstacle(kernel, T, N, K, H, dtype, documents):
+            raise ValueError(f"attention_kernel: {problem}")
+        return kernel
+    fast = {"tpu": "splash", "cuda": "cudnn"}.get(platform())
+    long = LONG_ON_CPU if platform() == "cpu" else LONG
+    slow = "chunked" if long <= T else "plain"
+    if fast is None or dtype != jnp.bfloat16:
+        return slow
+    if problem := obstacle(fast, T, N, K, H, dtype, documents):
+        _warn_once(f"attention_kernel: {problem}; taken instead: {slow}")
+        return slow
+    return fast
+
+
+def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
+    """What keeps a kernel from running on these sizes on this machine, or "" ("auto" always finds one that runs).
+
+    `documents`: it has to keep documents apart.
+    """
+    here = platform()
+    if kernel == "splash":
+        if here != "tpu":
+            return f"splash needs a TPU, and this is {here}; use auto"
+        if T % SPLASH_BLOCKS[-1]:
+            return f"splash needs a multiple of {SPLASH_BLOCKS[-1]} tokens, not {T}; use auto"
+    elif kernel == "cudnn":
+        if here != "cuda":
+            return f"cudnn needs an NVIDIA GPU, and this is {here}; use auto"
+        capability = jax.local_devices()[0].compute_capability
+        if float(capability) < 8:
+            return f"cudnn needs compute capability 8.0 (Ampere), and this GPU has {capability}; use auto"
+        if dtype != jnp.bfloat16:
+            return f"cudnn computes in bfloat16, not {jnp.dtype(dtype)}; set dtype to bfloat16, or use auto"
+        if documents:
+            return "cudnn does not keep documents apart here; use auto, or set mask_documents to False"
+    else:
+        return ""
+    return _misfit(kernel, T, N, K, H, jnp.dtype(dtype))
+
+
+@cache
+def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
+    """What the installed library has against a kernel of its own (none of them is a stable interface), or "".
+
+    Nothing is compiled or run: its shapes are worked out, forward and backward.
+    """
+
+    def forward_and_backward(*qkv):
+        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink_N=None, document_BT=None), *qkv)
+        return pull_back(out)
+
+    array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, H), dtype)
+    try:
+        jax.eval_shape(forward_and_backward, array(N), array(K), array(K))
+    except Exception as error:  # whatever this or a later version raises
+        return f"{kernel} does not fit: {' '.join(str(error).split())}; use auto"
+    return ""
+
+
+def platform() -> str:
+    """Of the default device: cpu, tpu, cuda, rocm, ..."""
+    backend = jax.extend.backend.get_backend()
+    return "cuda" if backend.platform == "gpu" and "cuda" in backend.platform_version else backend.platform
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+# --- Sinks around a kernel ----------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+    """Attention as in `attend`, by a kernel.
+
+    With lse = log sum exp(s), sinks make it lse' = log(exp(lse) + exp(sink)) and the output out' = out exp(lse - lse').
+    Given out' and lse', the kernel's backward pass differentiates that softmax; what is left for the sinks is
+    dsink = -sum over rows of exp(sink - lse') (dout' · out').
+    """
+    return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)[0]
+
+
+def _forward(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+    out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window)
+    if sink_N is not None:
+        total_BNT = jnp.logaddexp(lse_BNT, sink_N[:, None])
+        kept_BTN1 = jnp.exp(lse_BNT - total_BNT).swapaxes(1, 2)[..., None]
+        out_BTNH, lse_BNT = (out_BTNH * kept_BTN1).astype(out_BTNH.dtype), total_BNT
+    return out_BTNH.astype(v_BTKH.dtype), (q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT)
+
+
+def _backward(kernel: Kernel, window: int, kept, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT = kept
+    gradients = kernel.backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window)
+    if sink_N is None:
+        return *gradients, None, None
+    sink_share_BNT = jnp.exp(sink_N[:, None] - lse_BNT)
+    return *gradients, -jnp.einsum("BNT,BNT->N", sink_share_BNT, rowsum(dout_BTNH, out_BTNH)), None
+
+
+attend_by.defvjp(_forward, _backward)
+
+
+KERNELS = {
+    "chunked": Kernel(chunked_forward, chunked_backward),
+    "cudnn": Kernel(cudnn_forward, cudnn_backward),
+    "splash": Kernel(splash_forward, splash_backward),
+}

@@ -1,0 +1,104 @@
+"""The kernels that come with the hardware: cuDNN's for NVIDIA, Splash for TPU.
+
+Shapes: B batch, T time, N query heads, K key/value heads, H head_dim.
+"""
+
+import math
+from inspect import signature
+from typing import Any
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+
+# --- cuDNN: NVIDIA ------------------------------------------------------------------------------------------------
+# The public jax.nn.dot_product_attention rounds lse to bfloat16 and lets no gradient through it; its insides do not.
+
+
+def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here: what may be missing must not stop the rest
+
+    return cudnn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        scale=1 / math.sqrt(q_BTNH.shape[-1]),
+        mask_type=cudnn.MaskType.CAUSAL,
+        sliding_window_length=window or None,
+        return_residual=True,
+    )
+
+
+def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    rule = cudnn._dot_product_attention_bwd_rule
+    modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is promised
+    others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
+    unused = [jnp.zeros(0, q_BTNH.dtype)] * 7  # bias, lengths, offsets, page tables
+    return rule(
+        scale=1 / math.sqrt(q_BTNH.shape[-1]),
+        seed=0,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=cudnn.MaskType.CAUSAL,
+        layout=cudnn.AttentionLayout.BTNH.value,
+        sliding_window_length=window or None,
+        return_residual=False,
+        res=(q_BTNH, k_BTKH, v_BTKH, *unused, *([()] if modified else []), lse_BNT, out_BTNH),
+        grad_output=dout_BTNH,
+        **others,
+    )[:3]
+
+
+# --- Splash: TPU --------------------------------------------------------------------------------------------------
+# It has sinks of its own, but sums their gradient in the dtype of the output.
+
+SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T; the first is what large trainers use
+
+
+def _splash(T: int, N: int, window: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    size = next(size for size in SPLASH_BLOCKS if T % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": size for name in names}
+    mask = lib.LocalMask((T, T), (window - 1, 0), 0) if window else lib.CausalMask((T, T))
+    return lib.make_splash_mha(
+        lib.MultiHeadMask([mask] * N),
+        block_sizes=lib.BlockSizes(**blocks),
+        save_residuals=True,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
+    """The documents for the kernel, and [B, heads, T, H] of each, q scaled: the kernel does not scale the scores."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    scaled_BTNH = (q_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype)
+    segments = None if document_BT is None else lib.SegmentIds(document_BT, document_BT)
+    return segments, [x.swapaxes(1, 2) for x in (scaled_BTNH, *others)]
+
+
+def splash_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window, interpret=False):
+    kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
+    segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH)
+    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
+    return out_BNTH.swapaxes(1, 2), lse_BNT
+
+
+def splash_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window, interpret=False):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib
+
+    kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
+
+    def backward(q_NTH, k_KTH, v_KTH, out_NTH, dout_NTH, lse_NT, segments):
+        kept = (q_NTH, k_KTH, v_KTH, segments, None, out_NTH, lse_NT, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return lib._splash_attention_bwd(res=kept, do=dout_NTH, **kernel.kwargs)[3:6]
+
+    segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)
+    dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
+    return (dq_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype), dk_BTKH, dv_BTKH
