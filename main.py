@@ -6,6 +6,10 @@ python main.py COMMAND --help
 
 import importlib
 import sys
+from pathlib import Path
+
+if __package__:  # installed: the modules find each other in its folder, as they do in a clone
+    sys.path.insert(0, str(Path(__file__).parent))
 
 from runtime.errors import ExpectedError, Interrupted
 from runtime.large_pages import restart_with_large_pages
@@ -60,7 +64,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The program: a command, in large memory pages where they can be had; returns its exit status."""
     if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
         restart_with_large_pages()
-    sys.exit(main(sys.argv[1:]))
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -17,7 +17,7 @@ from input_pipeline import load_dataset
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import read_json
+from runtime.files import INSTALLED, PROGRAM, read_json, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
 from training.optimizer import labels_of, make_optimizer
@@ -80,8 +80,8 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def data_dir_of(config: ConfigDict) -> Path:
-    """`config.data_dir`, relative to the directory of the program."""
-    return Path(__file__).parent / config.data_dir
+    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
+    return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
 
 
 def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None) -> Dataset:

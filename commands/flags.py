@@ -11,9 +11,10 @@ from ml_collections import ConfigDict, config_flags
 from config_lib import key_docs, type_name, written
 from configs import default
 from runtime.errors import UserError, one_line
+from runtime.files import PROGRAM
 from runtime.screen.text import nearest
 
-DEFAULT_CONFIG = "configs/shakespeare.py"
+DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 
 MOST_USED = (  # keys, for --help
@@ -50,7 +51,7 @@ def parse_flags(
         for word in argv:
             if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
                 raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
-        argv = argv if _config_path(argv) else [f"--config={Path(__file__).parent.parent / DEFAULT_CONFIG}", *argv]
+        argv = _with_config(argv)
         config_flags.DEFINE_config_file("config", None, "The config file.", flag_values=values, sys_argv=argv)
     try:
         rest = values(["main.py", *argv])[1:]
@@ -101,6 +102,21 @@ def _config_path(argv: Sequence[str]) -> str | None:
         elif word == "--config":
             path = following
     return path
+
+
+def _with_config(argv: Sequence[str]) -> list[str]:
+    """`argv` in which the last --config names a file that is there: as it stands, else one of those beside main.py.
+
+    There `configs/shakespeare.py`, `shakespeare.py` and `shakespeare` are the same; without --config it is the default.
+    """
+    named = _config_path(argv)
+    path, *argument = (named or DEFAULT_CONFIG).split(":", 1)
+    beside = [PROGRAM / folder / f"{path}{ending}" for folder in ("", "configs") for ending in ("", ".py")]
+    found = next((str(place) for place in (Path(path), *beside) if place.is_file()), path)
+    if named is None:
+        return [f"--config={found}", *argv]
+    new = ":".join([found, *argument])
+    return [word.replace(named, new) if word in (named, f"--config={named}") else word for word in argv]
 
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:

@@ -22,11 +22,10 @@ from config_lib import written
 from configs import default
 from reports import compare
 from runtime.errors import ExpectedError, Interrupted, UserError
-from runtime.files import read_json, write_json
+from runtime.files import PROGRAM, read_json, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import nearest
 
-PROGRAM = Path(__file__).parent.parent / "main.py"
 FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
@@ -115,9 +114,9 @@ def point_name(values: dict[str, Any]) -> str:
 def command_line(config: ConfigDict, workdir: Path) -> list[str]:
     """The process that trains one run."""
     usual = default.get_config()
-    base = f"--config={PROGRAM.parent / 'configs' / 'default.py'}"
+    base = f"--config={PROGRAM / 'configs' / 'default.py'}"
     changed = [f"--config.{key}={_flag_text(value)}" for key, value in config.items() if value != usual[key]]
-    return [sys.executable, str(PROGRAM), "train", base, *changed, f"--workdir={workdir}"]
+    return [sys.executable, str(PROGRAM / "main.py"), "train", base, *changed, f"--workdir={workdir}"]
 
 
 def _flag_text(value: Any) -> str:

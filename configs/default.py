@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.test_fraction = 0.0  # of the text, for testing: its end
     config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document
     config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)
-    config.data_dir = "data"  # named sets and encoded texts; relative to the directory of main.py
+    config.data_dir = "data"  # named sets and encoded texts; relative to main.py; where installed, to the user's cache
 
     # --- Optimizer ---------------------------------------------------------------------------------------------
     config.lr = 3e-4  # peak learning rate of AdamW

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from runtime.errors import UserError, one_line
+from runtime.files import INSTALLED, PROGRAM, user_cache
 from runtime.processes import num_processes
 
 
@@ -85,12 +86,11 @@ def set_up_compile_cache() -> None:
     JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         try:
-            (home / "transformer-jax").mkdir(parents=True, exist_ok=True)
+            user_cache().mkdir(parents=True, exist_ok=True)
         except OSError:  # JAX itself would warn of every program
             return
-        jax.config.update("jax_compilation_cache_dir", str(home / "transformer-jax"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -181,10 +181,11 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the tree that this file lies in, with `-dirty` when it was changed; None outside of git."""
+    """The commit of the clone that this file lies in, with `-dirty` when it was changed; None outside of one."""
+    if INSTALLED:  # a repository around it is another project's
+        return None
     describe = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        done = subprocess.run(describe, cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(describe, cwd=PROGRAM, capture_output=True, text=True, timeout=5, check=True)
         return done.stdout.strip()
     return None

@@ -15,7 +15,14 @@ from typing import Any
 from runtime.errors import StorageError, UserError, one_line
 from runtime.processes import is_first
 
+PROGRAM = Path(__file__).parent.parent  # where main.py lies: a clone, or the folder of an installed package
+INSTALLED = not (PROGRAM / "pyproject.toml").exists()
 MAKE_ROOM = "make room, then run the same command again"
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: compiled programs and, for an installed copy, data sets."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-jax"
 
 
 def room(directory: Path, need: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,10 +23,6 @@ SHARED_BY_COMMANDS = ("commands.flags", "commands.planning")
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
     *({"kernels.vendor", "attention", "rotary"}, {"xla"}, {"sharding"}),
-]
-READ_IN_AN_EVENING = [
-    *("main", "train_lib", "input_pipeline", "training.optimizer", "training.muon"),
-    *("transformer.config", "transformer.model", "transformer.attention", "transformer.sampling"),
 ]
 OUTSIDE_WORLD = {"os", "sys", "pathlib", "shutil", "logging", "absl", "ml_collections", "orbax", "rich", "wandb"}
 NO_PRODUCT = {"tests", "benchmarks", "docs", "launch", "notebooks"}
@@ -155,11 +152,25 @@ def test_torch_reads_tensors_and_nothing_else():
 
 def test_an_installed_copy_has_every_module():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(listed["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
-    modules = [name for name in read_sources() if "." in name and name.partition(".")[0] not in NO_PRODUCT]
-    assert set(listed["packages"]) == {name.rpartition(".")[0] for name in modules}
+    modules = [name for name in read_sources() if name.partition(".")[0] not in NO_PRODUCT]
+    folders = {f"transformer_jax.{name.rpartition('.')[0]}".rstrip(".") for name in modules}
+    assert set(listed["packages"]) == folders
 
 
 def test_the_source_can_be_read_in_an_evening():
-    lines = {name: source.count("\n") for name, source in read_sources().items()}
-    assert sum(lines[name] for name in READ_IN_AN_EVENING) < 1_800
+    """The files of docs/reading.md's list, numbered in their order."""
+    listed = re.findall(r"^\d+\. \[([\w/]+\.py)\]", (ROOT / "docs" / "reading.md").read_text(), re.MULTILINE)
+    assert listed[0] == "main.py" and {"transformer/model.py", "transformer/attention.py"} < set(listed)
+    assert sum((ROOT / path).read_text().count("\n") for path in listed) <= 1_800
+
+
+def test_the_tree_of_the_readme_is_the_tree_that_is_there():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") < 200
+    tree = readme.partition("## The tree")[2]
+    lines = re.findall(r"^    (\S+?)(?:/| {2,}|, |$)", tree, re.MULTILINE)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    there = {path.partition("/")[0] for path in tracked if not path.startswith(".")}
+    named = {name for line in lines for name in ([line] if line != "LICENSE" else [line, "pyproject.toml"])}
+    rest = {name for name in there - named if not re.fullmatch(r"requirements.*\.txt|README\.md", name)}
+    assert (named - there, rest) == (set(), set())
