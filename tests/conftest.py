@@ -7,12 +7,17 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes, to make or to run, is up to the machine and what else it does.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

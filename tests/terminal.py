@@ -1,5 +1,6 @@
 """A terminal for programs under test: what a person types goes in, what would be on the screen comes out."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -38,6 +39,7 @@ class Terminal:
         )
         os.close(slave)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two reads
         self._from = 0
 
     def __enter__(self) -> Self:
@@ -76,5 +78,5 @@ class Terminal:
             data = os.read(self._master, 65536)
         except OSError:  # Linux's way to say that nobody has the other side any more
             return False
-        self.seen += data.decode(errors="replace")
+        self.seen += self._decoder.decode(data)
         return bool(data)

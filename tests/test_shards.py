@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import resource
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -217,15 +216,14 @@ def test_ten_billion_tokens_cost_no_more_than_their_list(tmp_path):
         os.truncate(path, 1024 + 2 * size)
     llm_c(tmp_path / "web_val_000000.bin", range(60))
     tracemalloc.start()
-    begin = time.perf_counter()
     data = load(tmp_path, context_len=50, data_dir=tmp_path)
     batches = Batches(data.train, 50, 16, seed=0)
     for step in (0, 10**6, 12_499_999, 10**9, 10**12):
         assert batches(step).shape == (16, 51)
-    seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert data.train.num_tokens == 10**10 and batches.steps(1) == 12_500_000
-    assert peak < 2**20 and seconds < 5  # bytes; 0.2 s when the machine is quiet
+    assert peak < 2**20  # bytes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 * 1024  # KiB; pages of the samples
 
 

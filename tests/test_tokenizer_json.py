@@ -37,7 +37,7 @@ NASTY = (
 )
 FRAGMENTS = [*NASTY.split(" "), *NASTY, "  ", "\n\n", "12"]
 texts = st.lists(st.sampled_from(FRAGMENTS)).map("".join) | st.text()
-untimed = settings(deadline=None, max_examples=50)  # how long one takes is up to the machine
+untimed = settings(max_examples=50)
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
 

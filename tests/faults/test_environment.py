@@ -143,10 +143,9 @@ def test_another_error_of_the_device_is_a_bug():
 
 
 @pytest.mark.parametrize("key, value", [("mlp_dim", 2**31 - 1), ("num_blocks", 2**31 - 1), ("batch_size", 2**31 - 1)])
-def test_what_no_machine_can_hold_is_refused_before_anything_is_made(tmp_path, capsys, key, value):
-    began = time.monotonic()
+def test_what_no_machine_can_hold_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys, key, value):
+    monkeypatch.setattr(train_lib, "make_step", None)  # what would come next, and be tried with such sizes
     assert main.main(arguments(tiny_config(**{key: value}), tmp_path)) == 2
-    assert time.monotonic() - began < 5
     assert_one_line(capsys.readouterr().err, "error: config.", " GiB or more, ", key)
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -73,7 +73,7 @@ def test_any_value_in_any_key_keeps_its_type_or_is_refused_in_one_line(key, valu
 @example("--config.=1").via("a key without a name")
 @example("--config.lr").via("a value that is missing")
 @example("--=").via("nothing at all")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_word_on_the_command_line_is_a_flag_or_one_line(word):
     for argv in ([word], [f"--{word}"], [f"--config.{word}"], [f"--config.lr={word}"]):
         if argv[0] in ("-h", "--h", "--help", "--helpfull") or argv[0].startswith(("-h", "--h")):
@@ -96,7 +96,7 @@ LINES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30)
 @example("\r\n", False, "char", 0.5).via("line ends of another system")
 @example("\0", True, "char", 0.5).via("NUL")
 @example("\ufeff", True, "char", 0.5).via("a second byte order mark")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_comes_back_as_it_was(tmp_path_factory, text, mark, tokenizer, val):
     """Split, encoded, decoded and joined: but for a byte order mark at the start, every character is there."""
     folder = tmp_path_factory.mktemp("text")
@@ -113,7 +113,7 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory, text, mark, tokenizer, 
 
 @given(data=st.binary(min_size=1, max_size=40))
 @example("\ud800".encode("utf-8", "surrogatepass")).via("half of a surrogate pair")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bytes_that_are_no_text_are_refused_with_the_place(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "text").write_bytes(data * 20)
@@ -177,7 +177,7 @@ def test_an_alphabet_of_65000_symbols_is_warned_of_and_trains(tmp_path, capsys):
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_prompt_is_known_or_its_strange_characters_are_named_escaped(prompt):
     tokenizer = finished_run().tokenizer
     try:
