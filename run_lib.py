@@ -278,7 +278,7 @@ def resume(
 ) -> Resumed | None:
     """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
 
-    What is damaged is set aside, and `warn` told.
+    `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
 
     Raises:
       UserError: this config, text or tokenizer cannot go on from it.
@@ -304,6 +304,8 @@ def resume(
     found = checkpoints.restore_newest(state_of, sharding, warn)
     if found is None:
         return None
+    if versions := other_versions(workdir):
+        warn(f"other versions than in the session before ({versions}): the last bits may differ")
     step, meta, restored, rest = found
     state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
     if old != new:

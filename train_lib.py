@@ -211,8 +211,6 @@ class Trainer:
         self.console.line(
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
-        if versions := run_lib.other_versions(self.workdir):
-            self.console.line(f"other versions than in the session before ({versions}): the last bits may differ")
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
