@@ -91,6 +91,8 @@ def _read_prompt() -> str:
     return text.removesuffix("\n").removesuffix("\r") or "\n"
 
 
+# --- Talking: what is typed is gone on from, line by line, with settings that can be changed ----------------------
+
 HELP = """\
 Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.
   /temperature 0.7   0 is greedy              /top_k 20    only the 20 likeliest tokens; 0: all

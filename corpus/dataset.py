@@ -11,6 +11,7 @@ from runtime.errors import UserError
 
 Say = Callable[[str], None]
 
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
 ORDERS = ("shuffle", "sequential", "random")
 
 
@@ -48,6 +49,3 @@ def check_length(split: Split, context_len: int, found: str) -> None:
             f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
             "lower it, or give more text or other fractions"
         )
-
-
-SPLITS = {"train": "training", "val": "validation", "test": "test"}

@@ -1,4 +1,4 @@
-"""The tables of `interop.py`: what other implementations compute, and their names and shapes of settings and weights.
+"""The tables of `models.py`: what other implementations compute, and their names and shapes of settings and weights.
 
 Each family is one table, read from right to left by an import and from left to right by an export.
 """

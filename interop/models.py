@@ -1,6 +1,6 @@
 """Models of other implementations, both ways: the PyTorch original, and four classes of transformers.
 
-The tables are in `interop_families.py`. Arrays are numpy's, so that a model can pass through without a device.
+The tables are in `families.py`. Arrays are numpy's, so that a model can pass through without a device.
 """
 
 import math

@@ -100,6 +100,8 @@ def _log_probabilities(
     return log_keys_BNTS, sink_N1 - total_BNT
 
 
+# --- Over a run: measured at each evaluation, kept in `sinks.jsonl` -----------------------------------------------
+
 TOKENS = 1024  # of the validation split, from its start: always the same ones
 
 

@@ -1,4 +1,7 @@
-"""Devices: how many the CPU shows, where compiled programs are kept (settled before JAX wakes up), and their memory."""
+"""Devices: how many the CPU shows, where compiled programs are kept, their memory, and what else a result rests on.
+
+The first two are settled before JAX wakes up.
+"""
 
 import contextlib
 import os
@@ -149,6 +152,8 @@ def memory_limit(key: str, advice: str) -> Iterator[None]:
         asked = f" (asked for {size[0]})" if size else ""
         raise UserError(f"{key}: out of memory{asked}; {advice}") from error
 
+
+# --- What a result rests on ---------------------------------------------------------------------------------------
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

@@ -1,4 +1,4 @@
-"""The small files of a run's directory, and putting a whole run aside. Of several processes the first alone writes."""
+"""The small files of a run's directory. Of several processes the first alone writes."""
 
 import contextlib
 import errno

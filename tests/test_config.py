@@ -76,7 +76,9 @@ def reads(tree: ast.AST) -> set[str]:
 
 
 def product_files() -> list[Path]:
-    folders = (ROOT / name for name in ("commands", "runtime", "transformer"))
+    folders = (
+        ROOT / name for name in ("commands", "corpus", "interop", "reports", "runtime", "training", "transformer")
+    )
     return [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
 
 

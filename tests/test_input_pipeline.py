@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_pipeline
-from corpus import dataset
-from corpus.dataset import Split
+from corpus import load_text
+from corpus.dataset import ORDERS, Split
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches, load_dataset, permute, prefetch
 from runtime.errors import UserError
@@ -60,7 +60,7 @@ def test_shuffled_epochs_and_seeds_differ():
     assert abs(np.corrcoef(first[:, 0], ordered)[0, 1]) < 0.3  # three standard deviations
 
 
-@given(**splits, step=st.integers(0, 10**12), order=st.sampled_from(dataset.ORDERS), data=st.data())
+@given(**splits, step=st.integers(0, 10**12), order=st.sampled_from(ORDERS), data=st.data())
 @settings(max_examples=60)
 def test_rows_of_a_batch_are_its_slice_from_any_step(num_tokens, context_len, batch_size, step, order, data):
     start = data.draw(st.integers(0, batch_size))
@@ -283,7 +283,7 @@ def test_a_failed_write_leaves_nothing_behind(load, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(input_pipeline.os, "replace", full)
+    monkeypatch.setattr(load_text.os, "replace", full)
     assert load(TEXT).train.num_tokens == len(TEXT) * 9 // 10
     assert not list((tmp_path / "data" / ".cache").iterdir())
     (line,) = load.lines

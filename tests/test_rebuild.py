@@ -93,7 +93,7 @@ def bare_environment_runs(code: str, tmp_path: Path) -> subprocess.CompletedProc
 @pytest.mark.parametrize("has_pip", [True, False])
 def test_tiny_shakespeare_is_rebuilt_byte_for_byte(tmp_path, has_pip):
     code = (
-        f"import pathlib; from runtime import rebuild; print(rebuild.tiny_shakespeare(pathlib.Path({str(tmp_path)!r})))"
+        f"import pathlib; from corpus import rebuild; print(rebuild.tiny_shakespeare(pathlib.Path({str(tmp_path)!r})))"
     )
     if has_pip:
         done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -210,7 +210,7 @@ def test_the_second_signal_ends_the_process_though_the_terminal_takes_nothing_mo
     """Of a connection that is dead: whoever writes waits, with the lock that others wait for."""
     code = """if True:
         import os, signal, sys, threading, time
-        from runtime import live
+        from runtime.screen import live
         from runtime.signals import StopSignals
         _, full = os.pipe()  # of which nobody reads; a terminal's driver would make room for some time
         os.set_blocking(full, False)

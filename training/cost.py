@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters, arithmetic, memory."""
+"""What a model costs, from its config alone: parameters, arithmetic, memory, and a run's share of the devices' peak."""
 
 import math
 import re
@@ -88,6 +88,9 @@ def memory_bytes(
     }
 
 
+# --- On a mesh ----------------------------------------------------------------------------------------------------
+
+
 def held_bytes(config: ConfigDict, model_config: TransformerConfig, state: TrainState, mesh: Mesh) -> dict[str, int]:
     """What a step holds on each device, by part: parameters and optimizer exact, the rest by `cost.memory_bytes`.
 
@@ -116,6 +119,8 @@ def _bytes_of(tree: Any) -> int:
     shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * size for shape, size in shards)
 
+
+# --- What a run makes of it: utilisation, bits a byte -------------------------------------------------------------
 
 PEAK_FLOPS = {
     # Dense bfloat16 floating-point operations a second of one JAX device, by a word or words of its `device_kind`;

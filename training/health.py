@@ -1,4 +1,7 @@
-"""Signs that training goes wrong: gradients that are not finite, losses that jump. All of it runs inside the step."""
+"""Signs that training goes wrong: gradients that are not finite, losses that jump.
+
+They are seen inside the step; `Divergence`, outside, warns of them, and ends a run that has too many.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,6 +68,9 @@ def first_not_finite(params: Params) -> str | None:
     """The name of the first array that holds a NaN or an infinity."""
     finite = jax.jit(lambda params: {name: jnp.isfinite(p).all() for name, p in params.items()})(params)
     return next((name for name, good in sorted(jax.device_get(finite).items()) if not good), None)
+
+
+# --- What it says about the run -----------------------------------------------------------------------------------
 
 
 class Divergence:

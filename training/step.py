@@ -199,6 +199,9 @@ def regroup(state: TrainState, optimizer: Any, old: int, new: int) -> TrainState
     return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
+# --- The step of a run, for who trains it, plans it or times it ---------------------------------------------------
+
+
 class Step(NamedTuple):
     """A step and what it is made of."""
 

@@ -1,9 +1,10 @@
-"""Fingerprints of arrays, made on the device that holds them: a few bytes of each array travel, never the array.
+"""Whether what was written is still what is there: fingerprints of arrays, a seal on JSON, the hashes of files.
 
-Each array gives two sums of its 32-bit words modulo 2^32. A sum of integers is the same in whatever order it is made,
-so it does not depend on how many devices share the array. Whatever changes within one word, a single bit for instance,
-changes the second sum for certain, for its terms are bijections of their words. Other damage goes unseen with a chance
-of about 2^-64.
+Fingerprints are made on the device that holds an array: a few bytes of each array travel, never the array. Each array
+gives two sums of its 32-bit words modulo 2^32. A sum of integers is the same in whatever order it is made, so it does
+not depend on how many devices share the array. Whatever changes within one word, a single bit for instance, changes the
+second sum for certain, for its terms are bijections of their words. Other damage goes unseen with a chance of about
+2^-64.
 """
 
 import hashlib
@@ -98,6 +99,8 @@ def _mix(word: jax.Array) -> jax.Array:
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
+
+# --- Hashes of a JSON object, and of a directory's files ----------------------------------------------------------
 
 SEAL = "sha256"  # the key under which an object carries the hash of all its others
 FILE_LIST = "files.sha256"  # as `sha256sum --check` reads it

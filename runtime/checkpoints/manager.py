@@ -421,6 +421,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         return Finding(val_loss, size, wrong, changed is not None)
 
 
+# --- Orbax says much that is no news: what we raise as one line, it logs, and drops with tracebacks ---------------
+
+
 def quieten() -> None:
     """Let nothing of that through; called as often as one likes."""
     absl_logging.set_verbosity(absl_logging.FATAL)  # its own settings, and what it raises

@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is the newest, which the best, and which stay."""
+"""Which of a run's checkpoints is the newest, which the best, which stay, and what the others are called meanwhile."""
 
 import re
 import shutil
@@ -49,6 +49,10 @@ class Retention:
         superfluous = self.superfluous(info.step for info in checkpoints)
         return [info.step not in superfluous for info in checkpoints]
 
+
+# --- The names under which a checkpoint is not, or no longer, one of the run's ------------------------------------
+# What a kill may leave under them. Everything happens by a rename, which is whole or has not been: a directory that is
+# named like a step is never on its way in or out.
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
 REPLACED = ".replaced"  # ends the name of one that waits for the one that replaces it
