@@ -1,7 +1,9 @@
 """What a corpus becomes: its splits as tokens, and the tokenizer that made them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -51,3 +53,13 @@ def check_length(split: Split, context_len: int, found: str) -> None:
 
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def ends_of_splits(size: int, val_fraction: float, test_fraction: float) -> list[int]:
+    """Where each of `SPLITS` ends in a corpus of `size` units; the last end is `size`.
+
+    Fractions are read as decimals: as binary numbers, 1 - 0.05 - 0.05 of a hundred million would be one short of
+    ninety million.
+    """
+    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
+    return [math.floor(size * part) for part in (1 - val - test, 1 - test, Fraction(1))]

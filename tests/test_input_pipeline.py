@@ -283,7 +283,7 @@ def test_a_failed_write_leaves_nothing_behind(load, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(input_pipeline.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     assert load(TEXT).train.num_tokens == len(TEXT) * 9 // 10
     assert not list((tmp_path / "data" / ".cache").iterdir())
     (line,) = load.lines
