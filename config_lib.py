@@ -16,6 +16,7 @@ from configs import default
 from corpus.dataset import ORDERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
+from runtime.trackers import TRACKERS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
@@ -66,7 +67,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 # What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
-    *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params", "wandb_enabled"),
+    *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
+    *(f"{name}_enabled" for name in TRACKERS),
     *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
     *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh", "report"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike

@@ -25,7 +25,7 @@ COMMANDS = {
     "config": "every key of a config, its value and its meaning",
     "export": "write a trained model for other programs",
     "import": "make a run of another program's model",
-    "plan": "what a config takes on a mesh of devices: memory, traffic, time",
+    "plan": "what a config takes on a mesh of devices: memory and traffic",
     "prepare": "tokenise a corpus into shards on disk",
 }
 

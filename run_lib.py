@@ -73,10 +73,19 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: it is missing or damaged.
     """
+    return config_lib.from_dict(read_config_file(workdir)["config"])
+
+
+def read_config_file(workdir: Path) -> dict[str, Any]:
+    """The run's config as plain JSON values under "config", and what it ran on.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
     saved = read_json(workdir / CONFIG_FILE)
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise UserError(f"{workdir / CONFIG_FILE}: holds no config; is {workdir} a run's directory?")
-    return config_lib.from_dict(saved["config"])
+    return saved
 
 
 def data_dir_of(config: ConfigDict) -> Path:

@@ -26,7 +26,7 @@ from runtime.files import MetricsFile, append_text, cut_back, size_of, write_jso
 from runtime.processes import by_first, is_first
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
-from runtime.trackers import make_tracker
+from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
 from training.clock import Clock, beside
@@ -89,7 +89,7 @@ def train(
                     return trainer.run(profile)
             finally:
                 if trainer:
-                    trainer.tracker.finish()  # last: a slow upload must not cost a checkpoint
+                    trainer.trackers.finish()  # last: a slow upload must not cost a checkpoint
 
 
 class Trainer:
@@ -168,15 +168,10 @@ class Trainer:
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
-            self.tracker = make_tracker(
-                config.wandb_enabled and is_first(),
-                name=workdir.name,
-                config=settings,
-                workdir=workdir,
-                warn=console.warn,
-            )
-        if self.tracker.where:
-            console.line(f"wandb       {self.tracker.where}")
+            enabled = [name for name in TRACKERS if config[f"{name}_enabled"] and is_first()]
+            self.trackers = Trackers(enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn)
+        for name, where in self.trackers.where.items():
+            console.line(f"{name:<12}{where}")
 
     @property
     def step(self) -> int:
@@ -277,7 +272,7 @@ class Trainer:
                         by_first(partial(self.sinks.append, self._model(), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
-            self.tracker.log(row, step)
+            self.trackers.log(row, step)
         if due(config.sample_every):
             with self.clock.pause("sample"), self.watchdog.pause(), self.console.busy("sampling"):
                 by_first(partial(self._sample, self._model()))
@@ -339,7 +334,7 @@ class Trainer:
         text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
         self.console.sample(self.step, text)
-        self.tracker.samples(partial(run_lib.read_samples, self.workdir))
+        self.trackers.samples(partial(run_lib.read_samples, self.workdir))
 
     def _save(self, val_loss: float | None = None) -> None:
         """A checkpoint of this micro-step, with what a later session must know beside the arrays."""

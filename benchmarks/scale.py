@@ -1,11 +1,11 @@
-"""Memory of each device and what it sends in a step, for 1 to 256 simulated devices, and the time on H100s.
+"""Memory of each device and what it sends in a step, for 1 to 256 simulated devices.
 
     python -m benchmarks.scale
 
 At a fixed model and batch each device gets a smaller share of it; at fixed work per device the batch grows with the
 devices. Nothing is run or held: steps are compiled from shapes (`commands.planning.predict`), so that a laptop does.
 Memory: parameters and optimizer are exact, the rest is the rule of `training.cost`. Sent: the collectives of the
-compiled program, by the rings that send least. Time: data sheets and assumptions of `commands.planning.hardware`.
+compiled program, by the rings that send least.
 """
 
 import argparse
@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.harness import about, flags_of, override, report
 from commands.plan import vocabulary
-from commands.planning.hardware import TABLE
-from commands.planning.predict import forecast, plan_step
+from commands.planning.predict import plan_step
 from configs import gpt2_124m
 from reports.plots import save_figure
 from runtime import devices
@@ -30,7 +29,6 @@ from transformer.sharding import make_mesh
 
 WORK = ("fixed model", "fixed work")
 LAYOUTS = ("data", "fsdp")
-HARDWARE = "H100"
 
 
 def measure(config: ConfigDict, layout: str, work: str, counts: list[int], rows: int) -> list[dict[str, Any]]:
@@ -45,7 +43,7 @@ def measure(config: ConfigDict, layout: str, work: str, counts: list[int], rows:
     for n in counts:
         changed = override(config, {"batch_size": rows * (n if work == "fixed work" else max(counts))})
         planned = plan_step(changed, vocab_size, eot, make_mesh(f"{layout}={n}", jax.devices()[:n]))
-        memory, seconds = planned.memory, forecast(planned, TABLE[HARDWARE])
+        memory = planned.memory
         state = memory["parameters"] + memory["optimizer"]
         result.append(
             {
@@ -57,8 +55,6 @@ def measure(config: ConfigDict, layout: str, work: str, counts: list[int], rows:
                 "MB": sum(memory.values()) / 1e6,
                 "sent MB": sum(c.sent for c in planned.traffic) / 1e6,
                 "collectives": sum(c.count for c in planned.traffic),
-                "arithmetic ms": 1000 * (seconds.model + seconds.optimizer),
-                "traffic ms": 1000 * seconds.traffic,
             }
         )
         print(result[-1], file=sys.stderr)
@@ -99,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = [2**i for i in range(flags.most.bit_length())]
     devices.simulate_cpu_devices(counts[-1])
     rows = [row for layout in flags.layouts for w in WORK for row in measure(config, layout, w, counts, flags.rows)]
-    note = f"Compiled for simulated devices, not run; times for {HARDWARE}s, by data sheets and assumptions."
+    note = "Compiled for simulated devices, not run."
     report("scale", f"A step of {about(config)}, on 1 to {counts[-1]} devices", rows, note, flags.out)
     plot(rows, flags.out / "scale.png")
 

@@ -1,7 +1,9 @@
 """What a corpus becomes: its splits as tokens, and the tokenizer that made them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -49,3 +51,13 @@ def check_length(split: Split, context_len: int, found: str) -> None:
             f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
             "lower it, or give more text or other fractions"
         )
+
+
+def ends_of_splits(size: int, val_fraction: float, test_fraction: float) -> list[int]:
+    """Where each of `SPLITS` ends in a corpus of `size` units; the last end is `size`.
+
+    Fractions are read as decimals: as binary numbers, 1 - 0.05 - 0.05 of a hundred million would be one short of
+    ninety million.
+    """
+    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
+    return [math.floor(size * part) for part in (1 - val - test, 1 - test, Fraction(1))]

@@ -28,6 +28,7 @@ from corpus import rebuild
 from corpus.rebuild import FetchError
 from corpus.shards import read_shard
 from runtime.errors import UserError, one_line
+from runtime.files import replacing
 from runtime.screen import live
 
 RETRIES = 3
@@ -135,14 +136,12 @@ def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, tim
         say(f"{name}: downloading {url}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as scratch:
-                made = Path(scratch) / filename
+            with replacing(path) as made:
                 download(url, made, timeout)
                 try:
                     read_shard(made)
                 except UserError as error:
                     raise FetchError(one_line(error, 200).removeprefix(f"{made}: ")) from error
-                os.replace(made, path)
         except _FAILURES as error:
             raise UserError(
                 f"config.dataset: {filename} could not be fetched ({one_line(error, 200)}); put {url} at {path} by hand"

@@ -1,7 +1,7 @@
 """The files of a corpus, and where they may be cut.
 
-A corpus is a line of units, bytes of text files or rows of Parquet files, and a place in it is one number. It is cut
-into tasks where that changes no token, so that many processes encode it to what one would.
+A corpus is one sequence of bytes (of text files) or rows (of Parquet files); a position in it is one integer. It is cut
+into tasks where that changes no token, so that many processes produce the same tokens as one.
 """
 
 import contextlib
@@ -9,17 +9,16 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from corpus.dataset import SPLITS
+from corpus.dataset import SPLITS, ends_of_splits
 from corpus.load_text import find_files
 from runtime.errors import UserError, one_line
 
 # Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
-# between letters, or after a newline between two visible characters, the second of them no punctuation.
+# between letters, or after a newline between two visible characters of which the second is no punctuation.
 _CUT = re.compile(
     rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[\xd0\xd1][\x80-\xbf])(?= [\xd0\xd1])|(?<=[!-~]\n)(?=[A-Za-z0-9])"
     rb"|(?:(?<=[\xe4-\xe9][\x80-\xbf]{2}\n)|(?<=\xe3\x80\x82\n))(?=[\xe4-\xe9A-Za-z0-9])"
@@ -30,7 +29,7 @@ LOOK_FOR_CUT = 2**16  # bytes; a longer text without such a place is cut between
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the shards, beside the files themselves. Fractions are of the text's bytes, or of the rows."""
+    """What decides the shards, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
 
     tokenizer: str
     val_fraction: float
@@ -49,12 +48,12 @@ class Span(NamedTuple):
 
 
 class TextFiles:
-    """Text files end to end, each a document; a place is a byte.
+    """Text files end to end, each a document; a position is that of a byte.
 
     Attributes:
-      size: places.
+      size: the number of positions.
       empty: documents without a byte.
-      identity: what tells these files from others, or from themselves after a change.
+      identity: distinguishes these files from others, and from themselves after a change.
     """
 
     unit, step = "bytes", 2**20
@@ -70,7 +69,7 @@ class TextFiles:
         self.identity = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
 
     def boundary(self, place: int) -> int:
-        """The first place from this one on where a cut changes no token."""
+        """The first position from this one on where a cut changes no token."""
         number = bisect_right(self._starts, place) - 1
         if self._tokenizer == "byte" or place in (self._starts[number], self.size):
             return place
@@ -91,12 +90,12 @@ class TextFiles:
         return begin + at
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """What lies between two places, by file."""
+        """The parts of the files that lie between two positions."""
         return [Span(str(self._paths[i]), *within) for i, *within in _between(self._starts, start, stop)]
 
 
 def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """What of each part lies between two places, as (number, from, to); part i reaches from starts[i] to the next."""
+    """The share of each part between two positions, as (part, from, to); part i begins at starts[i]."""
     number = bisect_right(starts, start) - 1
     while start < stop:
         begin, end = starts[number : number + 2]
@@ -107,7 +106,7 @@ def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, in
 
 
 class ParquetFiles:
-    """Parquet files end to end, each row a document; a place is a row. Attributes as `TextFiles`."""
+    """Parquet files end to end, each row a document; a position is that of a row. Attributes as `TextFiles`."""
 
     unit, step = "rows", 256
 
@@ -119,11 +118,11 @@ class ParquetFiles:
         self.identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     def boundary(self, place: int) -> int:
-        """The place itself."""
+        """The position itself."""
         return place
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """The rows between two places, by row group."""
+        """The rows between two positions, by row group."""
         pieces = _between(self._starts, start, stop)
         return [Span(path, *within, group) for i, *within in pieces for path, group in [self._groups[i]]]
 
@@ -163,7 +162,7 @@ def open_corpus(
 
 
 class Task(NamedTuple):
-    """Spans of one split, and the place where they end."""
+    """Spans of one split, and the position where they end."""
 
     split: str
     stop: int
@@ -171,10 +170,9 @@ class Task(NamedTuple):
 
 
 def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) -> Iterator[Task]:
-    """The corpus from a place on, training part first. From a task's end on they are the same as from the beginning."""
-    val, test = Fraction(str(settings.val_fraction)), Fraction(str(settings.test_fraction))
-    for split, part in zip(SPLITS, (1 - val - test, 1 - test, Fraction(1)), strict=True):
-        end = files.boundary(int(files.size * part))
+    """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same."""
+    ends = ends_of_splits(files.size, settings.val_fraction, settings.test_fraction)
+    for split, end in zip(SPLITS, map(files.boundary, ends), strict=True):
         while place < end:
             stop = min(end, files.boundary(min(place + files.step, files.size)))
             yield Task(split, stop, files.spans(place, stop))

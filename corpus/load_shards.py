@@ -7,17 +7,15 @@ Nothing is read but headers and samples; a run maps what its batches need. A pre
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS, Dataset, Split, check_length
+from corpus.dataset import SPLITS, Dataset, Split, check_length, ends_of_splits
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
@@ -167,9 +165,8 @@ def _by_name(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
 
 def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fraction: float) -> dict[str, ShardedTokens]:
     total = sum(shard.num_tokens for shard in shards)
-    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
-    ends = [0, *(math.floor(total * part) for part in (1 - val - test, 1 - test)), total]
-    names = [*SPLITS] if test else ["train", "val"]
+    ends = [0, *ends_of_splits(total, val_fraction, test_fraction)]
+    names = list(SPLITS)[: 3 if test_fraction else 2]
     return {name: ShardedTokens(shards, vocab_size, *ends[i : i + 2], name == "train") for i, name in enumerate(names)}
 
 

@@ -1,22 +1,20 @@
 """Text to tokens: finds the files, cuts them into splits, encodes each apart, and keeps what it encoded."""
 
-import difflib
 import functools
 import glob
 import hashlib
-import math
 import os
-import secrets
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from corpus import fetch
-from corpus.dataset import Dataset, Say, Split, check_length
+from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
 from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
 from runtime.errors import UserError, one_line
+from runtime.files import replacing
+from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
 MANY_BYTES = 10_000_000  # more than that takes long enough to encode to say so
@@ -59,11 +57,9 @@ def load_text(
     if vocabulary is None:
         vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
 
-    # In binary, 1 - 0.05 - 0.05 of a hundred million would be one short of ninety.
-    val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
-    ends = [0, *(math.floor(len(text) * part) for part in (1 - val - test, 1 - test)), len(text)]
-    names = ["training", "validation", "test"] if test else ["training", "validation"]
-    splits, say_once = [], functools.cache(say)  # a cache that cannot be written is news but once
+    ends = [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
+    names = list(SPLITS.values())[: 3 if test_fraction else 2]
+    splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
     for name, (start, end) in zip(names, pairwise(ends), strict=False):
         try:
             splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
@@ -75,7 +71,7 @@ def load_text(
             ) from None
         check_length(splits[-1], context_len, f"{dataset} has {splits[-1].num_tokens} in the {name} split")
     sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
-    return Dataset(splits[0], splits[1], splits[2] if test else None, vocabulary, sha256)
+    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
@@ -91,10 +87,8 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
         return [Path(path)]
     paths = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
     if not paths:
-        guess = difflib.get_close_matches(dataset, fetch.NAMES, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
-        known = ", ".join(fetch.NAMES)
-        raise UserError(f"config.dataset: no file {dataset!r}; {hint}give a file, a glob of files or one of {known}")
+        near, known = nearest(dataset, fetch.NAMES) or ";", ", ".join(fetch.NAMES)
+        raise UserError(f"config.dataset: no file {dataset!r}{near} give a file, a glob of files or one of {known}")
     return paths
 
 
@@ -169,9 +163,5 @@ def _load_tokens(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
 
 def _store_tokens(path: Path, tokens: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_stem(f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}")  # no two processes share one
-    try:
-        np.save(temporary, tokens)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        np.save(unfinished, tokens)

@@ -6,7 +6,6 @@ keeps its own vocabulary and needs neither its text nor a download to be read ag
 
 import base64
 import codecs
-import difflib
 import hashlib
 import json
 import re
@@ -20,6 +19,7 @@ import tiktoken
 import tokenizers
 
 from runtime.errors import UserError, one_line
+from runtime.screen.text import nearest
 
 END_OF_TEXT = "<|endoftext|>"
 # Far above any vocabulary in use; without it one absurd id in a damaged file would make lists of that length.
@@ -323,10 +323,9 @@ def check_tokenizer_name(name: str) -> None:
     """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
     names = ["char", "byte", "imported", *tiktoken.list_encoding_names()]
     if name not in names:
-        guess = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
+        near = nearest(name, names) or ";"
         raise UserError(
-            f"config.tokenizer: unknown tokenizer {name!r}; {hint}use char, byte or one of {', '.join(names[3:])}"
+            f"config.tokenizer: unknown tokenizer {name!r}{near} use char, byte or one of {', '.join(names[3:])}"
         )
 
 

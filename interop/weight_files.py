@@ -1,8 +1,6 @@
 """Weights in files that other programs read and write: safetensors, and PyTorch checkpoints (reading only)."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from runtime.errors import StorageError, UserError, one_line
-from runtime.files import read_json
+from runtime.files import read_json, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights that are cut into several files
@@ -88,7 +86,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, that becomes `path` when all is written: at no moment is a half of it there.
+    """A directory to write into; it becomes `path` when everything is written, so that `path` is never half there.
 
     Raises:
       UserError: something is there already.
@@ -98,11 +96,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise UserError(f"--out={path}: already exists; name a new directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
+        with replacing(path) as made:
             made.mkdir()
             yield made
-            os.replace(made, path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"--out={path}: {one_line(error)}; make room, or name another directory") from error
 

@@ -18,7 +18,7 @@ from configs import default
 from reports.html import Picture, html_page
 from reports.plots import Curve, plot_curves
 from runtime.errors import UserError, one_line
-from runtime.files import MetricsFile, read_json, write_text
+from runtime.files import MetricsFile, write_text
 from runtime.screen.console import Console
 from runtime.screen.text import Table, human, nearest
 
@@ -120,9 +120,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read_run(path: Path, name: str) -> RunRecord:
-    saved = read_json(path / run_lib.CONFIG_FILE)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path / run_lib.CONFIG_FILE}: holds no config; is {path} a run's directory?")
+    saved = run_lib.read_config_file(path)
     metrics = path / run_lib.METRICS_FILE
     try:
         read = MetricsFile(metrics).read()

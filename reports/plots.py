@@ -1,7 +1,6 @@
 """The pictures of runs: the losses of one against the tokens it has seen, and those of several over each other."""
 
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runtime.files import storage_error
+from runtime.files import replacing, storage_error
 from runtime.screen.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TRAIN, _VAL, _INK = "#4878a8", "#d1603d", "#333333"
-_COLORS = ("#4878a8", "#d1603d", "#5b9a4f", "#8c62a8", "#c9a227", "#3aa6a0", "#b8517f", "#7a6a58")
+_INK, _PAGE_INK = "#333333", "#7a7a7a"  # of the PNG files, on white; of a page's pictures, on white or black
+_TRAIN, _VAL, _OTHER = "#4878a8", "#d1603d", "#5b9a4f"
+_COLORS = (_TRAIN, _VAL, _OTHER, "#8c62a8", "#c9a227", "#3aa6a0", "#b8517f", "#7a6a58")
+_KEYS, _SINK = "#4f86bd", _VAL
+_PAGE_COLORS = (_KEYS, _SINK, _OTHER)
 _DASHES = ("-", "--", ":", "-.")  # for the labels that the colours do not reach
 _MOST_LABELS = 16  # in a legend that leaves room for the curves
 _LONGEST_LABEL = 40  # characters
@@ -43,11 +45,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.add_subplot()
 
     tokens, losses = series(rows, "loss")
-    if len(losses) < SMOOTH_FROM:
-        axes.plot(tokens, losses, color=_TRAIN, linewidth=1.4, label="training")
-    else:
-        axes.plot(tokens, losses, color=_TRAIN, linewidth=0.6, alpha=0.35)
-        axes.plot(tokens, smoothed(losses), color=_TRAIN, linewidth=1.6, label="training (smoothed)")
+    _draw(axes, tokens, losses, _TRAIN, "training" if len(losses) < SMOOTH_FROM else "training (smoothed)")
 
     tokens, losses = series(rows, "val_loss")
     if len(losses):
@@ -138,32 +136,46 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     save_figure(figure, path)
 
 
-def _dress(axes: "Axes", x: str, y: str) -> None:
-    """What all the pictures have: named axes, tokens as 1.2M, a faint grid."""
+def _draw(axes: "Axes", x: np.ndarray, values: np.ndarray, color: str, label: str, **few: Any) -> None:
+    """A curve: many points as a faint line and a smooth one, few as they are, drawn with the options `few`."""
+    if len(values) < SMOOTH_FROM:
+        axes.plot(x, values, color=color, linewidth=1.4, label=label, **few)
+    else:
+        axes.plot(x, values, color=color, linewidth=0.6, alpha=0.35)
+        axes.plot(x, smoothed(values), color=color, linewidth=1.6, label=label)
+
+
+def _dress(
+    axes: "Axes", x: str, y: str = "", ink: str = _INK, grid: str = "#dddddd", opacity: float | None = None
+) -> None:
+    """What all curves have: named axes, numbers as 1.2M, a faint grid."""
     from matplotlib.ticker import EngFormatter
 
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
+    axes.set_xlabel(x, color=ink)
+    axes.set_ylabel(y, color=ink)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
-    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.grid(color=grid, alpha=opacity, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG so that at no moment a half of it is there.
+    """Write a PNG file that is never half there.
 
     Raises:
       StorageError: the disk did not take it.
     """
-    unfinished = path.with_name(path.name + ".tmp")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name may hold what the font lacks
-            figure.savefig(unfinished, format="png")
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            _write_png(figure, unfinished)
     except OSError as error:
         raise storage_error(path, error) from None
+
+
+def _write_png(figure: "Figure", file: Path | io.BytesIO, transparent: bool = False) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name or a token may hold what the font lacks
+        figure.savefig(file, format="png", transparent=transparent)
 
 
 def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
@@ -185,9 +197,6 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 # --- A run's page: PNG without a background, in colours that are read on light and on dark ------------------------
 # Shapes: L layers, N heads, T query time, E evaluations.
 
-_PAGE_INK = "#7a7a7a"
-_KEYS, _SINK, _OTHER = "#4f86bd", "#d1603d", "#5b9a4f"
-_PAGE_COLORS = (_KEYS, _SINK, _OTHER)
 _WIDTH = 4.8  # inches: a phone's screen shows it at about its own size
 _MOST_NUMBERS = 10  # columns of a grid in which each cell's number can still be read
 _SINK_COLUMNS = 3  # how wide a sink is drawn, in keys
@@ -204,13 +213,8 @@ def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, lo
     figure, axes = _figure(3.1, title)
     for color, (key, label) in zip(_PAGE_COLORS, keys.items(), strict=False):
         steps, values = series(rows, key, "step")
-        if not len(values):
-            continue
-        if len(values) < SMOOTH_FROM:
-            axes.plot(steps, values, ".-", color=color, linewidth=1.4, markersize=5, label=label)
-        else:
-            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
-            axes.plot(steps, smoothed(values), color=color, linewidth=1.6, label=label)
+        if len(values):
+            _draw(axes, steps, values, color, label, marker=".", markersize=5)
     if not axes.lines:
         return None
     plain = lambda value, _: human(value).replace(".0", "") if value >= 1000 else f"{value:g}"
@@ -218,7 +222,7 @@ def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, lo
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda value, at: plain(value, at) if f"{value:e}"[0] in "235" else "")
     axes.yaxis.set_major_formatter(plain)
-    _dress_page(axes, "step")
+    _dress(axes, "step", ink=_PAGE_INK, grid=_PAGE_INK, opacity=0.25)
     if len(keys) > 1:
         axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
     return _png(figure)
@@ -237,7 +241,7 @@ def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> b
         axes.plot(steps, shares_ELN[:, layer].mean(-1), ".-", color=color, linewidth=1.8, label=name)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_percent)
-    _dress_page(axes, "step")
+    _dress(axes, "step", ink=_PAGE_INK, grid=_PAGE_INK, opacity=0.25)
     axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
     return _png(figure)
 
@@ -345,19 +349,7 @@ def _figure(height: float, title: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _dress_page(axes: "Axes", x: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    axes.set_xlabel(x, color=_PAGE_INK)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.margins(x=0.02)
-    axes.grid(color=_PAGE_INK, alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _png(figure: "Figure") -> bytes:
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a token may hold what the font lacks
-        figure.savefig(file, format="png", transparent=True)
+    _write_png(figure, file, transparent=True)
     return file.getvalue()

@@ -46,7 +46,7 @@ def write_report(
     """Write `report.html` from what the run's directory holds, and from its model.
 
     Args:
-      model: on one device; or, where there is none, why.
+      model: on one device; or a string that says why there is none.
       which: what the page calls this state of the model.
       text: whose attention is shown; None takes the last sample's beginning.
 

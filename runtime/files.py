@@ -1,4 +1,4 @@
-"""The small files of a run's directory. Of several processes the first alone writes."""
+"""Writing and reading the small files of a run's directory. Of several processes only the first writes them."""
 
 import contextlib
 import errno
@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,17 @@ def user_cache() -> Path:
 
 
 def room(directory: Path, need: int | None = None) -> str:
-    """How much the disk of a directory has left, and how much is needed where that is known: for messages."""
+    """For messages: how much space the disk of a directory has left, and how much is needed if that is known."""
     megabytes = lambda size: f"{size / 1e6:,.1f} MB"
     needed = "" if need is None else f"need {megabytes(need)}, "
     return f"{needed}free {megabytes(shutil.disk_usage(directory).free)}"
 
 
 def require_room(directory: Path, need: int, what: str) -> None:
-    """Refuse to begin to write `what`, of `need` bytes, where the disk would not take it.
+    """Refuse to begin writing `what`, of `need` bytes, if the disk would not take it.
 
     Raises:
-      StorageError: it is read-only, or has no such room.
+      StorageError: it is read-only, or has too little space.
     """
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
@@ -50,12 +49,12 @@ def require_room(directory: Path, need: int, what: str) -> None:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """What to raise when the disk did not take what belongs at `path`."""
+    """The error to raise when the disk did not take the file `path`."""
     return StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}")
 
 
 def disk_error(error: OSError) -> StorageError | None:
-    """The same where nobody had foreseen the error; None when it is not about a full or a read-only disk."""
+    """The same for an error that no code expected; None unless it is about a full or a read-only disk."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return None
     return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
@@ -79,21 +78,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that at no moment a half of it is there.
+    """Write a file that is never half there.
 
     Raises:
       StorageError: the disk did not take it.
     """
     if not is_first():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise storage_error(path, error) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; the file or directory made there becomes `path` at the end, in one step.
+
+    So `path` is never half written. What is left when the writing fails is removed; no two processes share it.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        unfinished = Path(scratch) / path.name
+        yield unfinished
+        os.replace(unfinished, path)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -139,7 +147,7 @@ def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each handed to the operating system at once.
 
-    Numbers that are not finite are written as null, for JSON has none.
+    Numbers that are not finite are written as null, because JSON has no such numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,7 +162,7 @@ class MetricsFile:
         append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, except a line that a crash cut short; none when there is no file."""
+        """All rows but a line that a crash cut short; none when there is no file."""
         rows = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -164,7 +172,7 @@ class MetricsFile:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's terms: NumPy's and JAX's scalars as Python's, and what is not finite as None."""
+    """`value` as JSON can hold it: NumPy's and JAX's scalars become Python's, numbers that are not finite None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if hasattr(value, "item"):

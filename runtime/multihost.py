@@ -33,7 +33,7 @@ def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
 
 
 def seen_by_first(look: Callable[[], object]) -> bool:
-    """Whether the first of several processes sees something; with a single one nobody looks."""
+    """Process 0's answer to whether it sees something, for all processes; false when there is only one."""
     return num_processes() > 1 and bool(from_all(np.asarray(is_first() and bool(look())))[0])
 
 

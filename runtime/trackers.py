@@ -1,8 +1,11 @@
-"""Weights & Biases beside the run's own files, when it is asked for. It is never needed, and never stops a run.
+"""Services that take a run's numbers beside its own files, if they are switched on. None can stop a run.
 
-Its settings are W&B's own variables (`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL`
-and so on), from the environment or a `.env` file in the current directory. Its files go to the workdir, the key to none
-of them.
+Weights & Biases is the only one so far. Its settings are its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`,
+`WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL` and so on), from the environment or a `.env` file in the current
+directory. Its files go to the workdir; the key goes into none of them.
+
+A new tracker is a maker as `start_wandb` is one, a line in `TRACKERS`, and its switch `<name>_enabled` in
+`configs/default.py`.
 """
 
 import http.client
@@ -14,7 +17,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +39,7 @@ _DEFAULTS = {  # for what the environment leaves open
 
 
 class Tracker:
-    """Takes what a run logs. This one drops it.
+    """Receives what a run logs. This one drops it.
 
     `where` tells people where to look, None if nowhere.
     """
@@ -47,14 +50,14 @@ class Tracker:
         """The numbers of one logged step."""
 
     def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        """There is a new sample: `read` gives all that the model wrote so far, by step, the newest last."""
+        """There is a new sample: `read` gives all samples so far, with their steps, the newest last."""
 
     def finish(self) -> None:
-        """Ends the run: uploads what is left, for half a minute at most."""
+        """Ends the run: uploads what is left, in half a minute at most."""
 
 
 class _WandbTracker(Tracker):
-    """Hands everything to W&B, up to its first exception: then there is one warning and no more W&B."""
+    """Hands everything to W&B until the first exception; then it warns once and drops the rest."""
 
     def __init__(self, run: Any, where: str, warn: Callable[[str], None]) -> None:
         self._run = run
@@ -86,24 +89,19 @@ class _WandbTracker(Tracker):
             self._warn(f"wandb failed and is off for the rest of this run ({one_line(error)})")
 
 
-def make_tracker(
-    enabled: bool, *, name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None]
-) -> Tracker:
-    """Starts W&B, or goes on with the same W&B run where the workdir has one; a null tracker where that cannot be.
+def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None]) -> Tracker:
+    """Starts W&B, or continues the W&B run that the workdir names; gives a null tracker where W&B cannot be started.
 
-    The mode is settled before W&B starts, because W&B itself asks for a key or waits long for a server: offline where
-    there is no key or no server answers. What was logged offline can be sent later with `wandb sync`. Takes 10 seconds
-    at most.
+    The mode is chosen before W&B starts, because W&B itself would ask for a key, or wait long for a server: it is
+    offline without a key or when no server answers. What was logged offline can be sent later with `wandb sync`. Takes
+    10 seconds at most.
 
     Args:
-        enabled: False gives the null tracker.
         name: the run's name.
         config: the resolved config, shown with the run.
         workdir: keeps W&B's files in `wandb/` and the run's id in `wandb_id.txt`.
         warn: takes at most one line from here, and one for the rest of the run.
     """
-    if not enabled:
-        return Tracker()
     try:
         _load_settings()
         import wandb
@@ -128,7 +126,7 @@ def make_tracker(
 
 
 def _load_settings() -> None:
-    """Puts W&B's settings into the environment: what is there stays, then `.env`, then ours."""
+    """Puts W&B's settings into the environment: what is set there stays, then comes `.env`, then our defaults."""
     from dotenv import dotenv_values
 
     for settings in (dotenv_values(".env"), _DEFAULTS):
@@ -138,7 +136,7 @@ def _load_settings() -> None:
 
 
 def _run_id(workdir: Path) -> str:
-    """The id that makes a resumed run the same W&B run."""
+    """The id by which a resumed run continues the same W&B run."""
     path = workdir / "wandb_id.txt"
     found = path.read_text() if path.exists() else ""
     if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes a part of W&B's paths and addresses
@@ -148,7 +146,7 @@ def _run_id(workdir: Path) -> str:
 
 
 def _choose_mode(settings: Any) -> tuple[str, str | None]:
-    """The mode to start W&B in, and why it is not the one that was asked for."""
+    """The mode to start W&B in, and the reason if it is not the one that was asked for."""
     if settings.mode != "online":
         return settings.mode, None
     if not (settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key_in_netrc(settings.base_url)):
@@ -184,8 +182,36 @@ def _answers(url: str) -> bool:
             return
         answered.set()
 
-    # In a thread, because looking up a name knows no time-out.
+    # In a thread, because looking up a name has no time-out.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_PROBE_SECONDS)
     return answered.is_set()
+
+
+TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": start_wandb}  # name -> maker, called as `start_wandb` is
+
+
+class Trackers:
+    """Those of a run.
+
+    Args:
+      names: keys of `TRACKERS`.
+      settings: as `start_wandb` takes them.
+    """
+
+    def __init__(self, names: Iterable[str], **settings: Any) -> None:
+        self._trackers = {name: TRACKERS[name](**settings) for name in names}
+        self.where = {name: tracker.where for name, tracker in self._trackers.items() if tracker.where}
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        for tracker in self._trackers.values():
+            tracker.log(row, step)
+
+    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
+        for tracker in self._trackers.values():
+            tracker.samples(read)
+
+    def finish(self) -> None:
+        for tracker in self._trackers.values():
+            tracker.finish()

@@ -17,6 +17,7 @@ import config_lib
 from commands import flags
 from configs import default, finetune
 from runtime.errors import UserError
+from runtime.trackers import TRACKERS
 from training.optimizer import OptimizerConfig
 from transformer.config import TransformerConfig
 from transformer.sharding import mesh_sizes
@@ -89,6 +90,7 @@ def test_every_key_is_read():
     }
     sources = {path: path.read_text() for path in product_files()}
     read = set().union(*(reads(ast.parse(text)) for text in sources.values()))
+    read |= {f"{name}_enabled" for name in TRACKERS}
     # The classes hand some fields out under their own names.
     for config_class in (TransformerConfig, OptimizerConfig):
         body = (ROOT / Path(*config_class.__module__.split("."))).with_suffix(".py").read_text()

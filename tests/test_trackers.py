@@ -34,19 +34,32 @@ def wandb_world(tmp_path, monkeypatch):
     return here
 
 
-def make(workdir: Path, **changes) -> tuple[trackers.Tracker, list[str]]:
+def make(workdir: Path) -> tuple[trackers.Tracker, list[str]]:
     workdir.mkdir(exist_ok=True)
     warnings: list[str] = []
     values = {"name": "a run", "config": {"lr": 0.1, "betas": (0.9, 0.95)}, "workdir": workdir, "warn": warnings.append}
-    return trackers.make_tracker(**{"enabled": True} | values | changes), warnings
+    return trackers.start_wandb(**values), warnings
 
 
-def test_no_tracker_touches_nothing(tmp_path, wandb_world):
-    tracker, warnings = make(tmp_path / "run", enabled=False)
-    tracker.log({"loss": 1.0}, 1)
-    tracker.samples(lambda: [(1, "text")])
-    tracker.finish()
-    assert (warnings, tracker.where, os.listdir(tmp_path / "run")) == ([], None, [])
+class Notes(trackers.Tracker):
+    """The least that a tracker can be: it keeps a list."""
+
+    def __init__(self, name: str, **settings: Any):
+        self.where, self.rows = f"a list for {name}", []
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+
+def test_a_new_tracker_is_a_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "notes", Notes)
+    none, one = trackers.Trackers([]), trackers.Trackers(["notes"], name="a run", config={})
+    for tracker in (none, one):
+        tracker.log({"loss": 1.0}, 1)
+        tracker.samples(lambda: [(1, "text")])
+        tracker.finish()
+    assert (none.where, one.where) == ({}, {"notes": "a list for a run"})
+    assert one._trackers["notes"].rows == [(1, {"loss": 1.0})]
 
 
 def test_without_wandb_there_is_one_warning(tmp_path, wandb_world, monkeypatch):
@@ -76,7 +89,7 @@ WANDB_RUN = """if True:
     import sys
     from pathlib import Path
     from runtime import trackers
-    tracker = trackers.make_tracker(True, name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
+    tracker = trackers.start_wandb(name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
                                     workdir=Path(sys.argv[1]), warn=print)
     tracker.log({"loss": 0.123456, "mfu": None}, 7)
     tracker.samples(lambda: [(step, f"<ROMEO> {step}") for step in range(8)])

@@ -17,8 +17,8 @@ class Beside:
       every: after how many steps; 0: after the last alone.
       size: how large one is, in a unit of the caller's choice.
       last_size: how large the one after the last step is.
-      share: seconds a unit, as a share of a step's seconds, for as long as none was timed.
-      compiling: what the first one takes longer, as a share of what the first step took longer.
+      share: assumed cost of a unit, in steps, until one was timed.
+      compiling: extra time of the first one, as a share of the extra time of the first step.
     """
 
     every: int

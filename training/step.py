@@ -20,8 +20,6 @@ from transformer.model import Params, init_params
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
 from transformer.xla import compiler_options, settle
 
-COUNTS = ("bad_steps", "bad_batches", "bad_leaf", "loss_spikes")  # those of the metrics that are whole numbers
-
 
 class TrainState(NamedTuple):
     """All that training changes. Everything else is a function of the config and of `micro_step`."""
@@ -36,23 +34,51 @@ class TrainState(NamedTuple):
 
 
 def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str, str], key: jax.Array) -> TrainState:
-    """The state before the first step (to be called inside `jit`, so that it is born where it belongs)."""
+    """The state before the first step; inside `jit` each array is made on the devices that hold it."""
     params = init_params(model_config, key)
-    names = [
-        "loss",
-        "grad_norm",
-        "lr_factor",
-        *(f"{what}_rms_{g}" for g in sorted(set(labels.values())) for what in ("param", "update")),
-    ]
+    opt_state, health, number, count = optimizer.init(params), fresh_health(), jnp.zeros(()), jnp.zeros((), jnp.int32)
+    inputs = (params, params, opt_state, health, number, number, count, count > 0, count > 0)
     return TrainState(
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=opt_state,
         micro_step=jnp.zeros((), jnp.int32),
         window_loss=jnp.zeros((), jnp.float32),
         window_tokens=jnp.zeros((), jnp.int32),
-        health=fresh_health(),
-        metrics={**{name: jnp.zeros(()) for name in names}, **{name: jnp.zeros((), jnp.int32) for name in COUNTS}},
+        health=health,
+        metrics=jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(partial(_metrics, labels), *inputs)),
     )
+
+
+def _metrics(
+    labels: dict[str, str],
+    params: Params,
+    updates: Params,
+    opt_state: Any,
+    health: Health,
+    mean_loss: jax.Array,
+    lr_factor: jax.Array,
+    bad_steps: jax.Array,
+    counts: jax.Array,
+    apply: jax.Array,
+) -> dict[str, jax.Array]:
+    """What a real step tells of itself: the one place that names the metrics. A checkpoint holds them, by these names.
+
+    Args:
+      bad_steps: in a row, before this one.
+      counts: whether the step had tokens whose loss and gradient were finite.
+      apply: whether it changes the parameters.
+    """
+    return {
+        "loss": jnp.where(counts, mean_loss, jnp.nan),
+        "grad_norm": jnp.where(apply, grad_norm_of(opt_state), jnp.nan),
+        "lr_factor": lr_factor,
+        "bad_steps": jnp.where(counts, 0, bad_steps + 1),  # in a row
+        "bad_batches": health.bad_batches,
+        "bad_leaf": health.bad_leaf,
+        "loss_spikes": health.loss_spikes,
+        **_rms("param", params, labels),
+        **_rms("update", updates, labels),
+    }
 
 
 def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:
@@ -150,17 +176,10 @@ def make_train_step(
         )
         new_params = jax.tree.map(jnp.add, params, updates)
 
-        of_this_step = {
-            "loss": jnp.where(counts, mean_loss, jnp.nan),
-            "grad_norm": jnp.where(apply, grad_norm_of(opt_state), jnp.nan),
-            "lr_factor": jnp.asarray(schedule(real_step), jnp.float32),
-            "bad_steps": jnp.where(counts, 0, state.metrics["bad_steps"] + 1),  # in a row
-            "bad_batches": seen.bad_batches,
-            "bad_leaf": seen.bad_leaf,
-            "loss_spikes": seen.loss_spikes,
-            **_rms("param", new_params, labels),
-            **_rms("update", updates, labels),
-        }
+        lr_factor, bad_steps = jnp.asarray(schedule(real_step), jnp.float32), state.metrics["bad_steps"]
+        of_this_step = _metrics(
+            *(labels, new_params, updates, opt_state, seen), *(mean_loss, lr_factor, bad_steps, counts, apply)
+        )
         step_metrics = jax.tree.map(lambda new, old: jnp.where(last, new, old), of_this_step, state.metrics)
         state = TrainState(
             params=new_params,

@@ -264,7 +264,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def travels(primitive: Any, *_: Any, **parts: Any) -> bool:
-    """Whether an operation is `bring_together`: the backward pass shall do it anew rather than keep its result."""
+    """Whether an operation is `bring_together`, the gather that rematerialisation repeats instead of saving."""
     del primitive
     return "call_jaxpr" in parts and any(each.primitive.name == "all_gather" for each in parts["call_jaxpr"].eqns)
 

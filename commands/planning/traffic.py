@@ -21,17 +21,17 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of operation among groups of devices alike, over a whole step."""
+    """One kind of operation, among groups of the same size and kind, over a whole step."""
 
     op: str
     group: tuple[int, ...]  # the devices of the first group, as the mesh numbers them
     count: int  # times a step
     sent: float  # bytes that each device sends, a step
-    in_open_loop: bool  # stands in a loop whose length the program does not say; counted once
+    in_open_loop: bool  # is in a loop whose length the program does not state; counted once
 
 
 def sent_bytes(op: str, result: int, n: int) -> float:
-    """What a device of n sends when its result has so many bytes, by the rings and exchanges that send least."""
+    """Bytes that each of n devices sends for a result of so many bytes, by the algorithms that send least."""
     match op:
         case "all-reduce":
             return 2 * (n - 1) / n * result
@@ -75,7 +75,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
-    """How often a step runs each computation, both branches of a condition counted, and whether all loops say so."""
+    """How often a step runs each computation (both branches of a condition count), and whether all loops state it."""
     result: dict[str, tuple[int, bool]] = {}
 
     def visit(name: str, times: int, known: bool) -> None:
@@ -86,7 +86,7 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
 
     calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
     holds = {name: any(map(_COLLECTIVE.search, lines)) for name, lines in bodies.items()}
-    for _ in bodies:  # what leads to no collective need not be visited: a program has thousands of fusions
+    for _ in bodies:  # skip what leads to no collective: a program has thousands of fusions
         grown = {name: holds[name] or any(holds[callee] for callee, *_ in calls[name]) for name in bodies}
         if grown == holds:
             break

@@ -29,7 +29,7 @@ def best_first(marks: Mapping[int, Mark]) -> list[int]:
 
 
 class Retention:
-    """Orbax's preservation policy: stay shall the newest `keep`, the best, and whatever has no mark.
+    """Orbax's preservation policy: keeps the newest `keep`, the best, and whatever has no mark.
 
     `marks` is read at each decision, so that its owner may change it.
     """
