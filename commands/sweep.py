@@ -26,6 +26,7 @@ from runtime.files import PROGRAM, read_json, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import nearest
 
+MAIN = PROGRAM / "main.py"
 FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
@@ -116,7 +117,7 @@ def command_line(config: ConfigDict, workdir: Path) -> list[str]:
     usual = default.get_config()
     base = f"--config={PROGRAM / 'configs' / 'default.py'}"
     changed = [f"--config.{key}={_flag_text(value)}" for key, value in config.items() if value != usual[key]]
-    return [sys.executable, str(PROGRAM / "main.py"), "train", base, *changed, f"--workdir={workdir}"]
+    return [sys.executable, str(MAIN), "train", base, *changed, f"--workdir={workdir}"]
 
 
 def _flag_text(value: Any) -> str:

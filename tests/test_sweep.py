@@ -66,7 +66,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     """The sweep's directory, with runs that take no time."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "main.py").write_text(STAND_IN.format(root=str(ROOT)))
-    monkeypatch.setattr(sweep, "PROGRAM", tmp_path / "main.py")
+    monkeypatch.setattr(sweep, "MAIN", tmp_path / "main.py")
     return tmp_path / "grid"
 
 
@@ -178,9 +178,9 @@ def state_of(pid: int) -> str:
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("ps")), reason="needs a shell that stops jobs, and ps")
 def test_ctrl_z_stops_the_sweep_and_its_run_and_ctrl_c_ends_both(stand_in):
     """Keys in a real terminal, which signal a whole process group, and a shell that looks after it."""
-    code = "import main, pathlib; from commands import sweep; sweep.PROGRAM = pathlib.Path(%r); "
+    code = "import main, pathlib; from commands import sweep; sweep.MAIN = pathlib.Path(%r); "
     argv = ["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.7,0.6"]
-    code = code % str(sweep.PROGRAM) + f"raise SystemExit(main.main({argv}))"
+    code = code % str(sweep.MAIN) + f"raise SystemExit(main.main({argv}))"
     line = shlex.join([sys.executable, "-c", code])
     run = stand_in / "lr=0.7,seed=0"
 
