@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import default
@@ -23,6 +22,7 @@ from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import obstacle
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
+from transformer.xla import target
 
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
@@ -179,7 +179,7 @@ def resolve_dtype(dtype: str) -> str:
     """ "auto" is bfloat16 where the hardware is made for it."""
     if dtype != "auto":
         return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if target().platform == "cpu" else "bfloat16"
 
 
 def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:

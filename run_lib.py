@@ -192,7 +192,7 @@ def load_model(
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn)

@@ -120,7 +120,7 @@ class Trainer:
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
-        self.mesh = make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
@@ -286,7 +286,7 @@ class Trainer:
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
-        config, step, device = self.config, self.step, jax.local_devices()[0]
+        config, step, device = self.config, self.step, self.mesh.local_devices[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         factor = on_host.pop("lr_factor")
@@ -312,7 +312,7 @@ class Trainer:
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
-            kind = jax.devices()[0].device_kind
+            kind = self.mesh.devices.flat[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row

@@ -18,7 +18,7 @@ from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_o
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
-from transformer.xla import compiler_options, settle
+from transformer.xla import jit_for, settle, target_of, traced_for
 
 
 class TrainState(NamedTuple):
@@ -129,7 +129,7 @@ def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Par
         rows = PartitionSpec(ROWS)
         return on_rows(on_each_device, mesh, (rows_specs(params, mesh), rows), rows)(params, batch_BT1)
 
-    return jax.jit(eval_step)
+    return jax.jit(traced_for(target_of(mesh.devices.flat), eval_step))
 
 
 def make_train_step(
@@ -194,7 +194,7 @@ def make_train_step(
             state = jax.lax.with_sharding_constraint(state, shardings_of(state, mesh))
         return state, step_metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    return jit_for(target_of(mesh.devices.flat), train_step, donate_argnums=0)
 
 
 def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
