@@ -141,7 +141,7 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
       UserError: one of them does not.
     """
     saved = config_lib.from_dict(meta["config"])
-    for name in sorted(config_lib.MODEL_KEYS - config_lib.FREE_ON_RESUME):
+    for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:
             raise UserError(
                 f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
@@ -166,7 +166,7 @@ def load_weights(
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
     if want != have:
-        names = [field.name for field in dataclasses.fields(source)]
+        names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
         name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
         raise UserError(
             f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "

@@ -1,4 +1,4 @@
-"""The shape of a model: its settings, which of their values are possible, and what follows from them."""
+"""The shape of a model and how it is run: their settings, which values are possible, and what follows from them."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,20 @@ CHOICES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model is run: nothing here adds, drops or reshapes a parameter."""
+
+    dtype: str = "float32"
+    attention_kernel: str = "auto"
+    loss_chunk: int = 0
+    remat: str = "none"
+    scan_blocks: bool = False
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a model. `configs/default.py` says what each setting means.
+class TransformerConfig(Execution):
+    """The shape of a model, with how it is run. `configs/default.py` says what each setting means.
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
     the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
@@ -62,12 +73,7 @@ class TransformerConfig:
     logit_softcap: float = 0.0
     dropout: float = 0.0
     output_init: str = "normal"
-    dtype: str = "float32"
     document_start: int = -1
-    attention_kernel: str = "auto"
-    loss_chunk: int = 0
-    remat: str = "none"
-    scan_blocks: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
