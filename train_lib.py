@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, several_steps, spans
 from training.evaluate import Evaluator
 from training.health import Divergence
-from training.step import make_step
+from training.step import Step, make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_shares, shardings_of, whole
@@ -108,8 +108,9 @@ class Trainer:
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
         self.console, self.stop, self.watchdog = console, stop, watchdog
         latest = checkpoints.latest()
+        allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # before anything is loaded: the newest may prove damaged later
-            run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
+            allow(latest)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         console.doing("reading the text")
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
@@ -127,18 +128,10 @@ class Trainer:
             2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
         )
         self.placement = partial(shardings_of, mesh=self.mesh)
-        resumed = run_lib.resume(checkpoints, config, workdir, self.data, self.placement, console.warn, rebatch)
-        self.batches = Batches(
-            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
-            offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
-        )
-        self.total = total_steps(config, self.batches)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        step = make_step(
-            *(config_lib.optimizer_config(config), self.model_config, self.total, dropout_key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-        )
+        build = partial(self._build, dropout_key)
+        resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
+        step = resumed.step if resumed else build(0, 0)
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
@@ -177,6 +170,20 @@ class Trainer:
     def step(self) -> int:
         """Real steps made."""
         return self.micro_step // self.config.accumulation_steps
+
+    def _build(self, key: jax.Array, micro_step: int, position: int) -> Step:
+        """The step of a run that goes on after so many micro-batches and sequences, its batches, and how many steps."""
+        config = self.config
+        self.batches = Batches(
+            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
+            offset=position - micro_step * config.batch_size,
+        )
+        self.total = total_steps(config, self.batches)
+        return make_step(
+            *(config_lib.optimizer_config(config), self.model_config, self.total, key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
+        )
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
