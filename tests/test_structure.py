@@ -136,6 +136,19 @@ def test_an_optimizer_is_named_in_its_own_file_in_the_table_and_where_its_keys_a
     assert (elsewhere, "configs.default" in named) == ({"training.muon", "training.optimizer"}, True)
 
 
+def test_what_is_traced_asks_for_no_devices():
+    """Those of the mesh may be elsewhere. A model alone, without a mesh, takes JAX's own choice, in one place."""
+    asking = ("jax.default_backend", "jax.devices", "jax.local_devices", "jax.extend.backend.get_backend")
+    found = [
+        f"{name}: {call}"
+        for name, source in read_sources().items()
+        if name.partition(".")[0] in ("transformer", "training")
+        for call in (ast.unparse(call.func) for call in calls_of(source))
+        if call in asking
+    ]
+    assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
+
+
 def test_a_worker_that_encodes_text_loads_no_jax():
     code = "import sys, corpus.encode; print(*sorted({'jax', 'jaxlib', 'flax', 'optax'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
