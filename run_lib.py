@@ -133,6 +133,19 @@ def identity(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"config": config_lib.to_dict(config), "tokenizer": tokenizer.fingerprint}
 
 
+def micro_step_of(meta: dict[str, Any]) -> int:
+    """The micro-steps of a checkpoint, in micro-batches of its own config.
+
+    It is not the checkpoint's number in a run that was rebatched; checkpoints of older builds had no other.
+    """
+    return meta.get("micro_step", meta["step"])
+
+
+def real_step_of(meta: dict[str, Any]) -> int:
+    """The optimizer steps of a checkpoint, by its own accumulation."""
+    return micro_step_of(meta) // meta["config"]["accumulation_steps"]
+
+
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Whether config.json and tokenizer.json still say what the checkpoint says: the arrays' shapes show but little.
 
@@ -182,6 +195,8 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
     """A run's model at a checkpoint (the best sound one by default), on one device; takes no lock, writes nothing.
 
+    Also its tokenizer, the run's config, and the checkpoint's number, which `step` may name.
+
     Raises:
       UserError, NoCheckpointError: there is no such run or checkpoint, or the one asked for is damaged.
     """
@@ -205,6 +220,12 @@ def load_model(
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     check_finite(params, workdir)
     return model_of(model_config, params), tokenizer, config, step
+
+
+def meta_of(workdir: Path, number: int) -> dict[str, Any]:
+    """What a checkpoint says of itself; raises as `Checkpoints.meta`."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.meta(number)
 
 
 def check_finite(params: Params, workdir: Path) -> None:
@@ -238,6 +259,7 @@ class Resumed:
     step: Step
     state: TrainState
     micro_step: int  # in micro-batches of the config that goes on
+    ahead: int  # how far the numbers of checkpoints are ahead of that: they count on over a change of batches
     meta: dict[str, Any]
 
 
@@ -268,10 +290,10 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
         )
     old, k = config_lib.from_dict(meta["config"]), meta["config"]["accumulation_steps"]
     config_lib.check_resume(old, config, workdir, rebatch)
-    if k != config.accumulation_steps and meta["step"] % k:
+    if k != config.accumulation_steps and (under_way := micro_step_of(meta) % k):
         raise UserError(
-            f"config.accumulation_steps: the run in {workdir} stopped after {meta['step'] % k} of the {k} micro-batches"
-            f" of a step; finish that first, with accumulation_steps={k} and max_steps={meta['step'] // k + 1}"
+            f"config.accumulation_steps: the run in {workdir} stopped after {under_way} of the {k} micro-batches of a "
+            f"step; finish that first, with accumulation_steps={k} and max_steps={real_step_of(meta) + 1}"
         )
 
 
@@ -299,7 +321,7 @@ def resume(
     """
     new = config.accumulation_steps
     made: dict[int, Step] = {}  # by checkpoint
-    own_micro_step = lambda step, old: step // old * new if old != new else step
+    own_micro_step = lambda meta, old: real_step_of(meta) * new if old != new else micro_step_of(meta)
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         allow(step)
@@ -310,7 +332,7 @@ def resume(
             )
         require_same_model(workdir, config, data.tokenizer, meta)
         old = meta["config"]["accumulation_steps"]
-        made[step] = build(own_micro_step(step, old), meta["position"])
+        made[step] = build(own_micro_step(meta, old), meta["position"])
         state = made[step].state
         abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
@@ -326,4 +348,5 @@ def resume(
         convert = partial(regroup, old=old, new=new)
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
         state = jax.jit(convert, out_shardings=places)(state)
-    return Resumed(made[step], state, own_micro_step(step, old), meta)
+    micro_step = own_micro_step(meta, old)
+    return Resumed(made[step], state, micro_step, max(checkpoints.steps()) - micro_step, meta)

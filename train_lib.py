@@ -196,7 +196,7 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
-        self.micro_step, self.clock, self.reported = 0, Clock(), True
+        self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -204,7 +204,7 @@ class Trainer:
 
     def _resume(self, resumed: run_lib.Resumed) -> None:
         """Go on from a checkpoint, and drop what was logged after it."""
-        self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
+        self.state, self.micro_step, self.ahead, meta = resumed.state, resumed.micro_step, resumed.ahead, resumed.meta
         self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
@@ -357,6 +357,7 @@ class Trainer:
         meta = {
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
+            "micro_step": self.micro_step,
             "elapsed_seconds": self.clock.elapsed,
             "reported": self.reported,
             "sizes": self.sizes,
@@ -364,8 +365,8 @@ class Trainer:
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
         }
-        position = self.batches.position(self.micro_step)
-        self.checkpoints.save(self.micro_step, self.state.params, self.state[1:], meta, val_loss, position)
+        number, position = self.micro_step + self.ahead, self.batches.position(self.micro_step)
+        self.checkpoints.save(number, self.state.params, self.state[1:], meta, val_loss, position)
 
     def _profile(self, first: int, last: int) -> None:
         """Trace the real steps from `first` to before `last` (called before each dispatch, and after the loop)."""

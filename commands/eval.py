@@ -27,14 +27,15 @@ def main(argv: list[str]) -> None:
     console = Console()
     devices.set_up_compile_cache()
     [device, *_] = devices.wake_up()
-    model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step, console.warn)
+    workdir = Path(values.workdir)
+    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn)
     split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)
     if split is None:
         raise UserError(f"--split={values.split}: the run's config has test_fraction 0; use train or val")
     evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
-        "step": step // config.accumulation_steps,
+        "step": run_lib.real_step_of(run_lib.meta_of(workdir, number)),
         "split": values.split,
         "loss": loss,
         "bits_per_byte": cost.bits_per_byte(loss, split.num_tokens, split.num_bytes),

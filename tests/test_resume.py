@@ -1,5 +1,6 @@
 """A run that is cut goes on as if nothing had been, bit for bit; what may change on the way, and what may not."""
 
+import json
 import math
 import re
 import shutil
@@ -27,6 +28,7 @@ from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import ExpectedError, Interrupted, UserError
 from training import evaluate
 from training import step as step_lib
+from training.evaluate import Evaluator
 
 
 def assert_same_run(workdir: Path, reference: run_lib.Run, config) -> None:
@@ -219,3 +221,53 @@ def test_init_from_a_model_with_other_characters_is_refused(tmp_path):
 def test_init_from_nothing_is_refused(tmp_path):
     with pytest.raises(ExpectedError, match=r"nowhere[^\n]*$"):
         train_lib.train(tiny_config(init_from=str(tmp_path / "nowhere")), tmp_path / "tuned")
+
+
+# --- Other batches on the way -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_never_replaced_by_one_with_other_batches(tmp_path, monkeypatch, capsys):
+    """From 4 micro-batches a step to 1 and back to 2: the best of the first session lives through all, by its number."""
+    values = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
+    config = lambda k, steps: tiny_config(
+        **{"num_blocks": 1, "accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
+        **{"eval_every": 3, "save_every": 2, "sample_every": 0, "use_muon": False},
+    )
+    numbers = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    train_lib.train(config(4, 3), tmp_path)
+    assert numbers() == [12]
+    train_lib.train(config(1, 14), tmp_path, rebatch=True)  # steps 4 to 14, at which 12 would have come again
+    assert numbers() == [12, 23]
+    run = train_lib.train(config(2, 16), tmp_path, rebatch=True)
+    assert numbers() == [12, 27] and run.best_step == 3
+    capsys.readouterr()
+    monkeypatch.undo()
+    for flags, step in (([], 3), (["--step=27"], 16)):
+        assert main.main(["eval", f"--workdir={tmp_path}", *flags]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == step
+
+
+def test_a_run_whose_numbers_fell_under_an_older_build_goes_on_above_them(tmp_path, monkeypatch):
+    """There a checkpoint's number was its micro-step, which a change of the accumulation made smaller."""
+    values = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
+    config = lambda k, steps: tiny_config(
+        **{"num_blocks": 1, "accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
+        **{"eval_every": 100, "save_every": 100, "sample_every": 0, "use_muon": False},
+    )
+
+    class Older(Checkpoints):
+        def save(self, step, params, rest, meta, *more):
+            meta = dict(meta)
+            super().save(meta.pop("micro_step"), params, rest, meta, *more)
+
+    numbers = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "Checkpoints", Older)
+        train_lib.train(config(4, 3), tmp_path)
+        train_lib.train(config(1, 6), tmp_path, rebatch=True)
+    assert numbers() == [6, 12]
+    run = train_lib.train(config(1, 12), tmp_path)
+    assert numbers() == [12, 18] and (run.step, run.best_step) == (12, 3)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))

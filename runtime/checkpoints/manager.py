@@ -171,10 +171,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         val_loss: float | None,
         position: int | None = None,
     ) -> None:
-        """Write a checkpoint, numbered by micro-steps, in the background.
+        """Write a checkpoint of that number in the background.
 
-        One of that number is replaced, and at no moment is there neither of the two. A `val_loss` that is not finite
-        is as none. The one with the highest `position` (default: the step) counts as the newest.
+        The one with the highest `position` (default: the step) counts as the newest. One of the same position is
+        replaced, whatever its number, and at no moment is there neither of the two. A `val_loss` that is not finite is
+        as none.
 
         Raises:
           StorageError: this save, or the one before, could not be written.
@@ -185,6 +186,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         if any(other.position > mark.position for other in self._known().values()):
             raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+        newest = self.latest()
+        if newest is not None and self._marks[newest].position == mark.position:
+            step = newest
+        elif step in self._steps_on_disk():
+            raise StorageError(f"{self.directory}: step {step} not saved: an older one has its number; move it aside")
         values = {
             **meta,
             "format": FORMAT,

@@ -18,7 +18,7 @@ from damage import KINDS, PLACE, bits, copy_of, files_of, small_run, snapshot, t
 from runtime import processes
 from runtime.checkpoints.integrity import FILE_LIST, seal
 from runtime.checkpoints.manager import BOOKKEEPING, Checkpoints
-from runtime.errors import NoCheckpointError, UserError
+from runtime.errors import NoCheckpointError, StorageError, UserError
 
 PAPERS = {*BOOKKEEPING, FILE_LIST, "metadata", "_METADATA", "_sharding", "process_0", "manifest.ocdbt"}
 
@@ -239,13 +239,16 @@ def test_the_best_that_is_damaged_is_passed_over_and_left_where_it_is(tmp_path):
 
 
 def test_the_newest_is_the_one_that_has_read_most(tmp_path):
-    """Whatever its number: after a change of the accumulation, numbers may fall."""
+    """Whatever its number: in runs of older builds these may have fallen. No other one is ever replaced."""
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step, position in ((10, 40), (20, 80), (12, 96), (20, 160)):
+        for step, position in ((10, 40), (20, 80), (12, 96)):
             checkpoints.save(step, *trees(position), {}, None, position)
             assert checkpoints.latest() == step
+        with pytest.raises(StorageError, match="step 20 not saved: an older one has its number"):
+            checkpoints.save(20, *trees(160), {}, None, 160)
+        checkpoints.save(14, *trees(97), {}, None, 96)  # the newest again
     assert stored(tmp_path) == ["12", "20"]
-    assert restore(tmp_path)[:2] == (20, bits(trees(160)))
+    assert restore(tmp_path)[:2] == (12, bits(trees(97)))
 
 
 def test_of_several_processes_the_first_alone_finishes_a_replacement(sound, tmp_path, monkeypatch):
