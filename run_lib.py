@@ -299,7 +299,7 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
 
 def resume(
     checkpoints: Checkpoints,
-    build: Callable[[int, int], Step],
+    build: Callable[[int, dict[str, Any]], Step],
     allow: Callable[[int], None],
     config: ConfigDict,
     workdir: Path,
@@ -310,7 +310,7 @@ def resume(
     """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
 
     Args:
-      build: makes the step of a run that goes on after so many micro-batches of `config` and sequences.
+      build: makes the step of a run that goes on after so many micro-batches of `config`, from a checkpoint's meta.
       allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
 
     `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
@@ -332,7 +332,7 @@ def resume(
             )
         require_same_model(workdir, config, data.tokenizer, meta)
         old = meta["config"]["accumulation_steps"]
-        made[step] = build(own_micro_step(meta, old), meta["position"])
+        made[step] = build(own_micro_step(meta, old), meta)
         state = made[step].state
         abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]

@@ -34,7 +34,7 @@ from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, several_steps, spans
 from training.evaluate import Evaluator
 from training.health import Divergence
-from training.optimizer import groups_of
+from training.optimizer import groups_of, schedule_shape, warmup_steps
 from training.step import Step, make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
@@ -132,7 +132,7 @@ class Trainer:
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         build = partial(self._build, dropout_key)
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
-        step = resumed.step if resumed else build(0, 0)
+        step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
@@ -175,18 +175,32 @@ class Trainer:
         """Real steps made."""
         return self.micro_step // self.config.accumulation_steps
 
-    def _build(self, key: jax.Array, micro_step: int, position: int) -> Step:
-        """The step of a run that goes on after so many micro-batches and sequences, its batches, and how many steps."""
-        config = self.config
-        self.batches = Batches(
-            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
-            offset=position - micro_step * config.batch_size,
-        )
-        self.total = total_steps(config, self.batches)
+    def _build(self, key: jax.Array, micro_step: int = 0, meta: dict[str, Any] | None = None) -> Step:
+        """The step of a run, its batches, how many steps it has and how many of them warm up.
+
+        Args:
+          micro_step: micro-batches made.
+          meta: of the checkpoint from which it goes on, which may have been laid out for another number of steps.
+        """
+        config, settings = self.config, config_lib.optimizer_config(self.config)
+        self.batches = self._batches(config, micro_step, meta["position"] if meta else 0)
+        self.total = self.total_before = total_steps(config, self.batches)
+        if meta:
+            old = config_lib.from_dict(meta["config"])
+            self.total_before = total_steps(old, self._batches(old, run_lib.micro_step_of(meta), meta["position"]))
+        self.warmup = (meta or {}).get("warmup_steps", warmup_steps(settings, self.total_before))
         return make_step(
-            *(config_lib.optimizer_config(config), self.model_config, self.total, key, self.mesh),
+            *(settings, self.model_config, self.total, key, self.mesh),
             spike_sigmas=config.spike_sigmas,
             skip_spikes=config.skip_spikes,
+            warmup=self.warmup,
+        )
+
+    def _batches(self, config: ConfigDict, micro_step: int, position: int) -> Batches:
+        """The training batches under a config, of a run that has read `position` sequences before `micro_step`."""
+        return Batches(
+            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
+            offset=position - micro_step * config.batch_size,
         )
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
@@ -217,6 +231,15 @@ class Trainer:
         self.console.line(
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
+        if self.step < self.total != self.total_before:
+            settings = config_lib.optimizer_config(self.config)
+            shape = partial(schedule_shape, settings, warmup=self.warmup)
+            before, then = shape(self.total_before), shape(self.total)
+            rates = [float(factor) for factor in (before(self.step - 1), then(self.step), then(self.total - 1))]
+            self.console.line(
+                f"going on to step {self.total} instead of {self.total_before}: the learning rates, {rates[0]:.3g} of "
+                f"their peak in the last step, are {rates[1]:.3g} in the next and {rates[2]:.3g} at the end"
+            )
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
@@ -358,6 +381,7 @@ class Trainer:
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
+            "warmup_steps": self.warmup,
             "elapsed_seconds": self.clock.elapsed,
             "reported": self.reported,
             "sizes": self.sizes,

@@ -5,8 +5,11 @@ import math
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from helpers import (
     arguments,
@@ -20,6 +23,7 @@ from helpers import (
     tiny_config,
 )
 
+import config_lib
 import input_pipeline
 import main
 import run_lib
@@ -29,6 +33,7 @@ from runtime.errors import ExpectedError, Interrupted, UserError
 from training import evaluate
 from training import step as step_lib
 from training.evaluate import Evaluator
+from transformer.sharding import make_mesh
 
 
 def assert_same_run(workdir: Path, reference: run_lib.Run, config) -> None:
@@ -148,6 +153,48 @@ def test_a_finished_run_can_be_made_longer(copy, tmp_path):
     assert [row["loss"] for row in run.history] == [row["loss"] for row in longer.history]
 
 
+@pytest.mark.parametrize(
+    "changes, more, line",
+    [
+        ({"schedule": "constant"}, {}, "1 of their peak in the last step, are 1 in the next and 1 at the end"),
+        ({"schedule": "constant_linear"}, {}, "0.1 of their peak in the last step, are 1 in the next and 0.0333 at"),
+        ({"schedule": "constant", "max_steps": 0, "epochs": 1}, {"max_steps": 0, "batch_size": 6}, "1 in the next"),
+    ],
+)
+def test_a_run_that_is_made_longer_does_not_warm_up_again(changes, more, line, tmp_path, capsys):
+    """Two of its first twenty steps warm up, however many follow; the line that says so tells what the rates do."""
+    base = tiny_config(
+        **{"num_blocks": 1, "use_muon": False, "lr_warmup_ratio": 0.1, "sample_every": 0, "eval_every": 100},
+        **{"max_steps": 20, "save_every": 100},
+    )
+    base.update(changes)
+    text = tmp_path / "short.txt"
+    text.write_text(make_text()[: 2 * (20 * 4 * 16 + 1)])  # an epoch of twenty steps of four sequences
+    base.dataset = str(text)
+    longer = base.copy_and_resolve_references()
+    longer.update({"max_steps": 60, **more})
+    longer.epochs *= 4
+    train_lib.train(base, tmp_path / "run")
+    capsys.readouterr()
+    train_lib.train(longer, tmp_path / "run", rebatch=True)
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("going on to step ")]
+    assert len(said) == 1 and " instead of 20: " in said[0] and line in said[0]
+    rates = [row["lr"] / base.lr for row in rows(tmp_path / "run")]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and min(rates[2:9]) == 1 and rates[20:25] == [1] * 5
+
+
+def test_the_warm_up_of_a_run_of_an_older_build_is_that_of_its_config(tmp_path):
+    meta = {"config": config_lib.to_dict(tiny_config(lr_warmup_ratio=0.1, max_steps=20)), "position": 40, "step": 10}
+    trainer = SimpleNamespace(
+        config=tiny_config(lr_warmup_ratio=0.1, max_steps=60), mesh=make_mesh(devices=jax.devices()[:1])
+    )
+    trainer.data = run_lib.load_data(trainer.config, print)
+    trainer.model_config = finished_run().model.config
+    trainer._batches = partial(train_lib.Trainer._batches, trainer)
+    train_lib.Trainer._build(trainer, jax.random.key(0), 10, meta)
+    assert (trainer.total, trainer.total_before, trainer.warmup) == (60, 20, 2)
+
+
 def test_a_run_cannot_be_made_shorter():
     before = losses(finished_run().workdir)
     with pytest.raises(UserError, match=r"^config\.max_steps: .*at step 30, past 29"):
@@ -227,7 +274,7 @@ def test_init_from_nothing_is_refused(tmp_path):
 
 
 def test_a_checkpoint_is_never_replaced_by_one_with_other_batches(tmp_path, monkeypatch, capsys):
-    """From 4 micro-batches a step to 1 and back to 2: the best of the first session lives through all, by its number."""
+    """From 4 micro-batches a step to 1 and back to 2: the first session's best lives through all."""
     values = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
     config = lambda k, steps: tiny_config(
