@@ -162,9 +162,9 @@ def test_a_finished_run_can_be_made_longer(copy, tmp_path):
     ],
 )
 def test_a_run_that_is_made_longer_does_not_warm_up_again(changes, more, line, tmp_path, capsys):
-    """Two of its first twenty steps warm up, however many follow; the line that says so tells what the rates do."""
+    """Ten of its first twenty steps warm up, however many follow; the line that says so tells what the rates do."""
     base = tiny_config(
-        **{"num_blocks": 1, "use_muon": False, "lr_warmup_ratio": 0.1, "sample_every": 0, "eval_every": 100},
+        **{"num_blocks": 1, "use_muon": False, "lr_warmup_ratio": 0.5, "sample_every": 0, "eval_every": 100},
         **{"max_steps": 20, "save_every": 100},
     )
     base.update(changes)
@@ -180,7 +180,7 @@ def test_a_run_that_is_made_longer_does_not_warm_up_again(changes, more, line, t
     said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("going on to step ")]
     assert len(said) == 1 and " instead of 20: " in said[0] and line in said[0]
     rates = [row["lr"] / base.lr for row in rows(tmp_path / "run")]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and min(rates[2:9]) == 1 and rates[20:25] == [1] * 5
+    assert rates[:11] == pytest.approx([n / 11 for n in range(1, 12)]) and rates[20:30] == [1] * 10
 
 
 def test_the_warm_up_of_a_run_of_an_older_build_is_that_of_its_config(tmp_path):
