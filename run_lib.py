@@ -50,6 +50,7 @@ class Run:
     val_loss: float | None  # of the last evaluation, nats per token
     best_val_loss: float | None
     best_step: int | None
+    best_tokens: int = 0  # that the best one stands on, the first of the validation split; 0: all
 
 
 def sample_entry(step: int, text: str) -> str:

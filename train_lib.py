@@ -19,7 +19,7 @@ from reports.run_page import write_after_training
 from reports.sinks import SinkLog
 from run_lib import Run
 from runtime import devices
-from runtime.checkpoints.manager import Checkpoints
+from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
@@ -134,6 +134,8 @@ class Trainer:
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
         step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
+        some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
+        self.val_tokens = some if some < whole_split else 0  # on which evaluations are compared; 0: on all of the split
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
@@ -220,7 +222,9 @@ class Trainer:
         """Go on from a checkpoint, and drop what was logged after it."""
         self.state, self.micro_step, self.ahead, meta = resumed.state, resumed.micro_step, resumed.ahead, resumed.meta
         self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
-        self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
+        same = val_tokens_of(meta) == self.val_tokens
+        self.best_val_loss, self.best_step = (meta["best_val_loss"], meta["best_step"]) if same else (None, None)
+        self.val_loss = meta["val_loss"]
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
             raise UserError(
@@ -283,6 +287,7 @@ class Trainer:
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
+            best_tokens=self.val_tokens,
         )
         if self.config.report:
             self.console.doing("writing report.html")
@@ -303,7 +308,10 @@ class Trainer:
             row = self._row(step_metrics)
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
-                    row |= self._evaluate(0 if last else config.eval_tokens)
+                    compared = self._evaluate(self.val_tokens)
+                    row |= compared
+                    if last and self.val_tokens:
+                        row |= self._evaluate(0) | {f"prefix_{key}": value for key, value in compared.items()}
                     if self.sinks:
                         by_first(partial(self.sinks.append, self._model(), row))
             self.metrics_file.append(row)
@@ -313,12 +321,12 @@ class Trainer:
             with self.clock.pause("sample"), self.watchdog.pause(), self.console.busy("sampling"):
                 by_first(partial(self._sample, self._model()))
         self.reported = True
-        improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
+        improved = evaluated and (self.best_val_loss is None or compared["val_loss"] < self.best_val_loss)
         if improved:
-            self.best_val_loss, self.best_step = self.val_loss, step
+            self.best_val_loss, self.best_step = compared["val_loss"], step
         if improved or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
-                self._save(self.val_loss if evaluated else None)
+                self._save(compared["val_loss"] if evaluated else None)
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
@@ -390,7 +398,7 @@ class Trainer:
             "best_step": self.best_step,
         }
         number, position = self.micro_step + self.ahead, self.batches.position(self.micro_step)
-        self.checkpoints.save(number, self.state.params, self.state[1:], meta, val_loss, position)
+        self.checkpoints.save(number, self.state.params, self.state[1:], meta, val_loss, position, self.val_tokens)
 
     def _profile(self, first: int, last: int) -> None:
         """Trace the real steps from `first` to before `last` (called before each dispatch, and after the loop)."""

@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import config_lib
 import run_lib
 from config_lib import written
 from configs import default
+from reports.evaluations import on_the_same_tokens
 from reports.html import Picture, html_page
 from reports.plots import Curve, plot_curves
 from runtime.errors import UserError, one_line
@@ -152,6 +153,12 @@ def metric_of(runs: Sequence[RunRecord]) -> str:
     return "val_loss" if len({run.config["tokenizer"] for run in runs}) == 1 else "bits_per_byte"
 
 
+def comparable(runs: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord], float | None]:
+    """The runs with those evaluations alone that compare, and on how many tokens these stand; None: not on the same."""
+    rows, tokens = on_the_same_tokens([run.rows for run in runs], alike=metric == "val_loss")
+    return [replace(run, rows=own) for run, own in zip(runs, rows, strict=True)], tokens
+
+
 def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
     """The worst of the runs' best losses, which all that were evaluated reach."""
     values = [[row[metric] for row in run.evaluations if row.get(metric) is not None] for run in runs]
@@ -236,9 +243,9 @@ def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
 
 
 def _table(
-    title: str, first: list[str], named: dict[str, list[Result]], keys: Sequence[str], target: str, metric: str
+    title: str, first: list[str], named: dict[str, list[Result]], keys: Sequence[str], target: str, score_by: str | None
 ) -> Table:
-    """A row for each name: of one result its numbers, of several their mean and spread."""
+    """A row for each name: of one result its numbers, of several mean and spread; the lowest `score_by` is bold."""
     columns = [_COLUMNS[key] for key in keys]
     rows = []
     for name, results in named.items():
@@ -247,11 +254,8 @@ def _table(
             for key, column in zip(keys, columns, strict=True)
         ]
         rows.append([name, *([str(len(results))] if len(first) > 1 else []), *cells])
-    key = "best" if metric == "val_loss" else "bits_per_byte"
-    score = [
-        statistics.fmean(values) if None not in (values := [getattr(r, key) for r in results]) else math.inf
-        for results in named.values()
-    ]
+    scores = [[getattr(result, score_by) if score_by else None for result in results] for results in named.values()]
+    score = [math.inf if None in values else statistics.fmean(values) for values in scores]
     best = frozenset({score.index(min(score))} if len(score) > 1 and min(score) < math.inf else ())
     return Table(title, [*first, *(column.title.format(target) for column in columns)], rows, bold=best)
 
@@ -262,15 +266,23 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
     Args:
       target: nats per token, or bits per byte where the runs' tokenizers differ; None takes the loss that all reach.
     """
-    metric, groups = metric_of(runs), group_seeds(runs)
+    metric = metric_of(runs)
+    ends = {run.name: run.evaluations[-1] for run in runs if run.evaluations}
+    runs, tokens = comparable(runs, metric)
+    groups = group_seeds(runs)
+    compares = tokens is not None or metric != "val_loss" or len(ends) < 2
+    score_by = ("best" if metric == "val_loss" else "bits_per_byte") if compares else None
     unit = "nats per token" if metric == "val_loss" else "bits per byte"
-    goal = common_target(runs, metric) if target is None else target
+    goal = common_target(runs, metric) if target is None and compares else target
     heading = "a loss" if goal is None else f"{goal:.4f}"
     single = {run.name: [result_of(run, metric, goal)] for run in runs}
+    of_ends = {row.get("val_tokens") or 0 for row in ends.values()}
+    if len(of_ends) == 1:  # all came to their end, and have told of more there
+        single |= {name: [replace(single[name][0], val_loss=row["val_loss"])] for name, row in ends.items()}
     tables = [
         _config_table(groups),
-        _table("Loss", ["run"], single, _LOSS, heading, metric),
-        _table("Cost", ["run"], single, _COST, heading, metric),
+        _table("Loss", ["run"], single, _LOSS, heading, score_by),
+        _table("Cost", ["run"], single, _COST, heading, score_by),
     ]
     whose = ", the worst of the runs' best" if target is None and goal is not None else ""
     notes = ["Losses in nats per token."]
@@ -278,14 +290,19 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         notes.append(f"To {heading} {unit}{whose}: by the first evaluation there.")
     if metric != "val_loss":
         notes.append("The tokenizers differ, so only bits per byte compare.")
-    covered = {run.evaluations[-1].get("val_tokens") for run in runs if run.evaluations}
-    if len(covered) > 1 and metric == "val_loss":
-        notes.append("The last evaluations cover different numbers of tokens: losses of different texts.")
+    if not compares:
+        notes.append("The evaluations cover different numbers of tokens: different texts, which do not compare.")
+    elif metric == "val_loss" and of_ends - {tokens}:
+        which = "Best is" if len(of_ends) == 1 else "All losses are"
+        notes.append(
+            f"{which} over the first {tokens:,.0f} tokens of the validation split, which all were evaluated on."
+        )
+
     if any(len(group) > 1 for group in groups.values()):
         means = {name: [single[run.name][0] for run in group] for name, group in groups.items()}
         first = ["config", "n"]
-        tables.append(_table("Loss, mean over seeds", first, means, _MEAN_LOSS, heading, metric))
-        tables.append(_table("Cost, mean over seeds", first, means, _COST, heading, metric))
+        tables.append(_table("Loss, mean over seeds", first, means, _MEAN_LOSS, heading, score_by))
+        tables.append(_table("Cost, mean over seeds", first, means, _COST, heading, score_by))
         notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
     return tables, notes
 
@@ -307,7 +324,8 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
         console.table(table)
     for note in notes:
         console.line(note)
-    curves = [Curve(name, run.rows) for name, group in group_seeds(runs).items() for run in group]
+    shown = group_seeds(comparable(runs, metric_of(runs))[0])
+    curves = [Curve(name, run.rows) for name, group in shown.items() for run in group]
     pictures = []
     for x, file in ("tokens", "loss_by_tokens.png"), ("elapsed_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from reports.evaluations import on_the_same_tokens
 from runtime.files import replacing, storage_error
 from runtime.screen.text import human
 
@@ -47,6 +48,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     tokens, losses = series(rows, "loss")
     _draw(axes, tokens, losses, _TRAIN, "training" if len(losses) < SMOOTH_FROM else "training (smoothed)")
 
+    [rows], _ = on_the_same_tokens([rows])
     tokens, losses = series(rows, "val_loss")
     if len(losses):
         axes.plot(tokens, losses, "o-", color=_VAL, markersize=4, linewidth=1.0, label="validation")

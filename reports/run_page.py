@@ -12,7 +12,7 @@ import config_lib
 import run_lib
 from config_lib import key_docs, written
 from corpus.tokenizer import Tokenizer, UnknownCharacters
-from reports.compare import RunRecord, read_runs, result_of
+from reports.compare import RunRecord, comparable, read_runs, result_of
 from reports.html import Block, Fold, Heading, Picture, Verbatim, html_page
 from reports.plots import plot_all_maps, plot_map, plot_series, plot_shares, plot_shares_over_training
 from reports.sinks import TOKENS, attention_maps, read_shares
@@ -65,7 +65,7 @@ def write_report(
     steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config)
     blocks = [
         _summary(run, model_config),
-        *_curves(run),
+        *_curves(comparable([run], "val_loss")[0][0]),
         *_sinks(model_config, steps, shares_ELN),
         *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer), not len(steps)),
         *_samples(samples),
@@ -98,10 +98,11 @@ def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunReco
 
 
 def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
-    result = result_of(run, "val_loss", None)
+    last = run.evaluations[-1] if run.evaluations else {}
+    result = result_of(comparable([run], "val_loss")[0][0], "val_loss", None)
     number = lambda value, form: None if value is None else format(value, form)
     rows = {
-        "validation loss": number(result.val_loss, ".4f"),
+        "validation loss": number(last.get("val_loss"), ".4f"),
         "best": None if result.best is None else f"{result.best:.4f} at step {result.best_step:,.0f}",
         "bits per byte": number(result.bits_per_byte, ".4f"),
         "steps": number(result.steps, ",.0f"),

@@ -120,7 +120,8 @@ def closing(run: Any, seconds: float) -> tuple[Table, str]:
     loss_at = lambda step, loss: f"{step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")
     rows = [["last step", loss_at(run.step, run.val_loss)]]
     if run.best_step is not None:
-        rows.insert(0, ["best step", loss_at(run.best_step, run.best_val_loss)])
+        over = f" over {run.best_tokens:,} tokens" if run.best_tokens else ""
+        rows.insert(0, ["best step", loss_at(run.best_step, run.best_val_loss) + over])
     tokens = f" for {human(run.history[-1]['tokens'])} tokens" if run.history else ""
     rows += [["time", duration(seconds) + tokens], ["files", str(shown)]]
     return Table("Done", ["", ""], rows, left=2), f"python main.py sample --workdir={shlex.quote(str(shown))}"

@@ -118,6 +118,35 @@ def test_runs_that_go_on_and_files_that_are_odd(tmp_path, capsys):
     assert "tokens to a loss" in nothing and (tmp_path / "out" / "loss_by_tokens.png").stat().st_size > 1000
 
 
+def cover(run: Path, tokens: dict[int, int], **end: float) -> Path:
+    """Sets on how many tokens the evaluations of a fabricated run stand, and what the last row tells beside."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    covered = [row | ({"val_tokens": tokens[row["step"]]} if row["step"] in tokens else {}) for row in lines]
+    covered[-1] |= end
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in covered))
+    return run
+
+
+def test_only_losses_over_the_same_tokens_are_compared(tmp_path, capsys):
+    """A prefix of 100 tokens in training, all 999 at the end, there with the prefix: 1.25 of all is no record."""
+    prefix = {"prefix_val_loss": 2.25, "prefix_val_tokens": 100, "prefix_bits_per_byte": 2.25}
+    ended = cover(fabricate(tmp_path / "ended", {20: 2.5, 30: 2.0, 40: 1.25}), {20: 100, 30: 100}, **prefix)
+    longer = cover(fabricate(tmp_path / "longer", {20: 2.75, 30: 1.75, 40: 1.5}, seed=1), {20: 100, 30: 100, 40: 100})
+    whole = fabricate(tmp_path / "whole", {20: 1.75, 40: 1.5}, lr=0.5)
+    out = f"--out={tmp_path / 'out'}"
+    columns = lambda text: [row[3:6] for row in cells(text, "Loss")]  # last, best, at step
+    text = compared(capsys, ended, longer, out)
+    assert columns(text) == [["2.2500", "2.0000", "30"], ["1.5000", "1.5000", "40"]]
+    assert "To 2.0000" in text and "All losses are over the first 100 tokens" in text
+    text = compared(capsys, ended, out)
+    assert columns(text) == [["1.2500", "2.0000", "30"]] and "Best is over the first 100 tokens" in text
+    text = compared(capsys, ended, whole, out)
+    assert columns(text) == [["1.2500", "1.2500", "40"], ["1.5000", "1.5000", "40"]] and "over the first" not in text
+    text = compared(capsys, longer, whole, out)
+    assert columns(text) == [["1.5000", "1.5000", "40"], ["1.5000", "1.5000", "40"]]
+    assert "which do not compare" in text and "tokens to a loss" in text
+
+
 def test_different_tokenizers_compare_by_bits_per_byte(tmp_path, capsys):
     fabricate(tmp_path / "char", {20: 2.0, 40: 1.5}, scale=1.5)
     fabricate(tmp_path / "gpt2", {20: 5.0, 40: 4.0}, scale=0.5, tokenizer="gpt2")

@@ -18,7 +18,8 @@ import run_lib
 import train_lib
 from corpus import dataset
 from corpus.tokenizer import tokenizer_from_dict
-from runtime.checkpoints.manager import Checkpoints
+from reports import summary
+from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.errors import DivergedError, UserError
 from training.evaluate import Evaluator
 from transformer.model import params_of
@@ -131,6 +132,46 @@ def test_eval_tokens_is_for_training_and_not_for_the_end(tmp_path):
     run = train_lib.train(tiny_config(eval_tokens=300, max_steps=8), tmp_path)
     whole = run_lib.load_data(tiny_config(), say=print).val.num_tokens - 1
     assert [(row["step"], row["val_tokens"]) for row in run.history if "val_loss" in row] == [(7, 288), (8, whole)]
+    assert (run.history[-1]["prefix_val_tokens"], run.best_tokens) == (288, 300)
+
+
+def test_only_losses_over_the_same_tokens_make_a_best(tmp_path, monkeypatch):
+    """By script: of all of the split at the end, which is no record; then of another prefix, which begins anew."""
+    whole = [1.5, 1.75, 1.7]  # at steps 8, 15, 22
+    prefix = [2.5, 2.4, 2.0, 2.25, 2.75, 2.8]  # at 7, 8, 14, 15, 21, 22
+
+    def scripted(self, params, split, max_tokens=0, check=None):
+        return (prefix if max_tokens else whole).pop(0), max_tokens or 999
+
+    monkeypatch.setattr(Evaluator, "__call__", scripted)
+    config = lambda steps, tokens: tiny_config(
+        eval_tokens=tokens, max_steps=steps, save_every=100, sample_every=0, keep=1
+    )
+    stored = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    run = train_lib.train(config(8, 300), tmp_path)
+    assert (run.best_step, run.best_val_loss, run.val_loss) == (8, 2.4, 1.5)
+    run = train_lib.train(config(15, 300), tmp_path)
+    assert (run.best_step, run.best_val_loss, run.val_loss) == (14, 2.0, 1.75)
+    assert run_lib.load_model(tmp_path)[3] == 14 and stored() == [14, 15]
+    said = ["best step", "14, validation loss 2.0000 over 300 tokens"]
+    assert said in summary.closing(run, 1.0)[0].rows
+    run = train_lib.train(config(22, 400), tmp_path)
+    assert (run.best_step, run.best_val_loss) == (21, 2.75) and stored() == [14, 21, 22]
+    assert run_lib.load_model(tmp_path)[3] == 21
+
+
+@pytest.mark.parametrize(
+    "meta, tokens",
+    [
+        ({"step": 5, "config": {"eval_tokens": 0, "max_steps": 9}}, 0),
+        ({"step": 5, "config": {"eval_tokens": 7, "max_steps": 9}}, 7),
+        ({"step": 18, "config": {"eval_tokens": 7, "max_steps": 9, "accumulation_steps": 2}}, 0),
+        ({"step": 9, "config": {"eval_tokens": 7, "max_steps": 9}, "checkpoint_val_tokens": 7}, 7),
+        ({"step": 3}, 0),
+    ],
+)
+def test_an_older_checkpoint_says_by_its_config_what_its_loss_stands_on(meta, tokens):
+    assert val_tokens_of(meta) == tokens
 
 
 def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsys):

@@ -124,9 +124,10 @@ def beside(
       val_tokens, eval_tokens: tokens of the validation split, and of the part of it that is taken in training; 0: all.
     """
     some = min(eval_tokens, val_tokens) if eval_tokens else val_tokens
+    last = val_tokens + some % val_tokens  # after the last step both
     saves = min(filter(None, (save_every, eval_every)), default=0)  # as if each evaluation improved
     return {
-        "evaluation": Beside(eval_every, some, val_tokens, share=1 / (3 * step_tokens), compiling=0.15),
+        "evaluation": Beside(eval_every, some, last, share=1 / (3 * step_tokens), compiling=0.15),
         "sample": Beside(sample_every, compiling=0.7),
         "save": Beside(saves, compiling=0.4),
     }

@@ -72,6 +72,16 @@ class Finding:
     listed: bool  # whether it has a list of its files
 
 
+def val_tokens_of(meta: Mapping[str, Any]) -> int:
+    """On how many tokens a checkpoint's validation loss stands; 0: on all of the split.
+
+    Older builds did not say: there the config does, but after the last step the loss was that of the whole split.
+    """
+    config = {"eval_tokens": 0, "max_steps": 0, "accumulation_steps": 1} | meta.get("config", {})
+    last = meta["step"] == config["max_steps"] * config["accumulation_steps"]
+    return meta.get("checkpoint_val_tokens", 0 if last else config["eval_tokens"])
+
+
 def _bytes_on_disk(state: Any) -> int:
     """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
@@ -80,8 +90,10 @@ def _bytes_on_disk(state: Any) -> int:
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `workdir/checkpoints`.
 
-    Kept are the newest `keep` and the one with the lowest validation loss. Saving is asynchronous: an error of the disk
-    surfaces at the next save or at `close`. Use as a context manager, so that the last save is waited for.
+    Kept are the newest `keep` and the one with the lowest validation loss, where that stands on different
+    tokens the lowest on each. Saving is asynchronous: an error of the disk surfaces at the next save or at `close`. Use
+    as a context manager, so that the last save is waited for.
+
     """
 
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
@@ -121,7 +133,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         for step in self._steps_on_disk():
             try:
                 meta = self.meta(step)
-                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"])
+                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"], val_tokens_of(meta))
             except DamagedError as error:
                 self._damaged[step] = str(error)
         require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
@@ -170,12 +182,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         meta: Mapping[str, Any],
         val_loss: float | None,
         position: int | None = None,
+        val_tokens: int = 0,
     ) -> None:
         """Write a checkpoint of that number in the background.
 
         The one with the highest `position` (default: the step) counts as the newest. One of the same position is
         replaced, whatever its number, and at no moment is there neither of the two. A `val_loss` that is not finite is
-        as none.
+        as none; it stands on the first `val_tokens` of the validation split, or (0) on all.
 
         Raises:
           StorageError: this save, or the one before, could not be written.
@@ -183,6 +196,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         mark = Mark(
             position=int(step if position is None else position),
             val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
+            val_tokens=val_tokens,
         )
         if any(other.position > mark.position for other in self._known().values()):
             raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
@@ -197,6 +211,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             "step": int(step),
             "position": mark.position,
             "checkpoint_val_loss": mark.val_loss,
+            "checkpoint_val_tokens": mark.val_tokens,
             "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
         }
         args = ocp.args.Composite(

@@ -14,6 +14,7 @@ class Mark:
 
     position: int
     val_loss: float | None
+    val_tokens: int = 0  # on so many tokens of the validation split, its first; 0: on all
 
 
 def newest_first(marks: Mapping[int, Mark]) -> list[int]:
@@ -22,14 +23,20 @@ def newest_first(marks: Mapping[int, Mark]) -> list[int]:
 
 
 def best_first(marks: Mapping[int, Mark]) -> list[int]:
-    """Steps by validation loss; behind them those without one, the newest first."""
-    losses = {step: mark.val_loss for step, mark in marks.items() if mark.val_loss is not None}
-    others = {step: mark for step, mark in marks.items() if mark.val_loss is None}
-    return sorted(losses, key=lambda step: (losses[step], step)) + newest_first(others)
+    """Steps by validation loss, then those without one, the newest first.
+
+    A loss on other tokens than the newest one's is as none: it does not compare.
+    """
+    newest = newest_first(marks)
+    tokens = next((marks[step].val_tokens for step in newest if marks[step].val_loss is not None), 0)
+    losses = {step: marks[step].val_loss for step in marks if marks[step].val_tokens == tokens}
+    ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+    best = [step for _, step in ranked]
+    return best + [step for step in newest if step not in best]
 
 
 class Retention:
-    """Orbax's preservation policy: keeps the newest `keep`, the best, and whatever has no mark.
+    """Orbax's preservation policy: keeps the newest `keep`, the best (on whichever tokens), and whatever has no mark.
 
     `marks` is read at each decision, so that its owner may change it.
     """
@@ -40,8 +47,10 @@ class Retention:
     def superfluous(self, steps: Iterable[int]) -> list[int]:
         """Those of the steps that need not stay."""
         ours = {step: self._marks[step] for step in steps if step in self._marks}
-        evaluated = {step: mark for step, mark in ours.items() if mark.val_loss is not None}
-        stay = {*newest_first(ours)[: self._keep], *best_first(evaluated)[:1]}
+        stay = set(newest_first(ours)[: self._keep])
+        for tokens in {mark.val_tokens for mark in ours.values()}:
+            evaluated = {s: m for s, m in ours.items() if m.val_loss is not None and m.val_tokens == tokens}
+            stay |= set(best_first(evaluated)[:1])
         return [step for step in ours if step not in stay]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:

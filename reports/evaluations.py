@@ -1,0 +1,39 @@
+"""Which evaluations compare: those over the same tokens, the first so many of a validation split."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]  # of metrics.jsonl
+
+_FIGURES = ("val_loss", "bits_per_byte", "val_tokens")
+_PREFIXES = ("", "prefix_")  # the last step's row tells of the whole split, and of the part that the others were about
+
+
+def _figures(row: Row) -> dict[float, Row]:
+    """What a row tells of evaluations, by their tokens; 0 stands for a number that was not kept."""
+    found = {}
+    for prefix in reversed(_PREFIXES):
+        if row.get(f"{prefix}val_loss") is not None:
+            found[row.get(f"{prefix}val_tokens") or 0] = {key: row.get(prefix + key) for key in _FIGURES}
+    return found
+
+
+def on_the_same_tokens(runs: Sequence[list[Row]], alike: bool = True) -> tuple[list[list[Row]], float | None]:
+    """The rows of each run, with those evaluations alone that compare; and on how many tokens these stand.
+
+    Of the numbers of tokens on which all runs were evaluated it is the one with the most evaluations in each. Where
+    there is none, or the runs' tokens are not `alike`, it is None, and each run is compared with itself alone, on the
+    tokens on which it was evaluated most often (of tokens not alike: on the most tokens).
+    """
+    counts = [Counter(tokens for row in rows for tokens in _figures(row)) for rows in runs]
+    evaluated = [count for count in counts if count]
+    shared = set.intersection(*map(set, evaluated)) if evaluated and alike else set()
+    common = max(shared, key=lambda tokens: (min(count[tokens] for count in evaluated), tokens), default=None)
+    result = []
+    for rows, count in zip(runs, counts, strict=True):
+        own = max(count, key=lambda tokens: (count[tokens] * alike, tokens), default=None)
+        tokens = own if common is None else common
+        bare = ({key: value for key, value in row.items() if key not in _FIGURES} for row in rows)
+        result.append([plain | _figures(row).get(tokens, {}) for plain, row in zip(bare, rows, strict=True)])
+    return result, common
