@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
@@ -23,6 +24,7 @@ from training.health import first_not_finite
 from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, init_params, model_of
+from transformer.sharding import DATA, FSDP
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -264,18 +266,23 @@ class Resumed:
     meta: dict[str, Any]
 
 
-def other_versions(workdir: Path) -> str:
-    """How the packages that compute differ from those of the session before: "jax 0.10.2, now 0.12.0"; "" where not.
+def arithmetic_of(model_config: TransformerConfig, mesh: Mesh) -> dict[str, Any]:
+    """What decides the bits of a run beside its config and data; each of its checkpoints keeps it.
 
-    A run goes on under any version that reads its checkpoints, but another compiler may round in another order.
+    `dtype` is the resolved one. Dropout draws anew for each part of the batch, so that it depends on the devices.
     """
-    try:
-        before = dict(read_json(workdir / CONFIG_FILE)["packages"])
-    except (UserError, LookupError, TypeError):  # a run goes on without that file too, which is then written anew
-        return ""
-    now = devices.environment()["packages"]
-    changed = [name for name in ("jax", "jaxlib", "flax", "optax") if before.get(name, now[name]) != now[name]]
-    return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
+    parts = mesh.shape[DATA] * mesh.shape[FSDP]
+    dropped = f"by {parts} of {mesh.size} devices" if mesh.size > 1 else "by one device"
+    own = {"dtype": model_config.dtype, **({"dropout": dropped} if model_config.dropout else {})}
+    return devices.arithmetic() | own
+
+
+def other_arithmetic(meta: dict[str, Any], now: dict[str, Any]) -> str:
+    """How that differs from a checkpoint's: "jax 0.10.2, now 0.12.0; ..."; "" where it does not, or was not kept."""
+    before = meta.get("arithmetic", {})
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    said = lambda value: "unset" if value in (None, "") else value
+    return "; ".join(f"{name} {said(before[name])}, now {said(now[name])}" for name in changed)
 
 
 def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, rebatch: bool) -> None:
@@ -314,7 +321,7 @@ def resume(
       build: makes the step of a run that goes on after so many micro-batches of `config`, from a checkpoint's meta.
       allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
 
-    `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
+    `warn` is told of what is damaged, which is set aside.
 
     Raises:
       UserError: this config, text or tokenizer cannot go on from it.
@@ -341,8 +348,6 @@ def resume(
     found = checkpoints.restore_newest(state_of, sharding, warn)
     if found is None:
         return None
-    if versions := other_versions(workdir):
-        warn(f"other versions than in the session before ({versions}): the last bits may differ")
     step, meta, restored, rest = found
     state, old = TrainState(restored, *rest), meta["config"]["accumulation_steps"]
     if old != new:

@@ -1,7 +1,8 @@
 """The trainer: the loop, read from top to bottom. The step is training/step.py, evaluation training/evaluate.py."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
@@ -129,6 +130,7 @@ class Trainer:
             2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
         )
         self.placement = partial(shardings_of, mesh=self.mesh)
+        self.arithmetic = run_lib.arithmetic_of(self.model_config, self.mesh)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         build = partial(self._build, dropout_key)
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
@@ -161,7 +163,11 @@ class Trainer:
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts = jax.device_get(self.state.metrics)
-        self.divergence = Divergence(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn)
+        self.divergence = Divergence(
+            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn),
+            vocab_size=self.model_config.vocab_size,
+        )
+
         self.tracing = False
         settings = config_lib.to_dict(config)
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
@@ -230,6 +236,8 @@ class Trainer:
             raise UserError(
                 f"config.max_steps: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
             )
+        if changed := run_lib.other_arithmetic(meta, self.arithmetic):
+            self.console.warn(f"not as in the session before: {changed}; the numbers will differ (docs/exactness.md)")
         for name, path in self.growing.items():
             cut_back(path, meta["sizes"].get(name, 0), self.console.warn)
         self.console.line(
@@ -307,7 +315,12 @@ class Trainer:
         if evaluated or due(config.log_every):
             row = self._row(step_metrics)
             if evaluated:
-                with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
+                with (
+                    self.clock.pause("evaluation"),
+                    self.watchdog.pause(),
+                    self.console.busy("evaluating"),
+                    self._saved_when_out_of_memory(),
+                ):
                     compared = self._evaluate(self.val_tokens)
                     row |= compared
                     if last and self.val_tokens:
@@ -318,7 +331,12 @@ class Trainer:
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
         if due(config.sample_every):
-            with self.clock.pause("sample"), self.watchdog.pause(), self.console.busy("sampling"):
+            with (
+                self.clock.pause("sample"),
+                self.watchdog.pause(),
+                self.console.busy("sampling"),
+                self._saved_when_out_of_memory(),
+            ):
                 by_first(partial(self._sample, self._model()))
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or compared["val_loss"] < self.best_val_loss)
@@ -327,6 +345,24 @@ class Trainer:
         if improved or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(compared["val_loss"] if evaluated else None)
+
+    @contextlib.contextmanager
+    def _saved_when_out_of_memory(self) -> Iterator[None]:
+        """What is done beside the steps may want memory that they do not; the steps themselves are then not lost.
+
+        Raises:
+          UserError: there was not enough; names the key that helps.
+        """
+        try:
+            with devices.memory_limit(
+                "config.loss_chunk", "set it to 512, or lower it: of so many tokens are the logits there at once"
+            ):
+                yield
+        except UserError:
+            if num_processes() == 1:  # of several the others are elsewhere
+                self._save()
+                self.console.line(f"saved step {self.step}")
+            raise
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
@@ -390,6 +426,7 @@ class Trainer:
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
             "warmup_steps": self.warmup,
+            "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
             "reported": self.reported,
             "sizes": self.sizes,

@@ -102,8 +102,10 @@ def wake_up() -> list[jax.Device]:
     """The devices.
 
     Raises:
-      UserError: the platform that JAX_PLATFORMS asks for is not there.
+      UserError: the platform that JAX_PLATFORMS asks for is not there, or numbers are to have 64 bits.
     """
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64: steps and checkpoints are made of 32-bit numbers; unset it")
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that one of several platforms could be started
@@ -182,6 +184,29 @@ def environment() -> dict[str, Any]:
         "process_count": jax.process_count(),
         "git_commit": _git_commit(),
         "command": shlex.join(sys.argv),
+    }
+
+
+_ARITHMETIC_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+_ARITHMETIC_SETTINGS = (
+    *("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset"),
+    "jax_default_matmul_precision",
+)
+_NO_ARITHMETIC = re.compile(r"--xla_(dump|hlo_profile|force_host_platform|cpu_multi_thread_eigen|gpu_cuda_data_dir)")
+
+
+def arithmetic() -> dict[str, Any]:
+    """What decides the bits of a result beside a program and what goes in, as JSON holds it: docs/exactness.md.
+
+    Of XLA_FLAGS all but those that are known to change no number.
+    """
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not _NO_ARITHMETIC.match(flag)]
+    return {
+        **{name: metadata.version(name) for name in _ARITHMETIC_PACKAGES},
+        "device": jax.devices()[0].device_kind,
+        **{name: getattr(jax.config, name, None) for name in _ARITHMETIC_SETTINGS},
+        "XLA_FLAGS": " ".join(sorted(dict.fromkeys(flags))),
+        "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
     }
 
 

@@ -22,6 +22,7 @@ from reports import summary
 from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.errors import DivergedError, UserError
 from training.evaluate import Evaluator
+from transformer.config import TransformerConfig
 from transformer.model import params_of
 from transformer.sharding import make_mesh
 
@@ -186,6 +187,38 @@ def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsy
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["step"], result["split"], result["tokens"]) == (best[1], "val", history[-1]["val_tokens"])
     assert result["loss"] == pytest.approx(best[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, batch_size, more, rows",
+    [
+        (65, 4, {}, 64),  # 4096 tokens: where there is room, as ever
+        (65, 4, {"num_blocks": 1, "dropout": 0.5}, 64),
+        (50_257, 1, {}, 10),  # 4096 tokens would have 1.6 GB of logits, with what is made of them
+        (50_257, 16, {}, 16),  # a step has as many
+        (50_257, 1, {"loss_chunk": 32}, 64),
+        (50_257, 1, {"loss_chunk": 0, "remat": "block"}, 10),
+    ],
+)
+def test_an_evaluation_needs_no_more_memory_than_a_step(vocab_size, batch_size, more, rows):
+    config = TransformerConfig(vocab_size=vocab_size, context_len=64, embedding_dim=32, **more)
+    assert Evaluator(config, make_mesh(devices=jax.devices()[:1]), batch_size)._rows == rows
+
+
+@pytest.mark.parametrize("method", ["_evaluate", "_sample"])
+def test_steps_are_saved_when_memory_runs_out_beside_them(method, tmp_path, monkeypatch, capsys):
+    config = tiny_config(max_steps=8, eval_every=7, sample_every=7, save_every=100)
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 823410688 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib.Trainer, method, fail)
+        with pytest.raises(UserError, match=r"^config\.loss_chunk: out of memory \(asked for 823410688 bytes\); set"):
+            train_lib.train(config, tmp_path)
+    assert "saved step 7" in capsys.readouterr().out
+    run = train_lib.train(config, tmp_path)
+    assert losses(tmp_path)[:7] == losses(finished_run().workdir)[:7] and run.step == 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Exact loss over a split: what validation during a run, the `eval` command and benchmarks share."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 
@@ -10,24 +11,38 @@ from jax.sharding import Mesh
 from corpus.dataset import Split
 from input_pipeline import eval_batches
 from runtime.multihost import from_all, put
+from training.cost import activation_bytes
 from training.step import make_eval_step
 from transformer.config import TransformerConfig
 from transformer.model import Params
-from transformer.sharding import batch_sharded, is_data_parallel
+from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
 
 
 class Evaluator:
     """Exact loss over a split: every token but the first predicted once, in non-overlapping windows."""
 
-    TOKENS = 4096  # a batch is at least about this large: without a backward pass there is room
+    TOKENS = 4096  # a batch is at least about this large, where that needs no more memory than a step or than ROOM
+    ROOM = 2**28  # bytes that are there in any case
 
     def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
         self._context_len = model_config.context_len
-        self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
+        self._rows = batch_size * self._batches_at_once(model_config, mesh, batch_size)
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
         alone = mesh.devices.flat[0].platform == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
         self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
+
+    def _batches_at_once(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int) -> int:
+        """How many training batches are evaluated at once: small ones would leave the devices idle.
+
+        A function of config and mesh alone, for the sums of a loss are made batch by batch.
+        """
+        parts = mesh.shape[DATA] * mesh.shape[FSDP]
+        one_block = dataclasses.replace(model_config, num_blocks=1, remat="none")  # nothing is kept for a backward pass
+        need = lambda config, rows: sum(activation_bytes(config, max(1, rows // parts)).values())
+        limit = max(self.ROOM, need(model_config, batch_size))
+        most = max(1, self.TOKENS // (batch_size * self._context_len))
+        return next((n for n in range(most, 1, -1) if need(one_block, n * batch_size) <= limit), 1)
 
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None

@@ -3,6 +3,7 @@
 They are seen inside the step; `Divergence`, outside, warns of them, and ends a run that has too many.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from runtime.errors import DivergedError
 from training.optimizer import GROUPS
 from transformer.model import Params
 
+_RATES = " and ".join(group.rate for group in GROUPS.values())
 WINDOW = 128  # real steps that the running mean of the loss looks back on, with fading weights
 WARM_UP = 32  # real steps before a loss can be a spike
+FAR_ABOVE = 3.0  # times the loss of a uniform guess: no model is so bad that has not diverged
 LEAST_DEVIATION = 0.01  # of the mean: below that, a standard deviation is taken for this much
 
 
@@ -81,6 +84,7 @@ class Divergence:
       parameters: names of the arrays that are trained.
       before: the metrics of the last step before this session.
       warn: takes one line.
+      vocab_size: of which a uniform guess takes one, at a loss of its logarithm.
     """
 
     def __init__(
@@ -90,7 +94,9 @@ class Divergence:
         parameters: Sequence[str],
         before: Mapping[str, Any],
         warn: Callable[[str], None],
+        vocab_size: int,
     ) -> None:
+        self._vocab_size, self._told_of_loss, self._zero_since = vocab_size, False, 0
         self._max_bad_steps, self._skip_spikes, self._warn = max_bad_steps, skip_spikes, warn
         self._places = [*(f"the gradient of {name}" for name in sorted(parameters)), "the loss"]
         self._seen = {name: int(before[name]) for name in ("bad_batches", "loss_spikes")}
@@ -108,7 +114,7 @@ class Divergence:
             raise DivergedError(
                 f"config.lr: no finite gradient in {metrics['bad_steps']} steps in a row, up to step {step} "
                 f"(lr {lr:.3g}; in the last of them {place} was not finite); lower "
-                f"{' and '.join(group.rate for group in GROUPS.values())}, or clip harder; the last checkpoint is good"
+                f"{_RATES}, or clip harder; the last checkpoint is good"
             )
         if count := new["bad_batches"]:
             what = "batch" if count == 1 else "batches"
@@ -117,3 +123,24 @@ class Divergence:
             what = "spike" if count == 1 else "spikes"
             done = "not applied" if self._skip_spikes else "applied; config.skip_spikes=True leaves such steps out"
             self._warn(f"step {step}: {count} new loss {what}, {done}")
+        self._look_at_size(step, metrics["loss"], metrics["grad_norm"])
+
+    def _look_at_size(self, step: int, loss: float, grad_norm: float) -> None:
+        """Numbers that are finite and yet no training's: each is told of once, until it was otherwise in between."""
+        uniform = math.log(self._vocab_size)
+        if loss > FAR_ABOVE * uniform and not self._told_of_loss:
+            self._warn(
+                f"step {step}: loss {loss:.4g}, far above ln {self._vocab_size} = {uniform:.3f} of a uniform guess: "
+                f"the run has diverged; lower {_RATES}, or clip harder (grad_clip)"
+            )
+        self._told_of_loss = loss > FAR_ABOVE * uniform
+        if grad_norm != 0:
+            self._zero_since = 0
+        elif not self._zero_since:
+            self._zero_since = step
+        elif self._zero_since > 0:
+            self._warn(
+                f"step {step}: the gradient is exactly 0, as at step {self._zero_since}: nothing is learned any more; "
+                f"begin anew with a lower {_RATES}"
+            )
+            self._zero_since = -1  # told

@@ -234,6 +234,44 @@ def test_a_run_warns_of_a_spike_and_a_resume_skips_the_same_one(tmp_path, monkey
 
 def test_a_spike_that_is_not_skipped_names_the_key():
     said = []
-    divergence = Divergence(5, False, ["a"], {"bad_batches": 0, "loss_spikes": 3}, said.append)
-    divergence.check(7, 0.1, {"bad_steps": 0, "bad_batches": 0, "loss_spikes": 5, "bad_leaf": 0})
+    divergence = Divergence(5, False, ["a"], {"bad_batches": 0, "loss_spikes": 3}, said.append, vocab_size=65)
+    step_metrics = {"bad_steps": 0, "bad_batches": 0, "loss_spikes": 5, "bad_leaf": 0, "loss": 4.0, "grad_norm": 1.0}
+    divergence.check(7, 0.1, step_metrics)
+
     assert said == ["step 7: 2 new loss spikes, applied; config.skip_spikes=True leaves such steps out"]
+
+
+# --- Finite, and yet no training ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_without_a_nan_says_so(tmp_path, capsys):
+    """Unclipped, at rates that throw the weights far away: a loss of hundred thousands, and every number is finite."""
+    wild = {"lr": 100.0, "muon_lr": 1000.0, "grad_clip": 0.0, "num_blocks": 1, "max_steps": 12, "sample_every": 0}
+    train_lib.train(tiny_config(**wild, eval_every=100), tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    [far] = [line for line in said if "far above ln" in line]
+    assert "the run has diverged; lower lr and muon_lr, or clip harder" in far
+    assert len(said) == 1
+
+
+def test_each_sign_of_divergence_is_told_of_once_until_it_was_gone():
+    said = []
+    divergence = Divergence(5, False, ["a"], {"bad_batches": 0, "loss_spikes": 0}, said.append, vocab_size=20)
+    values = [
+        (3.0, 1.0),
+        (8.9, 0.0),
+        (9.0, 0.5),
+        (9.1, 0.0),
+        (3.0, 0.0),
+        (3.0, 0.0),
+        (1e5, 1.0),
+        (3.0, 0.0),
+        (3.0, 0.0),
+    ]
+    for number, (loss, norm) in enumerate(values, 1):  # 3 ln 20 is 8.987
+        counts = {"bad_steps": 0, "bad_batches": 0, "loss_spikes": 0, "bad_leaf": 0}
+        divergence.check(number, 0.1, {**counts, "loss": loss, "grad_norm": norm})
+    assert [line.split(",")[0].split(" the ")[0] for line in said] == [
+        *("step 3: loss 9", "step 5:", "step 7: loss 1e+05", "step 9:")
+    ]
+    assert "as at step 4" in said[1] and "as at step 8" in said[3]
