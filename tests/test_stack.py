@@ -70,6 +70,25 @@ def test_loss_gradients_and_dropout_are_those_of_the_plain_stack(random_params, 
         np.testing.assert_allclose(grads[name], want_grad, rtol=0, atol=2e-6 * np.abs(want_grad).max(), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_kernel": "plain"},
+        {"attention_kernel": "chunked", "scan_blocks": True, "remat": "block", "tie_embeddings": False},
+        {"attention_kernel": "chunked", "num_kv_heads": 6, "sliding_window": 0, "mlp": "gelu", "loss_chunk": 4},
+    ],
+)
+def test_products_in_half_precision_change_gradients_by_their_roundings_alone(random_params, changes):
+    config = dataclasses.replace(MODEL, **changes)
+    params = random_params(config)
+    loss, grads = loss_and_grads(dataclasses.replace(config, dtype="bfloat16_matmul"), params)
+    exact_loss, exact_grads = loss_and_grads(config, params)
+    assert loss == pytest.approx(float(exact_loss), rel=3e-3)
+    for name, exact in exact_grads.items():
+        assert grads[name].dtype == jnp.float32
+        assert 1e-4 < np.linalg.norm(grads[name] - exact) / np.linalg.norm(exact) < 0.06, name
+
+
 class Dropping(nnx.Module):
     """A block that only drops, `times` over."""
 
