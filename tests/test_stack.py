@@ -84,9 +84,9 @@ def test_products_in_half_precision_change_gradients_by_their_roundings_alone(ra
     loss, grads = loss_and_grads(dataclasses.replace(config, dtype="bfloat16_matmul"), params)
     exact_loss, exact_grads = loss_and_grads(config, params)
     assert loss == pytest.approx(float(exact_loss), rel=3e-3)
-    for name, exact in exact_grads.items():
-        assert grads[name].dtype == jnp.float32
-        assert 1e-4 < np.linalg.norm(grads[name] - exact) / np.linalg.norm(exact) < 0.06, name
+    flat = lambda grads: np.concatenate([np.ravel(grads[name]) for name in sorted(grads)])
+    assert {grad.dtype for grad in grads.values()} == {jnp.dtype("float32")}
+    assert 1e-3 < np.linalg.norm(flat(grads) - flat(exact_grads)) / np.linalg.norm(flat(exact_grads)) < 0.03
 
 
 class Dropping(nnx.Module):

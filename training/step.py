@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -207,14 +208,15 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
     return result
 
 
-def regroup(state: TrainState, optimizer: Any, old: int, new: int) -> TrainState:
+def regroup(state: TrainState, old: int, new: int) -> TrainState:
     """The state of a run that accumulated over `old` micro-batches, between two real steps, for `new` of them.
 
-    `optimizer` is that of the new number: with more than one, the inner optimizer's state is wrapped in optax's
-    MultiSteps, with one it stands alone. The count of real steps stays.
+    With more than one, the inner optimizer's state is wrapped in that of optax's MultiSteps, with one it stands alone.
+    The count of real steps stays.
     """
-    inner = state.opt_state if old == 1 else state.opt_state.inner_opt_state
-    opt_state = inner if new == 1 else optimizer.init(state.params)._replace(inner_opt_state=inner)
+    opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
+    if new > 1:
+        opt_state = optax.MultiSteps(optax.identity(), new).init(state.params)._replace(inner_opt_state=opt_state)
     return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
@@ -241,7 +243,7 @@ def make_step(
 ) -> Step:
     """The step of a run of `total` real steps; `key` is dropout's."""
     shapes = jax.eval_shape(partial(init_params, model_config), key)
-    labels = labels_of(shapes, settings.use_muon)
+    labels = labels_of(shapes, settings)
     optimizer = make_optimizer(settings, shapes, total, mesh)
     schedule = schedule_shape(settings, total)
     run = make_train_step(
