@@ -28,7 +28,7 @@ from transformer.xla import target
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
 }
 
@@ -152,7 +152,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
+    """The model's shape. `dtype` is the resolved one, never "auto"."""
     settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 

@@ -44,7 +44,7 @@ CONFIGS = {
         tie_embeddings=False,
     ),
     "half precision": TransformerConfig(
-        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 12},
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
         **{"mlp_dim": 14, "tie_embeddings": False, "dtype": "bfloat16_matmul"},
     ),
     "learned positions": TransformerConfig(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.xla import compiler_options, dot_general, half_dot_general, settle
+from transformer.half import half_dot_general
+from transformer.xla import compiler_options, dot_general, settle
 
 CONTRACT = (((2,), (0,)), ((), ()))
 

@@ -14,11 +14,12 @@ from flax import nnx
 
 from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.config import TransformerConfig
+from transformer.half import half_dot_general
 from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
 from transformer.sharding import constrain, part_shape
 from transformer.stack import run_blocks
-from transformer.xla import dot_general, half_dot_general, settle
+from transformer.xla import dot_general, settle
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
@@ -71,9 +72,9 @@ class Attention(nnx.Module):
             c.num_heads * c.head_dim, c.embedding_dim, c.attention_out_bias, c, rngs, _output_initializer(c)
         )
         if c.qk_norm != "none":
-            scaled = c.qk_norm == "scaled"
-            self.query_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.activation_dtype, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.activation_dtype, rngs=rngs)
+            own: dict[str, Any] = {"epsilon": c.norm_eps, "dtype": c.activation_dtype, "rngs": rngs}
+            own["use_scale"] = c.qk_norm == "scaled"
+            self.query_norm, self.key_norm = nnx.RMSNorm(c.head_dim, **own), nnx.RMSNorm(c.head_dim, **own)
         if c.attention_sink:
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if turn is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
-        return tuple(x.astype(c.operand_dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
+        return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype)
 
     def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
