@@ -42,10 +42,9 @@ from transformer.model import init_params
 ROOT = Path(__file__).parent.parent
 
 SCRATCH = Path(os.environ.get("TESTS_SCRATCH") or tempfile.mkdtemp(prefix="tests-"))
-if "TESTS_SCRATCH" not in os.environ:  # the processes that tests start share the text and the compiled programs
+if "TESTS_SCRATCH" not in os.environ:  # the processes that tests start share the text
     atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
-    os.environ |= {"TESTS_SCRATCH": str(SCRATCH), "JAX_COMPILATION_CACHE_DIR": str(SCRATCH / "compiled")}
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    os.environ["TESTS_SCRATCH"] = str(SCRATCH)
 
 TINY = {
     "num_blocks": 2,
