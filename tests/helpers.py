@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ import run_lib
 import train_lib
 from configs import default
 from runtime.checkpoints.manager import Checkpoints
-from runtime.errors import Interrupted
+from runtime.errors import Interrupted, UserError
 from training.optimizer import labels_of, make_optimizer
 from training.step import init_state
 from transformer.model import init_params
@@ -138,6 +139,21 @@ def assert_one_line(stderr: str, *words: str) -> None:
     assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
     for word in words:
         assert word in stderr
+
+
+def assert_possible_or_refused(key: str, value: Any) -> None:
+    """The default config with that value, set past ml_collections' own type check, as a config file can."""
+    usual = default.get_config()
+    config = usual.copy_and_resolve_references()
+    with config.ignore_type():
+        config[key] = value
+    try:
+        config_lib.check(config)
+    except UserError as error:
+        # Two keys can be impossible together, and then the message may name the other one.
+        assert re.match(r"config\.\w+: [^\n]+$", str(error)) and key in str(error)
+    else:
+        assert type(config[key]) is type(usual[key])
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
