@@ -19,7 +19,9 @@ from transformer.model import Params, init_params
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if "TESTS_CACHE" not in os.environ:  # one cache of compiled programs for pytest's workers and the processes of the tests
+if (
+    "TESTS_CACHE" not in os.environ
+):  # one cache of compiled programs for pytest's workers and the processes of the tests
     os.environ["TESTS_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
     atexit.register(shutil.rmtree, os.environ["TESTS_CACHE"], ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_CACHE"])
