@@ -58,6 +58,7 @@ TINY = {
     "epochs": 0,
     "max_steps": 30,
     "lr": 0.01,
+    "newton_schulz_steps": 1,  # each more takes a second to compile
     "save_every": 5,
     "eval_every": 7,
     "log_every": 1,
