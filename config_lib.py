@@ -144,7 +144,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
+    if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
