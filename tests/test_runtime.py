@@ -121,6 +121,49 @@ def test_a_line_cut_short_is_passed_over(tmp_path_factory, cut):
     assert [row["step"] for row in rows] == ([1, 2] if cut == 1 else [1])  # one byte less: only the newline is gone
 
 
+DAMAGED_ROWS = [b"[1]", b"7", b"nonsense", b'{"step": ' + b"9" * 400 + b"}", b"[" * 100_000, b'{"a": ' * 90 + b"1" + b"}" * 90]
+
+
+def test_damaged_rows_are_left_out_with_one_warning(tmp_path):
+    file, said = files.MetricsFile(tmp_path / "metrics.jsonl"), []
+    good = b'{"step": 1, "loss": Infinity}\n'
+    file.path.write_bytes(good + b"\n".join(DAMAGED_ROWS) + b'\n\xff\n{"step": 2}\n{"step": 3, "lo')
+    assert file.read(said.append) == [{"step": 1, "loss": None}, {"step": 2}]
+    assert said == [f"{file.path}: {len(DAMAGED_ROWS) + 1} damaged rows left out"]
+
+
+def no_file(path: Path, kind: str) -> None:
+    """What lies in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "a directory":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a terabyte":
+        path.touch()
+        os.truncate(path, 10**12)
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a pipe", "a device", "a terabyte", "nothing"])
+def test_only_a_regular_file_of_sane_size_is_read(tmp_path, kind):
+    path = tmp_path / "file"
+    no_file(path, kind)
+    rows = files.MetricsFile(path).read
+    for read in (files.read_json, files.read_text, *([lambda path: rows()] if kind != "nothing" else [])):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(.+\); is {tmp_path} the right directory\?$"):
+            read(path)
+    assert kind != "nothing" or rows() == []
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"a"', "{", "[" * 200_000, '{"a": %s}' % ("9" * 41), "\udc80"])
+def test_only_an_object_of_sane_depth_and_numbers_is_json_of_ours(tmp_path, text):
+    (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"file: cannot be read \((is|holds) .+\); "):
+        files.read_json(tmp_path / "file")
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device \(free .+; .+") as caught:
