@@ -14,10 +14,10 @@ import config_lib
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, tokenizer_from_dict
 from input_pipeline import load_dataset
-from runtime import devices
+from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, read_json, user_cache
+from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
 from training.optimizer import labels_of, make_optimizer
@@ -30,7 +30,10 @@ TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 SINKS_FILE = "sinks.jsonl"
+REPORT_FILE = "report.html"
+CURVES_FILE = "loss.png"
 GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # cut back to what a checkpoint knows when a run goes on
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, trackers.ID_FILE  # that a run writes to
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
@@ -230,6 +233,20 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------
+
+
+def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None:
+    """Whether a run may begin: not where steps are logged whose checkpoints must be elsewhere, as on an unmounted disk.
+
+    Raises:
+      NoCheckpointError: that is so.
+    """
+    if (rows := metrics.read()) and not checkpoints.never_saved():
+        raise NoCheckpointError(
+            f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
+            "directory back (is its disk mounted?), or begin anew with --fresh, which moves the rest aside"
+        )
+    checkpoints.begin()
 
 
 @dataclasses.dataclass(frozen=True)

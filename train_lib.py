@@ -28,7 +28,7 @@ from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
-from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
+from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
 from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, several_steps, spans
@@ -67,8 +67,8 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    with Console(silent=not is_first()) as console:
-        workdir = prepare_workdir(workdir)
+    with leaving_nothing(workdir), Console(silent=not is_first()) as console:
+        workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
         devices.set_up_compile_cache()
@@ -185,6 +185,7 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
+        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.clock, self.reported = 0, Clock(), True
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
@@ -237,7 +238,7 @@ class Trainer:
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
         self.console.doing("drawing the curves")
-        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
+        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / run_lib.CURVES_FILE, self.workdir.name))
         run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    workdir = prepare_workdir(values.workdir)
+    workdir = prepare_workdir(values.workdir, run_lib.FILES)
     with WorkdirLock(workdir, console.warn):
         if left := [entry.name for entry in workdir.iterdir() if entry.name != ".lock"]:
             raise UserError(f"--workdir={workdir}: holds {min(left)} already; name a new directory")

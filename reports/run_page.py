@@ -23,7 +23,6 @@ from training.cost import parameter_counts
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-REPORT_FILE = "report.html"
 _MAP_TOKENS = 48  # of the text whose attention is shown
 _LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
 _MOST_MAPS = 8  # layers, and heads of each, that are drawn
@@ -36,7 +35,7 @@ def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
     try:
         write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}")
     except Exception as error:  # the run is saved; the report command shows what it was
-        path = run.workdir / REPORT_FILE
+        path = run.workdir / run_lib.REPORT_FILE
         warn(f"{path}: not written: {one_line(error)}; python main.py report --workdir={run.workdir}")
 
 
@@ -72,8 +71,8 @@ def write_report(
         _environment(saved),
         _parameters(model_config),
     ]
-    write_text(workdir / REPORT_FILE, html_page(run.name, blocks))
-    return workdir / REPORT_FILE
+    write_text(workdir / run_lib.REPORT_FILE, html_page(run.name, blocks))
+    return workdir / run_lib.REPORT_FILE
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = isinstance(error, OSError) and error.strerror or one_line(error)
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}); is {path.parent} the right directory?") from error
 
 

@@ -49,6 +49,7 @@ from runtime.errors import NoCheckpointError, StorageError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
+from runtime.workdir import CHECKPOINTS, UNSAVED
 
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
 ITEMS = ("params", "rest")
@@ -99,7 +100,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
           NoCheckpointError: `read_only` and there are none; or one is of another format.
         """
-        self.directory = workdir.absolute() / "checkpoints"
+        self.directory = workdir.absolute() / CHECKPOINTS
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
         quieten()
@@ -169,6 +170,18 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise self._all_damaged(self._damaged)
         return best_first(self._known())
 
+    def begin(self) -> None:
+        """A run begins here: until one of its checkpoints is complete, it may begin again."""
+        by_first((self.directory / UNSAVED).touch)
+
+    def never_saved(self) -> bool:
+        """Whether this is the directory of a run that has begun and completed no checkpoint yet."""
+        return (self.directory / UNSAVED).exists()
+
+    def _note_saved(self) -> None:
+        if is_first() and self._steps_on_disk():
+            (self.directory / UNSAVED).unlink(missing_ok=True)
+
     # --- Saving ---------------------------------------------------------------------------------------------------
 
     def save(
@@ -209,6 +222,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         try:
             self._manager.wait_until_finished()
+            self._note_saved()
             self._empty_trash()
             self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
             replaces = step in self._manager.all_steps()
@@ -254,6 +268,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         try:
             self._manager.close()
+            if not self._read_only:
+                self._note_saved()
             self._empty_trash()
         except Exception as error:
             raise self._not_saved("the last checkpoint was not saved", error) from error

@@ -254,7 +254,10 @@ def test_the_best_that_is_damaged_is_passed_over_and_left_where_it_is(tmp_path):
     before = snapshot(tmp_path)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.restore_best_params(params, PLACE, warnings.append)[0] == 4
-        assert len(warnings) == 1 + 2 + 3 and "meta is not JSON (Expecting value: line 1 column 1 (char 0)); using 3" in warnings[0]
+        assert (
+            len(warnings) == 1 + 2 + 3
+            and "meta is not JSON (Expecting value: line 1 column 1 (char 0)); using 3" in warnings[0]
+        )
     (tmp_path / "checkpoints" / "4" / "params" / "manifest.ocdbt").unlink()
     with (
         Checkpoints(tmp_path, read_only=True) as checkpoints,

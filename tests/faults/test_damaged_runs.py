@@ -87,6 +87,65 @@ def test_all_damaged_is_never_a_fresh_start(copy, capsys):
     assert main.main([*arguments(tiny_config(max_steps=1), copy), "--fresh"]) == 0
 
 
+@pytest.mark.parametrize("gone", ["the checkpoints", "their directory", "what was moved first"])
+def test_steps_without_their_checkpoints_are_no_fresh_start(copy, capsys, monkeypatch, gone):
+    """A disk that is not mounted, a directory that was moved, or a kill while the run was being put aside."""
+    if gone == "what was moved first":
+        rename, moved = Path.rename, []
+
+        def killed(path, target):
+            moved.append(path.name)
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        assert main.main([*arguments(tiny_config(), copy), "--fresh"]) == 130
+        monkeypatch.undo()
+        assert moved[0] == "checkpoints"
+    else:
+        shutil.rmtree(copy / "checkpoints")
+        if gone == "the checkpoints":
+            (copy / "checkpoints").mkdir()
+    logs = {name: (copy / name).read_bytes() for name in run_lib.GROWING_FILES if (copy / name).exists()}
+    for _ in range(2):
+        capsys.readouterr()
+        assert main.main(arguments(tiny_config(), copy)) == 3
+        assert_one_line(capsys.readouterr().err, str(copy / "checkpoints"), "30 steps are logged", "--fresh")
+        assert {name: (copy / name).read_bytes() for name in logs} == logs
+    assert main.main([*arguments(tiny_config(max_steps=1), copy), "--fresh"]) == 0
+    assert (copy.with_name(f"copy.old-{2 if gone == 'what was moved first' else 1}") / "metrics.jsonl").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        assert main.main(arguments(tiny_config(), tmp_path)) == 130
+    assert rows(tmp_path)[-1]["step"] == 5
+    assert main.main(arguments(tiny_config(), tmp_path)) == 0
+    assert losses(tmp_path) == losses(finished_run().workdir)
+
+
+def test_a_refused_run_leaves_nothing(tmp_path, capsys):
+    for changes in ({"dataset": "nowhere.txt"}, {"sample_prompt": "☃"}, {"init_from": str(tmp_path / "none")}):
+        assert main.main(arguments(tiny_config(**changes), tmp_path / "runs" / "a")) == 2
+        assert_one_line(capsys.readouterr().err, "error: ")
+        assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_from_elsewhere_that_leads_out_of_its_directory_is_refused(copy, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    before = snapshot(tmp_path)
+    assert main.main([*arguments(tiny_config(), copy), "--fresh"]) == 2
+    assert_one_line(capsys.readouterr().err, f"error: {copy / 'metrics.jsonl'}: a link that leads out")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_config_that_differs_is_no_damage(copy, capsys):
     """The newest is damaged and the config another: nothing is renamed, and the config is what is told of."""
     hurt(copy, 30)
