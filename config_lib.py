@@ -29,6 +29,7 @@ CHOICES = {
     **optimizer_lib.CHOICES,
     "dtype": ("auto", "float32", "bfloat16"),
     "order": ORDERS,
+    "warning_signal": ("save", "stop"),
 }
 
 
@@ -69,7 +70,7 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
+    *("save_every", "warning_signal", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
     *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh", "report"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }

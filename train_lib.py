@@ -23,7 +23,7 @@ from runtime.checkpoints.manager import Checkpoints
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
@@ -74,7 +74,7 @@ def train(
         devices.set_up_compile_cache()
         num_devices = len(devices.wake_up())
         config_lib.check_devices(config, num_devices)
-        with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
                 move_aside(workdir, console.line)
             trainer = None
@@ -264,7 +264,8 @@ class Trainer:
         due = lambda every: last or (every > 0 and step % every == 0)
         self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         evaluated = due(config.eval_every)
-        if evaluated or due(config.log_every):
+        logged = evaluated or due(config.log_every)
+        if logged:
             row = self._row(step_metrics)
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
@@ -281,9 +282,12 @@ class Trainer:
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
-        if improved or due(config.save_every):
+        asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
+        if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(self.val_loss if evaluated else None)
+            if asked:
+                self.console.line(f"saved step {step}, as a signal asked for it")
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""

@@ -116,5 +116,7 @@ def get_config() -> ConfigDict:
 
     # --- Checkpoints -------------------------------------------------------------------------------------------
     config.save_every = 250  # real steps; the last step and each best evaluation are saved too
+    config.warning_signal = "save"  # what SIGUSR1 and SIGUSR2 do, which a scheduler sends before it ends a job (SLURM's
+    # --signal): save (and go on; several processes at the next logged step) | stop (save, and end with 138 or 140)
     config.keep = 2  # newest checkpoints kept, beside the best one
     return config

@@ -16,9 +16,14 @@ from runtime.multihost import asked_of_any, reached_stop
 from runtime.processes import num_processes
 from runtime.screen import live
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # as a scheduler sends some time before it ends a job
 _STOPPING = "stopping: this step is finished and saved first; once more stops at once and saves nothing"
+
+
+def hangup_ignored() -> bool:
+    """Whether a closed terminal is to stop nothing, as nohup asks for."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 class StopSignals:
@@ -46,7 +51,7 @@ class StopSignals:
 
     def __init__(self, say: Callable[[str], None] = lambda text: None, on_warning: str = "save") -> None:
         self.signum: int | None = None
-        self._stopping = _SIGNALS + (WARNINGS if on_warning == "stop" else ())
+        self._stopping = SIGNALS + (WARNINGS if on_warning == "stop" else ())
         self._save_asked = False
         self._say = say
         self._together = num_processes() > 1
@@ -59,8 +64,7 @@ class StopSignals:
             os.set_blocking(self._pipe_in, False)  # a signal must not wait for a full pipe
             self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
             self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
-            ignored = [signum for signum in (signal.SIGHUP,) if signal.getsignal(signum) == signal.SIG_IGN]
-            ours = [signum for signum in (*_SIGNALS, *WARNINGS) if signum not in ignored]
+            ours = [signum for signum in (*SIGNALS, *WARNINGS) if signum != signal.SIGHUP or not hangup_ignored()]
             self._old_handlers = {signum: signal.signal(signum, self._request) for signum in ours}
             if sys.stdout and sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 self._old_handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
@@ -89,7 +93,7 @@ class StopSignals:
     def take_save_request(self) -> bool:
         """Whether a save was asked for since the last call; of several processes, all call it, and one is enough."""
         asked, self._save_asked = self._save_asked, False
-        return asked_of_any(asked) if self._together else asked
+        return asked_of_any(asked)
 
     def _request(self, signum: int, _frame: FrameType | None) -> None:
         if signum in self._stopping:

@@ -216,10 +216,10 @@ def test_smoothing_stays_within_the_values_and_keeps_the_first(values):
 # Signals, locks, directories
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_the_first_signal_asks_and_the_handlers_come_back(signum):
     old, said = signal.getsignal(signum), []
-    with signals.StopSignals(said.append) as stop:
+    with signals.StopSignals(said.append, "stop") as stop:
         stop.raise_if_set()
         assert stop.signum is None
         os.kill(os.getpid(), signum)
@@ -297,6 +297,27 @@ def test_the_second_signal_ends_the_process_though_the_terminal_takes_nothing_mo
     finally:
         process.kill()
         process.stdout.close()
+
+
+def test_a_scheduler_s_warning_asks_for_a_save_once():
+    with signals.StopSignals(pytest.fail) as stop:
+        assert not stop.take_save_request()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.raise_if_set()
+        assert stop.take_save_request() and not stop.take_save_request()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As nohup leaves it to its program."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignals(pytest.fail) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.raise_if_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

@@ -52,6 +52,7 @@ if lr == 0.7 and not (workdir / "stopped").exists():
         signal.raise_signal(signum)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
     signal.signal(signal.SIGTSTP, suspend)
     import os
     (workdir / "ready.part").write_text(str(os.getpid()))
@@ -147,7 +148,7 @@ def test_crashes_are_said_and_lose_nothing_and_finished_runs_are_not_made_again(
     assert calls(stand_in)["lr=0.5,seed=0"] == 2
 
 
-@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
+@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
 def test_a_signal_reaches_the_run_once_and_ends_the_sweep(sent, heard, stand_in, capfd):
     ready = stand_in / "lr=0.7,seed=0" / "ready"
 

@@ -103,5 +103,5 @@ def _mean(values: Sequence[float]) -> float:
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """ "; did you mean X?" for the closest of `words`, or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.78)  # "stop" is no misspelt "step"
     return f"; did you mean {close[0]}?" if close else ""
