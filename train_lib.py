@@ -71,7 +71,7 @@ def train(
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
-        devices.set_up_compile_cache()
+        devices.set_up_compile_cache(console.warn)
         num_devices = len(devices.wake_up())
         config_lib.check_devices(config, num_devices)
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):

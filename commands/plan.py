@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     devices.simulate_cpu_devices(num_devices(config, values.devices))
     if config.dtype == "auto":
         config.dtype = "bfloat16"
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     config_lib.check_devices(config, len(devices.wake_up()))
     planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh))
     report(planned, values.hardware, values.mfu, values.tokens, console)

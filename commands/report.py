@@ -23,7 +23,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("report", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     devices.wake_up()
     model: Transformer | str
     try:
