@@ -11,13 +11,14 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
+from configs import default
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, user_cache
+from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
 from training.optimizer import labels_of, make_optimizer
@@ -39,7 +40,7 @@ EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
 
 
-_SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+_SAMPLE = re.compile(r"^--- step ([0-9]{1,18}) ---\n", re.MULTILINE)
 
 
 @dataclasses.dataclass
@@ -66,8 +67,25 @@ def read_samples(workdir: Path) -> list[tuple[int, str]]:
     path = workdir / SAMPLES_FILE
     if not path.exists():
         return []
-    parts = _SAMPLE.split(path.read_text(encoding="utf-8", errors="replace"))[1:]
+    parts = _SAMPLE.split(read_text(path))[1:]
     return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def read_metrics(workdir: Path, warn: Callable[[str], None]) -> list[dict[str, float | None]]:
+    """The logged steps, each once and in order, in numbers; what is none is None. `warn` is told of damaged rows.
+
+    Beside what was logged a row has `training_seconds`: those since the run began, without compilation.
+
+    Raises:
+      UserError: the file is there and cannot be read.
+    """
+    rows = {}
+    for row in MetricsFile(workdir / METRICS_FILE).read(warn):
+        row = {key: value if type(value) in (int, float) else None for key, value in row.items()}
+        if None not in (row.get("step"), row.get("tokens"), row.get("elapsed_seconds")):
+            row["training_seconds"] = row["elapsed_seconds"] - (row.get("compile_seconds") or 0)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -76,7 +94,25 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: it is missing or damaged.
     """
-    return config_lib.from_dict(read_config_file(workdir)["config"])
+    return _checked(workdir, read_config_file(workdir)["config"])
+
+
+def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a saved config in JSON's types, checked; those that only another build of this program knows too.
+
+    Raises:
+      UserError: one of the values cannot be.
+    """
+    known = default.get_config()
+    checked = _checked(workdir, {key: value for key, value in saved.items() if key in known})
+    return saved | config_lib.to_dict(checked)
+
+
+def _checked(workdir: Path, saved: dict[str, Any]) -> ConfigDict:
+    try:
+        return config_lib.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from error
 
 
 def read_config_file(workdir: Path) -> dict[str, Any]:
@@ -86,7 +122,7 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
       UserError: the file is missing or damaged.
     """
     saved = read_json(workdir / CONFIG_FILE)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+    if not isinstance(saved.get("config"), dict):
         raise UserError(f"{workdir / CONFIG_FILE}: holds no config; is {workdir} a run's directory?")
     return saved
 

@@ -187,6 +187,7 @@ class Trainer:
             self.state = self.state._replace(params=weights)
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.clock, self.reported = 0, Clock(), True
+        self.compiled_before = -devices.compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -196,6 +197,7 @@ class Trainer:
         """Go on from a checkpoint, and drop what was logged after it."""
         self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
         self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.compiled_before = meta.get("compile_seconds", 0.0) - devices.compile_seconds()
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
@@ -238,11 +240,12 @@ class Trainer:
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
         self.console.doing("drawing the curves")
-        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / run_lib.CURVES_FILE, self.workdir.name))
+        history = run_lib.read_metrics(self.workdir, self.console.warn)
+        by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
         run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,
-            history=self.metrics_file.read(),
+            history=history,
             workdir=self.workdir,
             step=self.step,
             val_loss=self.val_loss,
@@ -313,7 +316,7 @@ class Trainer:
         k = self.config.accumulation_steps
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": self.clock.elapsed}
+        ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
@@ -321,6 +324,10 @@ class Trainer:
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
+
+    def _compiled(self) -> float:
+        """Of `elapsed_seconds`, those in which XLA compiled."""
+        return self.compiled_before + devices.compile_seconds()
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
@@ -352,6 +359,7 @@ class Trainer:
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "elapsed_seconds": self.clock.elapsed,
+            "compile_seconds": self._compiled(),
             "reported": self.reported,
             "sizes": self.sizes,
             "val_loss": self.val_loss,

@@ -31,7 +31,7 @@ _ALSO_CALLED = {  # what others call our commands and keys
 def hint(word: str, words: Sequence[str]) -> str:
     """ "; did you mean X?": one of `words` that is spelled much the same, or that others call so; or nothing."""
     other = _ALSO_CALLED.get(word)
-    return nearest(other if other in words else word, words)
+    return nearest(other if other in words else word, words, alike=0.78)  # "stop" is no misspelt "step"
 
 
 def flags_of(command: str) -> tuple[dict[str, str], list[str]]:

@@ -14,11 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 
 from runtime.errors import UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, user_cache
@@ -110,6 +112,23 @@ def set_up_compile_cache(warn: Callable[[str], None]) -> None:
         compilation_cache.get_file_cache = get_file_cache
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_seconds() -> float:
+    """How long XLA has compiled in this process, or looked up what it had compiled, since this was first asked for."""
+    return _listened_to()[0]
+
+
+@cache
+def _listened_to() -> list[float]:
+    seconds = [0.0]
+
+    def heard(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds[0] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    return seconds
 
 
 class _SealedCache:
