@@ -119,7 +119,7 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
+    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
     _, text = page_of(workdir)
     assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
 
