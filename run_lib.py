@@ -358,7 +358,8 @@ def resume(
                 f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
             )
         require_same_model(workdir, config, data.tokenizer, meta)
-        optimizer, labels = optimizer_of(config_lib.from_dict(meta["config"])), labels_of(shapes(), config.use_muon)
+        optimizer = optimizer_of(config_lib.from_dict(meta["config"]))
+        labels = labels_of(shapes(), config_lib.optimizer_config(config))
         init = partial(init_state, model_config, optimizer, labels)
         abstract = jax.eval_shape(init, jax.random.key(0))
         return abstract.params, abstract[1:]

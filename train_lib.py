@@ -34,6 +34,7 @@ from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, several_steps, spans
 from training.evaluate import Evaluator
 from training.health import Divergence
+from training.optimizer import groups_of
 from training.step import make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
@@ -139,14 +140,15 @@ class Trainer:
             spike_sigmas=config.spike_sigmas,
             skip_spikes=config.skip_spikes,
         )
+        self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        header = summary.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
-        console.header(header, summary.opening(dict(header), config, self.model_config))
+        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        console.header(summary.lines(facts), summary.panels(facts))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
@@ -160,7 +162,9 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        self.beside = beside(config, self.data.val.num_tokens)
+        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
+        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
+        self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts = jax.device_get(self.state.metrics)
         self.divergence = Divergence(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn)
         self.tracing = False
@@ -212,13 +216,15 @@ class Trainer:
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
-        k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
-        make_batch = lambda span: (span, place(self.batches, self.mesh, self.config.steps_per_dispatch, span))
+        k, most = self.config.accumulation_steps, self.config.steps_per_dispatch
+        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        every = [value for key, value in self.config.items() if key.endswith("_every")]
+        dispatches = spans(self.micro_step, self.total * k, most, k, every, profile or ())
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
             with self.console.progress(self.total, self.step, "compiling the step") as bar:
-                for span, batch in prefetch(make_batch, spans(self.config, self.micro_step, end, profile or ())):
+                for span, batch in prefetch(make_batch, dispatches):
                     self.stop.raise_if_set()
                     if profile:
                         self._profile(*profile)
@@ -298,27 +304,25 @@ class Trainer:
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         factor = on_host.pop("lr_factor")
-        tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         row = {
             "step": step,
             "tokens": self.batches.position(self.micro_step) * config.context_len,
             "loss": on_host.pop("loss"),
             "grad_norm": on_host.pop("grad_norm"),
-            "lr": config.lr * factor,
-            **({"muon_lr": config.muon_lr * factor} if config.use_muon else {}),
-            **self._timing(tokens_per_step),
+            **{rate: config[rate] * factor for rate in self.rates},
+            **self._timing(),
             "peak_memory_bytes": devices.peak_memory_bytes(device),
         }
         return row | on_host
 
-    def _timing(self, tokens_per_step: int) -> dict[str, float | None]:
+    def _timing(self) -> dict[str, float | None]:
         """Seconds a real step since the last row, and what follows from it; evaluation, samples, saving left out."""
         k = self.config.accumulation_steps
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
         ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
-            rate = tokens_per_step / (seconds * k)
+            rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
             kind = jax.devices()[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)

@@ -75,8 +75,8 @@ class Trained:
         self.config, sizes = config, parse_mesh(mesh).values()
         self.mesh = make_mesh(mesh, jax.devices()[: math.prod(sizes)])
         self.model = config_lib.model_config_of(config, VOCABULARY, eot=3)
-        settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
-        self.step = make_step(settings, self.model, config.max_steps, jax.random.key(5), self.mesh, *spikes)
+        self.settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        self.step = make_step(self.settings, self.model, config.max_steps, jax.random.key(5), self.mesh, *spikes)
         self.state = self.step.init(jax.random.key(3))
         self.born = bits_of(self.state)
         self.program = self.step.run.lower(self.state, self.batch(0)).compile()
@@ -107,7 +107,7 @@ class Trained:
                 for c in collectives(self.program.as_text(), self.mesh.size)
             ],
             "whole": held_whole(params, sizes | {"key_heads": self.model.num_kv_heads}, self.mesh),
-            "held": held_bytes(self.config, self.model, self.step.state, self.mesh),
+            "held": held_bytes(self.settings, self.model, self.config.batch_size, self.step.state, self.mesh),
             "compiled": held.argument_size_in_bytes + held.temp_size_in_bytes,
         }
 

@@ -48,7 +48,7 @@ class Trainer:
         self.params = jax.tree.map(np.array, params)  # on the host: the step eats what is on the device
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self.orthogonalized = 0
-        labels = labels_of(params, optimizer_config.use_muon)
+        labels = labels_of(params, optimizer_config)
         opt = make_optimizer(optimizer_config, params, TOTAL_STEPS, self.mesh)
         schedule, k = schedule_shape(optimizer_config, TOTAL_STEPS), optimizer_config.accumulation_steps
         self.step = step.make_train_step(MODEL, opt, schedule, labels, k, jax.random.key(0), self.mesh, **gate)
@@ -263,7 +263,7 @@ def test_metrics_are_those_of_the_step(at_once):
     assert metrics["lr_factor"] == 1
     rms = lambda leaves: np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in leaves]) ** 2))
     for group in ("muon", "adamw"):
-        names = [name for name, label in labels_of(at_once.params, True).items() if label == group]
+        names = [name for name, label in labels_of(at_once.params, AT_ONCE).items() if label == group]
         moved = [state.params[name] - at_once.params[name] for name in names]
         assert metrics[f"param_rms_{group}"] == pytest.approx(rms([state.params[name] for name in names]), rel=1e-5)
         assert metrics[f"update_rms_{group}"] == pytest.approx(rms(moved), rel=1e-4)

@@ -241,7 +241,7 @@ def make_step(
 ) -> Step:
     """The step of a run of `total` real steps; `key` is dropout's."""
     shapes = jax.eval_shape(partial(init_params, model_config), key)
-    labels = labels_of(shapes, settings.use_muon)
+    labels = labels_of(shapes, settings)
     optimizer = make_optimizer(settings, shapes, total, mesh)
     schedule = schedule_shape(settings, total)
     run = make_train_step(
