@@ -1,5 +1,6 @@
 """What a run's directory holds, read back: its config, its tokenizer, its data, its model. Writes nothing."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -193,6 +194,21 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
         )
 
 
+def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Checkpoints, step: int | None) -> None:
+    """Whether a checkpoint (None: the best) has an array at least for each block: listing millions takes for ever.
+
+    Raises:
+      UserError: it has not.
+    """
+    with contextlib.suppress(DamagedError):  # which is told of later
+        arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
+        if config.num_blocks > len(arrays):
+            raise UserError(
+                f"{workdir / CONFIG_FILE}: num_blocks is {config.num_blocks}, and the checkpoint has {len(arrays)} "
+                "arrays; put the number back with which it was made"
+            )
+
+
 def load_weights(
     workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
 ) -> Params:
@@ -203,15 +219,16 @@ def load_weights(
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
-    if want != have:
-        names = [field.name for field in dataclasses.fields(source)]
-        name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
-        raise UserError(
-            f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
-            "init_from needs a model of the same shape"
-        )
     with Checkpoints(workdir, read_only=True) as checkpoints:
+        _require_so_many_blocks(workdir, config, checkpoints, None)
+        want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
+        if want != have:
+            names = [field.name for field in dataclasses.fields(source)]
+            name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
+            raise UserError(
+                f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
+                "init_from needs a model of the same shape"
+            )
         step, params = checkpoints.restore_best_params(want, sharding, warn)
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     return params
@@ -230,9 +247,10 @@ def load_model(
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
-    abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
+        _require_so_many_blocks(workdir, config, checkpoints, step)
+        abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn)
         else:

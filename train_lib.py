@@ -31,7 +31,7 @@ from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
 from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
-from training.dispatch import held_back, several_steps, spans
+from training.dispatch import held_back, longest, several_steps, spans
 from training.evaluate import Evaluator
 from training.health import Divergence
 from training.optimizer import groups_of
@@ -142,7 +142,8 @@ class Trainer:
         )
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
+        several = config.steps_per_dispatch > 1
+        self.train_step = held_back(several_steps(step.run, step.state), most=2) if several else held_back(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
@@ -216,10 +217,13 @@ class Trainer:
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
-        k, most = self.config.accumulation_steps, self.config.steps_per_dispatch
-        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
         every = [value for key, value in self.config.items() if key.endswith("_every")]
-        dispatches = spans(self.micro_step, self.total * k, most, k, every, profile or ())
+        most = self.config.steps_per_dispatch
+        if most > 1:  # 1 is another program
+            most = max(2, longest(self.micro_step, end, most, k, every))
+        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)

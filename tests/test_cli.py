@@ -99,6 +99,7 @@ def test_any_number_is_taken_or_refused_in_one_line(key, capsys, trained):
         (["--config.learning_rate=1"], "config.learning_rate: unknown key", "did you mean lr?"),
         (["--noconfig.use_moun"], "config.use_moun: unknown key", "did you mean use_muon?"),
         (["eval", "--stop=3"], "--stop: unknown flag\n", ""),
+        (["plan", "--config.num_blocks=2147483647"], "config.num_blocks: 2147483647 would take", "at most 1000"),
         (["generate"], "generate: unknown command; did you mean sample?", "use one of train, sample, eval"),
         (["--fresh=maybe"], "--fresh=maybe: ", ""),
         (["train", "quickly"], "quickly: not a flag", "--name=value"),

@@ -189,6 +189,19 @@ def test_papers_that_changed_are_named(copy, capsys):
         assert_one_line(capsys.readouterr().err, "")
 
 
+@pytest.mark.parametrize("number", [100_000, 2**31 - 1])
+def test_blocks_that_no_checkpoint_has_are_refused_at_once(copy, tmp_path, capsys, monkeypatch, number):
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["num_blocks"] = number
+    (copy / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(run_lib, "init_params", None)  # would be traced block by block
+    for command in (["sample"], ["eval"], ["report"], ["sample", "--step=30"]):
+        assert main.main([*command, f"--workdir={copy}"]) == 2
+        assert_one_line(capsys.readouterr().err, f"{copy / 'config.json'}: num_blocks is {number}, and the checkpoint")
+    with pytest.raises(UserError, match=f"num_blocks is {number}"):
+        train_lib.train(tiny_config(init_from=str(copy)), tmp_path / "tuned")
+
+
 # --- verify ---------------------------------------------------------------------------------------------------------
 
 
