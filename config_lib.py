@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import default
@@ -20,10 +19,11 @@ from runtime.trackers import TRACKERS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
-from transformer.config import TransformerConfig
+from transformer.config import Execution, TransformerConfig
 from transformer.kernels.choose import obstacle
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Range, require
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
+from transformer.xla import target
 
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
@@ -43,18 +43,30 @@ RANGES = {
     **{"test_fraction": BelowOne, "val_fraction": Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]},
 }
 
+# Of the model's settings how it is run, and the others: its shape, but for what follows from the text.
+EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
+SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
+SHAPE_KEYS -= {"vocab_size", "document_start"}
+
 # What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "warning_signal", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
-    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh", "report"),
+    *(
+        "save_every",
+        "warning_signal",
+        "keep",
+        "data_dir",
+        "init_from",
+        "steps_per_dispatch",
+        "watchdog_seconds",
+        "peer_seconds",
+    ),
+    *("mesh", "report"),
+    *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
-
-# What the model computes; its vocabulary and end-of-text token follow from the text, its dtype from the device.
-MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype", "document_start"}
 
 # What may differ under --rebatch: how the sequences that follow are cut into steps.
 REBATCH = {"batch_size", "accumulation_steps"}
@@ -151,15 +163,15 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
     """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
-    settings = {name: config[name] for name in MODEL_KEYS}
-    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, document_start=document_start, **settings)
+    settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
+    return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
 def resolve_dtype(dtype: str) -> str:
     """ "auto" is bfloat16 where the hardware is made for it."""
     if dtype != "auto":
         return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if target().platform == "cpu" else "bfloat16"
 
 
 def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:

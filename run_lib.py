@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
-from training.optimizer import labels_of, make_optimizer
-from training.step import TrainState, init_state, regroup
+from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, init_params, model_of
 
@@ -181,7 +180,7 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
       UserError: one of them does not.
     """
     saved = config_lib.from_dict(meta["config"])
-    for name in sorted(config_lib.MODEL_KEYS - config_lib.FREE_ON_RESUME):
+    for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:
             raise UserError(
                 f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
@@ -223,7 +222,7 @@ def load_weights(
         _require_so_many_blocks(workdir, config, checkpoints, None)
         want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
         if want != have:
-            names = [field.name for field in dataclasses.fields(source)]
+            names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
             name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
             raise UserError(
                 f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
@@ -247,7 +246,7 @@ def load_model(
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
@@ -307,9 +306,9 @@ def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None
 class Resumed:
     """Where a run goes on: its state, and what its checkpoint says."""
 
+    step: Step
     state: TrainState
     micro_step: int  # in micro-batches of the config that goes on
-    position: int  # sequences read
     meta: dict[str, Any]
 
 
@@ -319,9 +318,10 @@ def other_versions(workdir: Path) -> str:
     A run goes on under any version that reads its checkpoints, but another compiler may round in another order.
     """
     try:
-        before = dict(read_json(workdir / CONFIG_FILE)["packages"])
-    except (UserError, LookupError, TypeError):  # a run goes on without that file too, which is then written anew
+        before = read_json(workdir / CONFIG_FILE).get("packages")
+    except UserError:  # a run goes on without that file too, which is then written anew
         return ""
+    before = before if isinstance(before, dict) else {}
     now = devices.environment()["packages"]
     changed = [name for name in ("jax", "jaxlib", "flax", "optax") if before.get(name, now[name]) != now[name]]
     return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
@@ -349,14 +349,19 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
 
 def resume(
     checkpoints: Checkpoints,
+    build: Callable[[int, int], Step],
+    allow: Callable[[int], None],
     config: ConfigDict,
     workdir: Path,
     data: Dataset,
     sharding: Placement,
     warn: Callable[[str], None],
-    rebatch: bool,
 ) -> Resumed | None:
     """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
+
+    Args:
+      build: makes the step of a run that goes on after so many micro-batches of `config` and sequences.
+      allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
 
     `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
 
@@ -364,22 +369,22 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    model_config = config_lib.model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
-    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
-    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
+    new = config.accumulation_steps
+    made: dict[int, Step] = {}  # by checkpoint
+    own_micro_step = lambda step, old: step // old * new if old != new else step
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
-        require_same_run(meta, config, workdir, rebatch)
+        allow(step)
         if meta["data_sha256"] != data.sha256:
             raise UserError(
                 f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
                 f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
             )
         require_same_model(workdir, config, data.tokenizer, meta)
-        optimizer = optimizer_of(config_lib.from_dict(meta["config"]))
-        labels = labels_of(shapes(), config_lib.optimizer_config(config))
-        init = partial(init_state, model_config, optimizer, labels)
-        abstract = jax.eval_shape(init, jax.random.key(0))
+        old = meta["config"]["accumulation_steps"]
+        made[step] = build(own_micro_step(step, old), meta["position"])
+        state = made[step].state
+        abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
 
     found = checkpoints.restore_newest(state_of, sharding, warn)
@@ -388,9 +393,9 @@ def resume(
     if versions := other_versions(workdir):
         warn(f"other versions than in the session before ({versions}): the last bits may differ")
     step, meta, restored, rest = found
-    state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
+    state, old = TrainState(restored, *rest), meta["config"]["accumulation_steps"]
     if old != new:
-        convert = partial(regroup, optimizer=optimizer_of(config), old=old, new=new)
+        convert = partial(regroup, old=old, new=new)
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
         state = jax.jit(convert, out_shardings=places)(state)
-    return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
+    return Resumed(made[step], state, own_micro_step(step, old), meta)

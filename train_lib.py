@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from training.dispatch import held_back, longest, several_steps, spans
 from training.evaluate import Evaluator
 from training.health import Divergence
 from training.optimizer import groups_of
-from training.step import make_step
+from training.step import Step, make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_shares, shardings_of, whole
@@ -109,8 +109,9 @@ class Trainer:
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
         self.console, self.stop, self.watchdog = console, stop, watchdog
         latest = checkpoints.latest()
+        allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # before anything is loaded: the newest may prove damaged later
-            run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
+            allow(latest)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         console.doing("reading the text")
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
@@ -121,25 +122,17 @@ class Trainer:
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
-        self.mesh = make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
             2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
         )
         self.placement = partial(shardings_of, mesh=self.mesh)
-        resumed = run_lib.resume(checkpoints, config, workdir, self.data, self.placement, console.warn, rebatch)
-        self.batches = Batches(
-            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
-            offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
-        )
-        self.total = total_steps(config, self.batches)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        step = make_step(
-            *(config_lib.optimizer_config(config), self.model_config, self.total, dropout_key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-        )
+        build = partial(self._build, dropout_key)
+        resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
+        step = resumed.step if resumed else build(0, 0)
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         several = config.steps_per_dispatch > 1
@@ -182,6 +175,20 @@ class Trainer:
     def step(self) -> int:
         """Real steps made."""
         return self.micro_step // self.config.accumulation_steps
+
+    def _build(self, key: jax.Array, micro_step: int, position: int) -> Step:
+        """The step of a run that goes on after so many micro-batches and sequences, its batches, and how many steps."""
+        config = self.config
+        self.batches = Batches(
+            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
+            offset=position - micro_step * config.batch_size,
+        )
+        self.total = total_steps(config, self.batches)
+        return make_step(
+            *(config_lib.optimizer_config(config), self.model_config, self.total, key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
+        )
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
@@ -304,7 +311,7 @@ class Trainer:
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
-        config, step, device = self.config, self.step, jax.local_devices()[0]
+        config, step, device = self.config, self.step, self.mesh.local_devices[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         factor = on_host.pop("lr_factor")
@@ -328,7 +335,7 @@ class Trainer:
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
-            kind = jax.devices()[0].device_kind
+            kind = self.mesh.devices.flat[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     devices.set_up_compile_cache(console.warn)
     config_lib.check_devices(config, len(devices.wake_up()))
     with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh))
+        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 

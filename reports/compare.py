@@ -16,7 +16,7 @@ from config_lib import written
 from reports.html import Picture, html_page
 from reports.plots import Curve, plot_curves
 from runtime.errors import UserError
-from runtime.files import write_text
+from runtime.files import read_file, write_text
 from runtime.screen.console import Console
 from runtime.screen.text import Table, human, nearest
 
@@ -302,7 +302,7 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
     pictures = []
     for x, file in ("tokens", "loss_by_tokens.png"), ("training_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))
-        pictures.append(Picture((out / file).read_bytes(), f"The runs' losses against {x.split('_')[-1]}"))
+        pictures.append(Picture(read_file(out / file), f"The runs' losses against {x.split('_')[-1]}"))
     means = [table for table in tables if table.columns[:2] == ["config", "n"]]
     single = [table for table in tables if table not in means]
     title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name

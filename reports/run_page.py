@@ -1,6 +1,5 @@
 """The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,7 +217,7 @@ def _samples(samples: list[tuple[int, str]]) -> list[Block]:
 
 def _config(run: RunRecord) -> list[Block]:
     docs = key_docs()
-    plain = lambda value: json.loads(json.dumps(value))  # tuples are lists in a file
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # as in a file
     differs = [key for key, doc in docs.items() if plain(run.config[key]) != plain(doc.default)]
     rows = [[key, written(run.config[key]), written(docs[key].default)] for key in differs]
     every = [[key, written(run.config[key]), doc.comment] for key, doc in docs.items()]

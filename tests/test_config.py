@@ -108,7 +108,8 @@ def test_the_originals_flags_are_keys():
 
 
 def test_the_tables_name_only_keys_and_every_number_has_a_range():
-    types = [config_lib.RANGES, TransformerConfig.__annotations__, OptimizerConfig.__annotations__]
+    of_fields = [{field.name: field.type for field in fields(part)} for part in (TransformerConfig, OptimizerConfig)]
+    types = [config_lib.RANGES, *of_fields]
     ranged = [key for part in types for key, kind in part.items() if hasattr(kind, "__metadata__")]
     assert len(ranged) == len(set(ranged))
     numbers = {key for key, value in default.get_config().items() if type(value) in (int, float)}

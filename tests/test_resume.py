@@ -26,6 +26,7 @@ import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import ExpectedError, Interrupted, UserError
 from training import evaluate
+from training import step as step_lib
 
 
 def assert_same_run(workdir: Path, reference: run_lib.Run, config) -> None:
@@ -114,13 +115,17 @@ def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, evaluation, step):
     assert (run.best_step, run.best_val_loss) == (reference.best_step, reference.best_val_loss)
 
 
-def test_a_finished_run_has_nothing_left_to_do(capsys):
-    reference = finished_run()
+def test_a_finished_run_has_nothing_left_to_do(capsys, monkeypatch):
+    reference, calls = finished_run(), []
+    for module, name in ((run_lib, "require_same_run"), (train_lib, "make_step"), (step_lib, "make_optimizer")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _r=real, _n=name, **k: calls.append(_n) or _r(*a, **k))
     before = (reference.workdir / "metrics.jsonl").read_bytes()
     run = train_lib.train(tiny_config(), reference.workdir)
     assert "already at step 30" in capsys.readouterr().out
     assert (reference.workdir / "metrics.jsonl").read_bytes() == before
     assert (run.step, run.val_loss, run.history) == (30, reference.val_loss, reference.history)
+    assert calls == ["require_same_run", "make_step", "make_optimizer"]  # each is done once
 
 
 # --- What may change, and what may not ------------------------------------------------------------------------------

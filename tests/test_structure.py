@@ -136,6 +136,19 @@ def test_an_optimizer_is_named_in_its_own_file_in_the_table_and_where_its_keys_a
     assert (elsewhere, "configs.default" in named) == ({"training.muon", "training.optimizer"}, True)
 
 
+def test_what_is_traced_asks_for_no_devices():
+    """Those of the mesh may be elsewhere. A model alone, without a mesh, takes JAX's own choice, in one place."""
+    asking = ("jax.default_backend", "jax.devices", "jax.local_devices", "jax.extend.backend.get_backend")
+    found = [
+        f"{name}: {call}"
+        for name, source in read_sources().items()
+        if name.partition(".")[0] in ("transformer", "training")
+        for call in (ast.unparse(call.func) for call in calls_of(source))
+        if call in asking
+    ]
+    assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
+
+
 def test_a_worker_that_encodes_text_loads_no_jax():
     code = "import sys, corpus.encode; print(*sorted({'jax', 'jaxlib', 'flax', 'optax'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -149,6 +162,32 @@ def test_what_is_read_is_never_run():
             where = f"{name}:{call.lineno}"
             assert getattr(call.func, "id", "") not in ("eval", "exec", "compile"), where
             assert not any(keyword.arg == "allow_pickle" for keyword in call.keywords), where
+
+
+READERS = {  # who opens files, and why it is not `runtime.files` that does
+    "runtime.files": "the one reader of what lies in a run's directory",
+    "runtime.workdir": "the lock, which is held open",
+    "runtime.checkpoints.integrity": "hashes the files of a checkpoint, once they were found to be regular",
+    "runtime.watchdog": "writes while everything hangs",
+    **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
+    **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
+    **dict.fromkeys(
+        [f"corpus.{name}" for name in ("fetch", "files", "load_text", "prepare", "rebuild", "shards")], "data"
+    ),
+    "corpus.tokenizer": "what a library says",
+}
+
+
+def opens(source: str) -> list[str]:
+    """Calls that read a file, or take JSON that somebody wrote."""
+    calls = [ast.unparse(call.func) for call in calls_of(source)]
+    return [name for name in calls if re.fullmatch(r"(.+\.)?(open|read_text|read_bytes)|json\.loads?", name)]
+
+
+def test_one_module_reads_the_files_of_a_run():
+    named = {"read_text", "read_bytes"}  # of runtime.files, imported
+    found = {name for name, source in read_sources().items() if set(opens(source)) - named}
+    assert found - {name for name in found if name.startswith("benchmarks.")} == READERS.keys()
 
 
 def test_torch_reads_tensors_and_nothing_else():

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from training.step import TrainState
-from transformer.xla import compiler_options
+from transformer.xla import jit_for, target_of
 
 MOST = 64  # micro-steps in a dispatch, whatever is asked for: a signal waits for those that are under way
 
@@ -58,7 +58,8 @@ def several_steps(
 
     places = jax.tree.map(lambda x: x.sharding, state)  # of a loop's result XLA would choose them, and compile twice
     shardings = places, places.metrics
-    return jax.jit(steps, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
+    target = target_of(places.micro_step.device_set)
+    return jit_for(target, steps, donate_argnums=0, out_shardings=shardings)
 
 
 def held_back(step: Callable, most: int = 4) -> Callable:

@@ -1,6 +1,6 @@
-"""The shape of a model: its settings, which of their values are possible, and what follows from them."""
+"""The shape of a model and how it is run: their settings, which values are possible, and what follows from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from transformer.kernels.choose import KERNEL_NAMES
 from transformer.ranges import AboveOne, BelowOne, Count, CountOrNone, NotNegative, Positive, require
@@ -20,9 +20,20 @@ CHOICES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model is run: nothing here adds, drops or reshapes a parameter."""
+
+    dtype: str = "float32"
+    attention_kernel: str = "auto"
+    loss_chunk: CountOrNone = 0
+    remat: str = "none"
+    scan_blocks: bool = False
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a model. `configs/default.py` says what each setting means.
+class TransformerConfig(Execution):
+    """The shape of a model, with how it is run. `configs/default.py` says what each setting means.
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
     the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
@@ -63,15 +74,10 @@ class TransformerConfig:
     logit_softcap: NotNegative = 0.0
     dropout: BelowOne = 0.0
     output_init: str = "normal"
-    dtype: str = "float32"
     document_start: int = -1
-    attention_kernel: str = "auto"
-    loss_chunk: CountOrNone = 0
-    remat: str = "none"
-    scan_blocks: bool = False
 
     def __post_init__(self):
-        require(vars(self), type(self).__annotations__)
+        require(vars(self), {field.name: field.type for field in fields(self)})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
