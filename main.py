@@ -4,10 +4,8 @@ python main.py [train] --config=configs/shakespeare.py [--config.KEY=VALUE ...]
 python main.py COMMAND --help
 """
 
-import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 
 if __package__:  # installed: the modules find each other in its folder, as they do in a clone
     sys.path.insert(0, str(Path(__file__).parent))
@@ -36,41 +34,19 @@ def _parted(argv: list[str]) -> tuple[str, list[str]]:
     return (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
 
 
-def _load(name: str) -> ModuleType:
-    """A module of ours, imported.
-
-    Raises:
-      ExpectedError: a package that it needs is not there.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if (Path(__file__).parent / package).exists() or (Path(__file__).parent / f"{package}.py").exists():
-            raise
-        raise ExpectedError(
-            f"{package}: not installed for {sys.executable}; activate the environment that has it (source "
-            ".venv/bin/activate), or pip install -r requirements.txt"
-        ) from error
-
-
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
-    from commands.typos import check_words, hint
+    from commands.typos import check_words, load
     from runtime.screen.console import Console
 
     command, flags = _parted(argv)
     try:
-        if command not in COMMANDS:
-            raise ExpectedError(
-                f"{command}: unknown command{hint(command, [*COMMANDS])}; use one of {', '.join(COMMANDS)}"
-            )
-        check_words(command, flags)
+        check_words(command, flags, list(COMMANDS))
         with Console(silent="--process_id" in " ".join(flags)).busy("loading JAX"):
-            module = _load(f"commands.{command}")
+            module = load(command)
         module.main(flags)
     except Interrupted as signal:
         return 128 + signal.signum

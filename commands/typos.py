@@ -1,13 +1,17 @@
-"""Mistakes on a command line that can be told at once, before what takes seconds is imported.
+"""What is wrong with a command line or an installation, as far as it can be told at once, before what takes seconds.
 
 The names of flags and keys are read from the source of a command and of configs/default.py.
 """
 
+import importlib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from runtime.errors import UserError
+from runtime.files import PROGRAM
 from runtime.screen.text import nearest
 
 _FLAG = re.compile(r'\bDEFINE_(\w+)\(\s*"(\w+)"')
@@ -45,12 +49,14 @@ def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
     return flags | {"config": "string"}, [key for key, _ in keys]
 
 
-def check_words(command: str, words: Sequence[str]) -> None:
-    """Whether each word that looks like a flag names one of the command's, or a key.
+def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> None:
+    """Whether the command is one of `commands`, and each word that looks like a flag names one of its flags or a key.
 
     Raises:
       UserError: one does not.
     """
+    if command not in commands:
+        raise UserError(f"{command}: unknown command{hint(command, commands)}; use one of {', '.join(commands)}")
     flags, keys = flags_of(command)
     words = iter(words)
     for word in words:
@@ -72,3 +78,21 @@ def check_words(command: str, words: Sequence[str]) -> None:
             raise UserError(f"--{name}: unknown flag; did you mean --config.{_ALSO_CALLED.get(name, name)}?")
         else:
             raise UserError(f"--{name}: unknown flag{hint(name, [*flags])}")
+
+
+def load(command: str) -> ModuleType:
+    """The command's module, with all that it needs.
+
+    Raises:
+      UserError: a package is not installed.
+    """
+    try:
+        return importlib.import_module(f"commands.{command}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if (PROGRAM / package).exists() or (PROGRAM / f"{package}.py").exists():
+            raise
+        raise UserError(
+            f"{package}: not installed for {sys.executable}; activate the environment that has it (source "
+            ".venv/bin/activate), or pip install -r requirements.txt"
+        ) from error

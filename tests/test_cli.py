@@ -196,9 +196,9 @@ def test_the_flags_read_from_the_source_are_those_that_are_there(command):
 
 
 def test_a_value_that_looks_like_a_flag_is_none():
-    typos.check_words("sample", ["--prompt", "--lr", "--noreplace_unknown", "--replace_unknown", "--", "--x"])
+    typos.check_words("sample", ["--prompt", "--lr", "--noreplace_unknown", "--", "--x"], ["sample"])
     with pytest.raises(UserError, match="--lr"):
-        typos.check_words("sample", ["--replace_unknown", "--lr"])
+        typos.check_words("sample", ["--replace_unknown", "--lr"], ["sample"])
 
 
 def test_without_its_packages_the_program_says_what_to_do():
