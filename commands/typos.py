@@ -34,7 +34,7 @@ _ALSO_CALLED = {  # what others call our commands and keys
 
 def hint(word: str, words: Sequence[str]) -> str:
     """ "; did you mean X?": one of `words` that is spelled much the same, or that others call so; or nothing."""
-    other = _ALSO_CALLED.get(word)
+    other = _ALSO_CALLED.get(word, word)
     return nearest(other if other in words else word, words, alike=0.78)  # "stop" is no misspelt "step"
 
 
@@ -58,8 +58,8 @@ def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> 
     if command not in commands:
         raise UserError(f"{command}: unknown command{hint(command, commands)}; use one of {', '.join(commands)}")
     flags, keys = flags_of(command)
-    words = iter(words)
-    for word in words:
+    rest = iter(words)
+    for word in rest:
         if word == "--":
             return
         if not word.startswith("--"):
@@ -68,7 +68,7 @@ def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> 
         kind = flags.get(name) or flags.get(name.removeprefix("no"))
         if name in flags:
             if kind != "bool" and not equals:
-                next(words, None)  # the value
+                next(rest, None)  # the value
         elif name.startswith("no") and kind == "bool":
             continue
         elif name.removeprefix("no").startswith("config.") and keys:

@@ -123,9 +123,9 @@ def compile_seconds() -> float:
 def _listened_to() -> list[float]:
     seconds = [0.0]
 
-    def heard(event: str, duration: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds[0] += duration
+            seconds[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     return seconds
