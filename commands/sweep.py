@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from hashlib import sha256
@@ -26,6 +27,7 @@ from runtime.files import PROGRAM, read_json, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import nearest
 from runtime.signals import SIGNALS, WARNINGS, hangup_ignored
+from runtime.workdir import require_own
 
 MAIN = PROGRAM / "main.py"
 FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
@@ -182,7 +184,9 @@ def main(argv: list[str]) -> None:
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
     if (sweep_dir / run_lib.CONFIG_FILE).exists():
         raise UserError(f"--workdir={sweep_dir}: is a run's own directory; name another one for the sweep")
-    console = Console()
+    console, own = Console(), sweep_dir.expanduser().resolve()
+    for name in ("compare", *(point.name for point in points)):
+        require_own(own, own / name, stat.S_ISDIR)
     failed: dict[str, int] = {}
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"

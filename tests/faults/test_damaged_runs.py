@@ -117,6 +117,15 @@ def test_steps_without_their_checkpoints_are_no_fresh_start(copy, capsys, monkey
     assert (copy.with_name(f"copy.old-{2 if gone == 'what was moved first' else 1}") / "metrics.jsonl").exists()
 
 
+def test_damaged_rows_of_the_log_do_not_spoil_the_end_of_a_run(copy, capsys):
+    """It is over and saved: what is drawn at the end passes over them."""
+    log = copy / "metrics.jsonl"
+    log.write_text('[1]\n{"step": ' + "9" * 400 + '}\n{"step": "x"}\n' + log.read_text())
+    capsys.readouterr()
+    assert main.main(arguments(tiny_config(), copy)) == 0
+    assert capsys.readouterr().err == f"warning: {log}: 2 damaged rows left out\n"
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
