@@ -30,6 +30,7 @@ CHOICES = {
     **optimizer_lib.CHOICES,
     "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
+    "warning_signal": ("save", "stop"),
 }
 
 
@@ -52,7 +53,16 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "keep", "data_dir", "init_from", "steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
+    *(
+        "save_every",
+        "warning_signal",
+        "keep",
+        "data_dir",
+        "init_from",
+        "steps_per_dispatch",
+        "watchdog_seconds",
+        "peer_seconds",
+    ),
     *("mesh", "report"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike

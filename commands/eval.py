@@ -25,7 +25,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     [device, *_] = devices.wake_up()
     model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step, console.warn)
     split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)

@@ -17,6 +17,7 @@ from commands.flags import DEFAULT_WORKDIR, parse_flags
 from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
 from runtime.errors import UserError
+from runtime.files import user_state
 from runtime.screen.console import Console
 from runtime.screen.text import printable
 from transformer.model import Transformer
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
         sampling = Sampling(values.temperature, values.top_k, values.top_p, values.min_p, values.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(Console().warn)
     devices.wake_up()
     model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -242,8 +243,11 @@ def line_history() -> Iterator[None]:
     except ImportError:  # a Python that was built without it
         yield
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "transformer-jax" / "history"
+    try:
+        path = user_state() / "history"
+    except UserError:  # such a user has no earlier sessions
+        yield
+        return
     readline.parse_and_bind("tab: self-insert")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)

@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
 
+import input_pipeline
 import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from training import dispatch
-from training.dispatch import held_back, spans
+from training.dispatch import MOST, held_back, longest, spans
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
 
@@ -69,6 +70,21 @@ def test_the_devices_are_never_far_behind(monkeypatch):
         state, step_metrics = step(state, batch)
         assert (state, step_metrics) == (batch + 1, f"metrics {batch}")
     assert waited == ["metrics 0", "metrics 1"]
+
+
+def test_room_is_made_for_the_batches_that_are_left(tmp_path, monkeypatch):
+    """Not for two thousand million of them; and what is under way ends before somebody loses patience."""
+    sizes = []
+
+    def place(batches, mesh, most, span):
+        sizes.append((most, len(span)))
+        return input_pipeline.place(batches, mesh, most, span)
+
+    monkeypatch.setattr(train_lib, "place", place)
+    run = train_lib.train(tiny_config(max_steps=3, steps_per_dispatch=2**31 - 1, **QUIET), tmp_path)
+    assert sizes == [(3, 3)] and run.step == 3
+    assert longest(0, 2**31 - 1, 2**31 - 1, 1, [2_000_000_000]) == MOST
+    assert longest(4, 2**31 - 1, 2**31 - 1, 3, [0, 7]) == 21 and longest(5, 5, 9, 1, []) == 1
 
 
 def test_nothing_to_wait_for_in_three_hundred_steps_of_two_devices(tmp_path):

@@ -48,7 +48,7 @@ def test_what_a_run_leaves():
 
 def test_the_keys_and_sums_of_the_metrics():
     always = {"step", "tokens", "loss", "grad_norm", "lr", "muon_lr", "step_seconds", "tokens_per_second", "mfu"}
-    always |= {"elapsed_seconds", "peak_memory_bytes"}
+    always |= {"elapsed_seconds", "compile_seconds", "peak_memory_bytes"}
     always |= {f"{what}_rms_{group}" for what in ("param", "update") for group in ("muon", "adamw")}
     validation = {"val_loss", "bits_per_byte", "val_tokens"}
     history = rows(finished_run().workdir)
@@ -62,6 +62,8 @@ def test_the_keys_and_sums_of_the_metrics():
         if evaluated:  # one character is one token and one byte
             assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
     assert [row["elapsed_seconds"] for row in history] == sorted(row["elapsed_seconds"] for row in history)
+    compiled = [row["compile_seconds"] for row in history]
+    assert compiled == sorted(compiled) and 0 < compiled[-1] < history[-1]["elapsed_seconds"]
     assert history[0]["loss"] == pytest.approx(math.log(finished_run().tokenizer.vocab_size), abs=0.2)
     assert history[-1]["loss"] < history[0]["loss"] - 1
 
