@@ -7,7 +7,6 @@ Nothing is read but headers and samples; a run maps what its batches need. A pre
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from corpus.cache import cached
 from corpus.dataset import SPLITS, Dataset, Split, check_length, ends_of_splits
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
 from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
-from runtime.errors import ExpectedError, UserError, one_line
-from runtime.files import read_json, write_json
+from runtime.errors import UserError, one_line
+from runtime.files import read_json
 
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -242,17 +242,13 @@ def _pieces(tokenizer: Tokenizer) -> list[bytes]:
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
     """Bytes of the text that the tokens stand for; counted once."""
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.json"
-    if path.exists():
-        return read_json(path)
-    if len(tokens) > COUNTED_AT_ONCE:
-        say(f"counting the bytes of {len(tokens):,} tokens, once")
-    lengths = np.array([len(piece) for piece in _pieces(tokenizer)], np.uint16)
-    starts = range(0, len(tokens), COUNTED_AT_ONCE)
-    total = sum(int(lengths[tokens[start : start + COUNTED_AT_ONCE]].sum(dtype=np.int64)) for start in starts)
-    try:
-        os.makedirs(cache, exist_ok=True)
-        write_json(path, total)
-    except (OSError, ExpectedError) as error:
-        say(f"warning: {path} cannot be written ({one_line(error)}); the bytes are counted again next time")
-    return total
+
+    def count() -> np.ndarray:
+        if len(tokens) > COUNTED_AT_ONCE:
+            say(f"counting the bytes of {len(tokens):,} tokens, once")
+        lengths = np.array([len(piece) for piece in _pieces(tokenizer)], np.uint16)
+        starts = range(0, len(tokens), COUNTED_AT_ONCE)
+        total = sum(int(lengths[tokens[i : i + COUNTED_AT_ONCE]].sum(dtype=np.int64)) for i in starts)
+        return np.array([total], np.int64)
+
+    return int(cached(cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.npy", np.int64, count, say)[0])

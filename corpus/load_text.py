@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from corpus import fetch
+from corpus.cache import cached
+from corpus.containers import HEAD_BYTES, require_plain
 from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
 from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
 from runtime.errors import UserError, one_line
-from runtime.files import replacing
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
@@ -33,8 +34,9 @@ def load_text(
 ) -> Dataset:
     """Finds the text, cuts it into splits, and encodes each apart or takes its tokens from `data_dir/.cache`.
 
-    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes any
-    file as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are.
+    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes a file
+    as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are. Files that
+    hold texts inside something else (`corpus.containers`) are refused for every tokenizer.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
@@ -43,13 +45,15 @@ def load_text(
         context_len: each split must hold context_len + 1 tokens.
 
     Raises:
-        UserError: the text is missing, unreadable, empty, too short, not UTF-8 or has characters that `vocabulary`
-            lacks; or the tokenizer has no such name or cannot be loaded.
+        UserError: the text is missing, unreadable, no plain text, empty, too short, not UTF-8 or has characters that
+            `vocabulary` lacks; or the tokenizer has no such name or cannot be loaded.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
     paths = find_files(dataset, data_dir, say)
     files = [_read(path) for path in paths]
+    for path, data in zip(paths, files, strict=True):
+        require_plain(path, data[:HEAD_BYTES])
     by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
@@ -132,36 +136,11 @@ def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tok
 def _encode(text: str | bytes, vocabulary: Tokenizer, cache: Path, say: Say) -> Split:
     """The text's tokens, memory-mapped from a file that the text and the vocabulary name, written if need be."""
     data = text if isinstance(text, bytes) else text.encode()
-    path = cache / f"{hashlib.sha256(data).hexdigest()[:32]}-{vocabulary.fingerprint[:32]}.npy"
-    tokens = _load_tokens(path, vocabulary.dtype, say)
-    if tokens is None:
+
+    def tokens() -> np.ndarray:
         if len(data) > MANY_BYTES:
             say(f"encoding {len(data):,} bytes with tokenizer {vocabulary.name}, once")
-        tokens = vocabulary.encode_bytes(data) if isinstance(vocabulary, ByteTokenizer) else vocabulary.encode(text)
-        try:
-            _store_tokens(path, tokens)
-            tokens = np.load(path, mmap_mode="r")
-        except OSError as error:
-            say(f"warning: {cache} cannot be written ({error.strerror}); the encoded text stays in memory")
-    # `asarray` keeps the map but drops the memmap class, whose slices cost several times as much.
-    return Split(np.asarray(tokens), len(data))
+        return vocabulary.encode_bytes(data) if isinstance(vocabulary, ByteTokenizer) else vocabulary.encode(text)
 
-
-def _load_tokens(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
-    """The tokens if they are there; of damage it sees length and type, as reading all would cost what the map saves."""
-    try:
-        tokens = np.load(path, mmap_mode="r")
-        if tokens.dtype != dtype or tokens.ndim != 1:
-            raise ValueError
-        return tokens
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, EOFError, ValueError):
-        say(f"warning: the encoded text {path} is damaged; encoding it again")
-        return None
-
-
-def _store_tokens(path: Path, tokens: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        np.save(unfinished, tokens)
+    path = cache / f"{hashlib.sha256(data).hexdigest()[:32]}-{vocabulary.fingerprint[:32]}.npy"
+    return Split(cached(path, vocabulary.dtype, tokens, say), len(data))

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -45,7 +46,8 @@ class UnknownCharacters(ValueError):
 
     def __init__(self, characters: str, positions: tuple[int, ...]):
         self.characters, self.positions = characters, positions
-        shown = [f"{c!a} at {p}" for c, p in zip(characters[:8], positions[:8], strict=True)]
+        seen = [ascii(c) if unicodedata.combining(c) else repr(c) for c in characters[:8]]
+        shown = [f"{c} at {p}" for c, p in zip(seen, positions, strict=False)]
         more = f" and {len(characters) - len(shown)} more" if len(characters) > len(shown) else ""
         super().__init__(f"characters not in the vocabulary: {', '.join(shown)}{more}")
 

@@ -68,7 +68,8 @@ def test_settings_are_changed_and_shown():
         ("/top_k 1.5", "/top_k: '1.5' is no such number"),
         ("/seed -1", "/seed: "),
         ("/num_tokens -3", "/num_tokens: must be at least 0"),
-        ("A µ", "'\\xb5' at 2"),
+        ("A µ", "'µ' at 2"),
+        ("A \N{COMBINING ACUTE ACCENT}\N{ZERO WIDTH SPACE}", r"'\u0301' at 2, '\u200b' at 3"),
         ("//", "'/' at 0"),  # one slash of text, which this model does not know
     ],
 )
@@ -157,4 +158,4 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
     assert sample(b"A \xff") == 2
     assert_one_line(capsys.readouterr().err, "error: standard input: not UTF-8 at byte 2")
     assert sample("A µ".encode()) == 2
-    assert_one_line(capsys.readouterr().err, "error: standard input: ", "'\\xb5' at 2")
+    assert_one_line(capsys.readouterr().err, "error: standard input: ", "'µ' at 2")

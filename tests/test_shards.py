@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import run_lib
 import train_lib
+from corpus import load_shards as load_shards_module
 from corpus import shards
 from corpus.dataset import ORDERS, Split
 from corpus.load_shards import holds_shards, load_shards
@@ -268,8 +269,17 @@ def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for
     data = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer)
     assert data.val.num_bytes == 5 + 1 + 2 + 1 + 2 and data.train.num_bytes is None
     assert bits_per_byte(1.0, 27, data.train.num_bytes) is None
-    monkeypatch.setattr("corpus.load_shards._pieces", None)  # not counted again
+    pieces = load_shards_module._pieces
+    monkeypatch.setattr(load_shards_module, "_pieces", None)  # not counted again
     assert load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer).val.num_bytes == 11
+    monkeypatch.setattr(load_shards_module, "_pieces", pieces)
+    (counted,) = (tmp_path / ".cache").iterdir()
+    whole, lines = counted.read_bytes(), []
+    for damaged in (b"", b"0", whole[:128] + bytes(8) + whole[136:]):
+        counted.write_bytes(damaged)
+        again = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer, say=lines.append)
+        assert again.val.num_bytes == 11 and counted.read_bytes() == whole
+    assert len(lines) == 3 and all(f"{counted} is damaged" in line for line in lines)
 
 
 def test_the_hash_stays_with_the_tokens_and_sees_a_change(tmp_path):
