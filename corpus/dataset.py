@@ -19,10 +19,14 @@ ORDERS = ("shuffle", "sequential", "random")
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known."""
+    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known.
+
+    files: the names of the shards that it is made of, below the folder common to all; none where it is text.
+    """
 
     tokens: np.ndarray | ShardedTokens
     num_bytes: int | None
+    files: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -7,8 +7,9 @@ Nothing is read but headers and samples; a run maps what its batches need. A pre
 import glob
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from corpus.cache import cached
 from corpus.dataset import SPLITS, Dataset, Split, check_length, ends_of_splits
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
-from corpus.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
+from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
 from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
@@ -43,7 +44,7 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
         return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
     if not dataset.endswith(".bin"):
         return False
-    return tokenizer != "byte" or any(map(has_header, _glob(path)))
+    return tokenizer != "byte" or any(map(is_shard, _glob(path)))
 
 
 def load_shards(
@@ -60,9 +61,9 @@ def load_shards(
 ) -> Dataset:
     """What `load_text` gives for text, for tokens on disk.
 
-    A prepared directory's index says which shards validate and test. Of others those do whose names say so
-    (`fineweb_val_000000.bin`, `val.bin`). Where none is for validation, it is cut off the training tokens' end, and so
-    is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
+    A prepared directory's index says which shards validate and test. Of others those do whose names or folders say so
+    (`fineweb_val_000000.bin`, `val/0.bin`). Where none is for validation, it is cut off the training tokens' end, and
+    so is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
 
     The bytes of a split's text are in the index; those of other shards' validation and test splits are counted once and
     kept in `data_dir/.cache`, those of their training split are unknown. End-of-text tokens count none.
@@ -80,13 +81,18 @@ def load_shards(
         raise UserError(f"config.dataset: {dataset} is not finished; run the `prepare` command that began it again")
     index = read_index(root) if (root / INDEX_FILE).exists() else None
     if index:
+        paths = []
+    elif dataset in SHARD_SETS:
+        paths = shard_paths(dataset, train_shards, data_dir, say)
+    else:
+        paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
+    folders = {root} if index else {path.parent for path in paths}
+    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
+    size = vocabulary.vocab_size
+    if index:
         shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
     else:
-        if dataset in SHARD_SETS:
-            paths = shard_paths(dataset, train_shards, data_dir, say)
-        else:
-            paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
-        shards = _by_name(map(read_shard, paths))
+        shards = _by_name([read_shard(path, size) for path in paths])
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
         other = next(shard for shard in files if shard.dtype.name == kinds[0])
@@ -94,9 +100,6 @@ def load_shards(
             f"config.dataset: {files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}; "
             "shards of two tokenizers cannot be mixed: give one's"
         )
-    folders = {root} if index else {shard.path.parent for shard in files}
-    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
-    size = vocabulary.vocab_size
     sample = sample_hash(files, size)
     tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
     if not shards["train"]:
@@ -110,7 +113,8 @@ def load_shards(
         if known is None and name != "train":
             key = f"{sample} {name} {len(part)} {val_fraction} {test_fraction} {vocabulary.fingerprint}"
             known = _num_bytes(part, vocabulary, data_dir / ".cache", key, say)
-        splits[name] = Split(part, known)
+        names = [os.path.relpath(shard.path, _folder(files)) for shard in shards[name]]
+        splits[name] = Split(part, known, tuple(names))
         check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
     identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
@@ -154,12 +158,30 @@ def _indexed(root: Path, split: dict[str, Any]) -> list[Shard]:
     return shards
 
 
-def _by_name(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
-    """Shards by the split that their names say: the word val, valid, validation or test in it, else training."""
+def _folder(shards: list[Shard]) -> str:
+    """The folder that all of them lie in or below."""
+    return os.path.commonpath([shard.path.parent.absolute() for shard in shards])
+
+
+_WORDS = re.compile(r"(?<![a-z])(?:(val|dev|eval|held.?out)(?:id(?:ation)?|uation)?|(test)(?:ing)?)(?![a-z])")
+
+
+def _by_name(shards: list[Shard]) -> dict[str, list[Shard]]:
+    """Shards by the split that their names say, or else the folders that they lie in below the one common to all.
+
+    Held out for validation are val, valid, validation, dev, eval, evaluation and heldout, for testing test; whatever
+    else is for training, as is what says train. The name says more than its folder, and that more than the one above.
+    """
     parts: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    folder = _folder(shards)
     for shard in shards:
-        word = re.search(r"(?<![a-z])(val|test)(id|idation)?(?![a-z])", shard.path.stem.lower())
-        parts[word[1] if word else "train"].append(shard)
+        name = "train"
+        for word in reversed(Path(os.path.relpath(shard.path.with_suffix(""), folder)).parts):
+            if found := _WORDS.search(word.lower()):
+                name = "val" if found[1] else "test"
+            if found or re.search("(?<![a-z])train(?![a-z])", word.lower()):
+                break
+        parts[name].append(shard)
     return parts
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from corpus.dataset import Dataset
+from corpus.dataset import SPLITS, Dataset
 from runtime.screen.text import Table, duration, human
 from training.cost import held_bytes, parameter_counts
 from training.step import Step
@@ -45,6 +45,7 @@ def header(
             f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens): "
             f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
         ),
+        *([("shards", _shards(data))] if data.train.files else []),
         ("optimizer", f"Muon for {muon} matrices, AdamW for {len(step.labels) - muon} other arrays"),
         (
             "memory",
@@ -54,6 +55,17 @@ def header(
         ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
         ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
     ]
+
+
+def _shards(data: Dataset) -> str:
+    """Which files each split is made of."""
+    told = []
+    for name, word in SPLITS.items():
+        if split := getattr(data, name):
+            files = split.files
+            several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
+            told.append(f"{word} {files[0] + several if files else 'at their end'}")
+    return ", ".join(told)
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
@@ -84,7 +96,12 @@ def opening(header: dict[str, str], config: ConfigDict, model: TransformerConfig
             ["layers", layers],
             ["attention", f"{heads}, {model.position} positions, {sinks}"],
         ],
-        "Data": [["text", data], ["split", split], ["steps", header["steps"]]],
+        "Data": [
+            ["text", data],
+            *([["shards", header["shards"]]] if "shards" in header else []),
+            ["split", split],
+            ["steps", header["steps"]],
+        ],
         "Optimizer": [
             ["parts", header["optimizer"]],
             ["rates", f"{rates}, {config.schedule}"],

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -19,11 +20,12 @@ import run_lib
 import train_lib
 from corpus import load_shards as load_shards_module
 from corpus import shards
-from corpus.dataset import ORDERS, Split
+from corpus.dataset import ORDERS, SPLITS, Split
 from corpus.load_shards import holds_shards, load_shards
-from corpus.shards import ShardedTokens, has_header, header, read_shard, sample_hash
+from corpus.shards import ShardedTokens, header, is_shard, read_shard, sample_hash
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches
+from reports import summary
 from runtime.errors import UserError
 from training.cost import bits_per_byte
 
@@ -62,7 +64,7 @@ def refusal(call, *args, **changes) -> str:
 @pytest.mark.parametrize(("kind", "magic", "version"), [("uint16", 20240520, 1), ("uint32", 20240801, 7)])
 def test_both_headers_are_written_and_read_as_llm_c_does(tmp_path, kind, magic, version):
     path = llm_c(tmp_path / "a.bin", [3, 1, 2], magic, version, np.dtype(kind))
-    assert header(3, np.dtype(kind)) == path.read_bytes()[:1024] and has_header(path)
+    assert header(3, np.dtype(kind)) == path.read_bytes()[:1024] and is_shard(path)
     shard = read_shard(path)
     assert (shard.num_tokens, shard.dtype, shard.offset) == (3, np.dtype(kind), 1024)
     assert ShardedTokens([shard], 4)[0:3].tolist() == [3, 1, 2]
@@ -80,6 +82,69 @@ def test_nanogpts_files_have_no_header_and_its_pickle_is_left_alone(tmp_path, mo
     assert bomb not in opened and not (tmp_path / "ran").exists()
     assert "a pickle beside them is never opened" in refusal(load, tmp_path, "char")
     assert load(tmp_path, "char", data_dir=tmp_path, vocabulary=CharTokenizer([chr(65 + i) for i in range(40)])).train
+
+
+def megatron(path: Path, documents, kind: type, code: int) -> Path:
+    """A .bin and its .idx as Megatron-LM's IndexedDataset describes them."""
+    np.concatenate(documents).astype(kind).tofile(path)
+    lengths = [len(tokens) for tokens in documents]
+    begins = np.cumsum([0, *lengths[:-1]]) * np.dtype(kind).itemsize
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1)
+    of_documents = np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    index = head + np.array(lengths, "<i4").tobytes() + np.array(begins, "<i8").tobytes() + of_documents
+    path.with_suffix(".idx").write_bytes(index)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "code"), [(np.int32, 4), (np.uint16, 8), (np.int64, 5), (np.uint8, 1)])
+def test_megatrons_index_says_the_type(tmp_path, kind, code):
+    documents = [[3, 1, 2], [5] * 40, [7, 200]]
+    path = megatron(tmp_path / "web_text_document.bin", documents, kind, code)
+    assert is_shard(path) and holds_shards(str(path), "byte")
+    data = load(path, data_dir=tmp_path, context_len=2)
+    assert data.train.tokens[0:99].tolist() == np.concatenate(documents)[:40].tolist() and data.train.num_tokens == 40
+    path.rename(tmp_path / "train.bin")
+    path.with_suffix(".idx").rename(tmp_path / "train.idx")
+    path = tmp_path / "train.bin"
+    assert read_shard(path).dtype.itemsize == np.dtype(kind).itemsize
+    cut_short(path)
+    assert "it is cut short" in refusal(read_shard, path)
+    index = path.with_suffix(".idx")
+    for damaged in (index.read_bytes()[:40], index.read_bytes()[:17] + b"\x06" + index.read_bytes()[18:]):
+        index.write_bytes(damaged)
+        assert "train.idx: is no index that can be read" in refusal(read_shard, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "ids"),
+    [
+        (np.uint16, 300, range(300)),
+        (np.uint32, 300, range(300)),
+        (np.int64, 300, range(300)),
+        (np.uint16, 2**16, range(40_000, 60_000)),
+        (np.uint32, 100_000, range(70_000, 100_000)),
+        (np.uint32, 100_000, [7, 3, 9]),
+        (np.int64, 100_000, range(70_000, 100_000)),
+        (np.uint16, 300, [5, 0] * 7),  # too few to tell that every second one is 0
+        (np.uint16, 300, [0] * 99),
+        (np.uint32, 100_000, [0] * 99),
+    ],
+)
+def test_the_type_of_headerless_tokens_is_told_by_their_vocabulary_and_content(tmp_path, kind, vocab_size, ids):
+    np.array(ids, kind).tofile(tmp_path / "train.bin")
+    shard = read_shard(tmp_path / "train.bin", vocab_size)
+    assert shard.dtype.itemsize == np.dtype(kind).itemsize
+    assert ShardedTokens([shard], vocab_size)[0 : len(ids)].tolist() == list(ids)
+
+
+def test_tokens_of_two_bytes_are_none_of_a_large_vocabulary(tmp_path):
+    np.arange(600, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    np.arange(601, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    np.arange(80, dtype=np.uint32).tofile(tmp_path / "train.bin")
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    assert "uint32 tokens and" in refusal(load, tmp_path, data_dir=tmp_path)
 
 
 def cut_short(path: Path) -> None:
@@ -256,6 +321,38 @@ def test_names_say_which_shards_validate_and_test(tmp_path):
     for path in tmp_path.glob("*.bin"):
         path.rename(path.with_stem(f"{path.stem}_val"))
     assert "has no shard to train on" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train/0", "train"), ("val/0", "val"), ("validation/deep/0", "val"), ("test/0", "test")),
+        *(("web_eval_000", "val"), ("dev_000", "val"), ("Heldout-1", "val"), ("held_out/0", "val")),
+        *(("val/train_000", "train"), ("train/web_valid_7", "val"), ("developer/evaluate", "train")),
+    ],
+)
+def test_folders_and_more_words_say_the_split(tmp_path, name, split):
+    """The folders above the one that all have in common say nothing."""
+    folder = tmp_path / "test" / "corpus"
+    for i, other in enumerate(("a/web_train_1", "a/web_train_2", "b/val")):
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        llm_c(folder / f"{other}.bin", [i] * 30)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    llm_c(folder / f"{name}.bin", [9] * 30)
+    data = load(folder / "**" / "*.bin", data_dir=tmp_path)
+    have = {word for word in SPLITS if (part := getattr(data, word)) and 9 in part.tokens[0:999]}
+    assert have == {split} and f"{name}.bin" in getattr(data, split).files
+
+
+def test_the_header_names_each_splits_files(tmp_path):
+    for name in ("train/0", "train/1", "train/2", "val/3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        llm_c(tmp_path / f"{name}.bin", range(40))
+    data = load(tmp_path / "*" / "*.bin", data_dir=tmp_path)
+    told = summary._shards(data)
+    assert told == "training train/0.bin to train/2.bin (3 files), validation val/3.bin"
+    data = load(tmp_path / "val" / "*.bin", data_dir=tmp_path, context_len=2)
+    assert summary._shards(data) == "training 3.bin, validation at their end"
 
 
 def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for_training(tmp_path, monkeypatch):
