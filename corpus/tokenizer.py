@@ -100,6 +100,14 @@ class Tokenizer(ABC):
         """What turns ids into text as they come."""
         return TextStream(self)
 
+    @property
+    def opening(self) -> str:
+        """What a text goes on from where nobody says it: a line break, or nothing if the vocabulary has none."""
+        try:
+            return "\n" if self.encode("\n").size else ""
+        except UnknownCharacters:
+            return ""
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the whole tokenizer: two that differ in any token differ here."""
