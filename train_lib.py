@@ -30,9 +30,9 @@ from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
 from training.clock import Clock, beside
-from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
+from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, several_steps, spans
-from training.evaluate import Evaluator
+from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
 from training.step import make_step
 from transformer.model import Transformer, model_of
@@ -320,7 +320,7 @@ class Trainer:
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
-        per_byte = bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,6 +16,8 @@ Say = Callable[[str], None]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 ORDERS = ("shuffle", "sequential", "random")
+
+COUNTED_AT_ONCE = 2**24  # tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,19 @@ class Split:
     def num_windows(self, context_len: int) -> int:
         """Windows that together predict each token but the first once; the last one may be short."""
         return -(-(self.num_tokens - 1) // context_len)
+
+    def bytes_of(self, num_tokens: int, tokenizer: Tokenizer) -> int:
+        """The bytes of text that its first `num_tokens` tokens stand for."""
+        if num_tokens == self.num_tokens and self.num_bytes is not None:
+            return self.num_bytes
+        return count_bytes(self.tokens, num_tokens, tokenizer)
+
+
+def count_bytes(tokens: np.ndarray | ShardedTokens, num_tokens: int, tokenizer: Tokenizer) -> int:
+    """The bytes of text that the first `num_tokens` of `tokens` stand for; those of end-of-text tokens are none."""
+    lengths = np.array([len(piece) for piece in tokenizer.pieces], np.uint16)
+    ends = [*range(COUNTED_AT_ONCE, num_tokens, COUNTED_AT_ONCE), num_tokens]
+    return sum(int(lengths[tokens[start:end]].sum(dtype=np.int64)) for start, end in pairwise([0, *ends]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from corpus.cache import cached
-from corpus.dataset import SPLITS, Dataset, Split, check_length, ends_of_splits
+from corpus.dataset import COUNTED_AT_ONCE, SPLITS, Dataset, Split, check_length, count_bytes, ends_of_splits
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
@@ -28,8 +28,6 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROGRESS_FILE = ".progress.json"  # in place of the index until it is whole
 FORMAT = "transformer-jax corpus 1"
-
-COUNTED_AT_ONCE = 2**24  # tokens
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
@@ -250,16 +248,7 @@ def _vocabulary(
 
 def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
     """Whether each id of `other` stands for the same bytes to `tokenizer`, an imported model's for example."""
-    pieces, others = _pieces(tokenizer), _pieces(other)
-    return tokenizer.eot == other.eot and pieces[: len(others)] == others
-
-
-def _pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id; nothing for one that stands for no text."""
-    pieces = [b""] * tokenizer.vocab_size
-    for i in set(range(tokenizer.vocab_size)) - {*tokenizer.unsampled, tokenizer.eot}:
-        pieces[i] = tokenizer.decode_bytes([i])
-    return pieces
+    return tokenizer.eot == other.eot and tokenizer.pieces[: other.vocab_size] == other.pieces
 
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
@@ -268,9 +257,6 @@ def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: st
     def count() -> np.ndarray:
         if len(tokens) > COUNTED_AT_ONCE:
             say(f"counting the bytes of {len(tokens):,} tokens, once")
-        lengths = np.array([len(piece) for piece in _pieces(tokenizer)], np.uint16)
-        starts = range(0, len(tokens), COUNTED_AT_ONCE)
-        total = sum(int(lengths[tokens[i : i + COUNTED_AT_ONCE]].sum(dtype=np.int64)) for i in starts)
-        return np.array([total], np.int64)
+        return np.array([count_bytes(tokens, len(tokens), tokenizer)], np.int64)
 
     return int(cached(cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.npy", np.int64, count, say)[0])

@@ -100,6 +100,14 @@ class Tokenizer(ABC):
         """What turns ids into text as they come."""
         return TextStream(self)
 
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id; nothing for one that stands for no text."""
+        pieces = [b""] * self.vocab_size
+        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot}:
+            pieces[i] = self.decode_bytes([i])
+        return pieces
+
     @property
     def opening(self) -> str:
         """What a text goes on from where nobody says it: a line break, or nothing if the vocabulary has none."""

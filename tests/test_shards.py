@@ -20,14 +20,13 @@ import run_lib
 import train_lib
 from corpus import load_shards as load_shards_module
 from corpus import shards
-from corpus.dataset import ORDERS, SPLITS, Split
+from corpus.dataset import ORDERS, SPLITS, Split, count_bytes
 from corpus.load_shards import holds_shards, load_shards
 from corpus.shards import ShardedTokens, header, is_shard, read_shard, sample_hash
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches
 from reports import summary
 from runtime.errors import UserError
-from training.cost import bits_per_byte
 
 
 def llm_c(path: Path, tokens, magic: int = 20240520, version: int = 1, kind: type = np.uint16) -> Path:
@@ -227,6 +226,13 @@ def test_slices_are_those_of_one_array(sharded, data):
     assert len(part) == last - first
 
 
+def test_bytes_are_counted_in_parts(sharded, monkeypatch):
+    monkeypatch.setattr("corpus.dataset.COUNTED_AT_ONCE", 7)
+    tokenizer = CharTokenizer([chr(100 + i) for i in range(sum(SIZES))])  # of two bytes from the 28th on
+    for size in (0, 1, 7, 28, 29, sum(SIZES)):
+        assert count_bytes(sharded, size, tokenizer) == size + max(0, size - 28)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @given(context_len=st.integers(1, 20), batch_size=st.integers(1, 5), step=st.integers(0, 50))
 @settings(max_examples=25)
@@ -365,11 +371,10 @@ def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for
     monkeypatch.setattr("corpus.load_shards.check_tokenizer_name", lambda name: None)
     data = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer)
     assert data.val.num_bytes == 5 + 1 + 2 + 1 + 2 and data.train.num_bytes is None
-    assert bits_per_byte(1.0, 27, data.train.num_bytes) is None
-    pieces = load_shards_module._pieces
-    monkeypatch.setattr(load_shards_module, "_pieces", None)  # not counted again
+    assert data.train.bytes_of(27, tokenizer) == 9 * (5 + 1)
+    monkeypatch.setattr(load_shards_module, "count_bytes", None)  # not counted again
     assert load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer).val.num_bytes == 11
-    monkeypatch.setattr(load_shards_module, "_pieces", pieces)
+    monkeypatch.setattr(load_shards_module, "count_bytes", count_bytes)
     (counted,) = (tmp_path / ".cache").iterdir()
     whole, lines = counted.read_bytes(), []
     for damaged in (b"", b"0", whole[:128] + bytes(8) + whole[136:]):

@@ -8,8 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from corpus.dataset import Split
+from corpus.tokenizer import Tokenizer
 from input_pipeline import eval_batches
 from runtime.multihost import from_all, put
+from training import cost
 from training.step import make_eval_step
 from transformer.config import TransformerConfig
 from transformer.model import Params
@@ -53,6 +55,14 @@ class Evaluator:
         collect(at_most=0)
         total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
         return total / tokens, int(tokens)
+
+
+def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
+    """A split's loss as bits per byte of the text that it was measured on, where `num_tokens` of it were predicted.
+
+    These are the split's first; its very first token, which nothing precedes, is counted with them.
+    """
+    return cost.bits_per_byte(loss, num_tokens + 1, split.bytes_of(num_tokens + 1, tokenizer))
 
 
 def _own_part(x: jax.Array) -> np.ndarray:
