@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import default
-from corpus.dataset import ORDERS
+from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
@@ -29,6 +29,7 @@ CHOICES = {
     **optimizer_lib.CHOICES,
     "dtype": ("auto", "float32", "bfloat16"),
     "order": ORDERS,
+    "unknown_characters": UNKNOWN_CHARACTERS,
 }
 
 
@@ -64,12 +65,13 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("between 0 and 1", lambda x: 0 <= x <= 1, "lr_warmup_ratio decay_ratio min_lr_ratio"),
 ]
 
-# What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
+# What may differ when a run goes on: how long it runs, how it is watched and kept, and where its text lies, which is
+# known by its hash. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
+    *("save_every", "keep", "dataset", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
     *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh", "report"),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }

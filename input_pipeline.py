@@ -43,6 +43,8 @@ def load_dataset(
     test_fraction: float,
     context_len: int,
     train_shards: int = 1,
+    whole: bool = False,
+    unknown_characters: str = "refuse",
     say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
@@ -51,7 +53,7 @@ def load_dataset(
     Raises:
         UserError: as these do.
     """
-    load: Callable[..., Dataset] = load_text
+    load: Callable[..., Dataset] = partial(load_text, unknown_characters=unknown_characters)
     if holds_shards(dataset, tokenizer):
         load = partial(load_shards, train_shards=train_shards)
     return load(
@@ -61,6 +63,7 @@ def load_dataset(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         context_len=context_len,
+        whole=whole,
         say=say,
         vocabulary=vocabulary,
     )

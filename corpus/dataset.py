@@ -16,6 +16,7 @@ Say = Callable[[str], None]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 ORDERS = ("shuffle", "sequential", "random")
+UNKNOWN_CHARACTERS = ("refuse", "replace", "drop")
 
 COUNTED_AT_ONCE = 2**24  # tokens
 
@@ -65,7 +66,9 @@ class Dataset:
 
 
 def check_length(split: Split, context_len: int, found: str) -> None:
-    """Raises UserError unless a window fits into the split; `found` says how long it is."""
+    """Raises UserError unless a window fits into the split, or with a context_len of 0 any; `found` is its length."""
+    if not context_len and split.num_tokens < 2:
+        raise UserError(f"config.dataset: {found}, and the first is not predicted; give two tokens or more")
     if split.num_tokens <= context_len:
         raise UserError(
             f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "

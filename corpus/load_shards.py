@@ -54,6 +54,7 @@ def load_shards(
     test_fraction: float,
     context_len: int,
     train_shards: int = 1,
+    whole: bool = False,
     say: Callable[[str], None] = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
@@ -69,6 +70,7 @@ def load_shards(
 
     Args:
       train_shards: how many training shards of a named set, which are fetched; the others are as in `load_text`.
+      whole: of all shards together, those that train first.
 
     Raises:
       UserError: a shard is damaged or missing, does not fit the tokenizer or the others, or a split is too short.
@@ -99,6 +101,11 @@ def load_shards(
             "shards of two tokenizers cannot be mixed: give one's"
         )
     sample = sample_hash(files, size)
+    if whole:
+        names = tuple(os.path.relpath(shard.path, _folder(files)) for shard in files)
+        split = Split(ShardedTokens(files, size), None, names)
+        check_length(split, 0, f"{dataset} has {split.num_tokens:,} in all")
+        return Dataset(split, split, split, vocabulary, _sha256(index, sample))
     tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
     if not shards["train"]:
         raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
@@ -114,9 +121,12 @@ def load_shards(
         names = [os.path.relpath(shard.path, _folder(files)) for shard in shards[name]]
         splits[name] = Split(part, known, tuple(names))
         check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
+    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, _sha256(index, sample))
+
+
+def _sha256(index: dict[str, Any] | None, sample: str) -> str:
     identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
-    sha256 = hashlib.sha256(identity.encode()).hexdigest()
-    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def read_index(root: Path) -> dict[str, Any]:

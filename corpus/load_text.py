@@ -13,7 +13,14 @@ from corpus import fetch
 from corpus.cache import cached
 from corpus.containers import HEAD_BYTES, require_plain
 from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
-from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
+from corpus.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    UnknownCharacters,
+    build_tokenizer,
+    check_tokenizer_name,
+)
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 
@@ -29,6 +36,8 @@ def load_text(
     val_fraction: float,
     test_fraction: float,
     context_len: int,
+    whole: bool = False,
+    unknown_characters: str = "refuse",
     say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
@@ -43,6 +52,8 @@ def load_text(
         tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
         context_len: each split must hold context_len + 1 tokens.
+        whole: nothing is cut: all of the text, of two tokens or more, is each of the splits.
+        unknown_characters: what becomes of characters that `vocabulary` lacks: "refuse", "replace" or "drop".
 
     Raises:
         UserError: the text is missing, unreadable, no plain text, empty, too short, not UTF-8 or has characters that
@@ -60,22 +71,35 @@ def load_text(
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
         vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
-
-    ends = [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
-    names = list(SPLITS.values())[: 3 if test_fraction else 2]
+    elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
+        text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
+    ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
+    names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
     splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
     for name, (start, end) in zip(names, pairwise(ends), strict=False):
+        splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
+        found = f"{dataset} has {splits[-1].num_tokens} in the {name}" + ("" if whole else " split")
+        check_length(splits[-1], 0 if whole else context_len, found)
+    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
+    if whole:
+        return Dataset(splits[0], splits[0], splits[0], vocabulary, sha256)
+    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
+
+
+def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say) -> str:
+    """The text without the characters that the vocabulary lacks. Raises UserError if they are refused."""
+    if choice == "refuse":
         try:
-            splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
+            vocabulary.encode(text)
         except UnknownCharacters as error:
             raise UserError(
-                f"config.dataset: {dataset} has {len(set(text))} different characters and the run's vocabulary "
-                f"{vocabulary.vocab_size}, without {error.characters[0]!a} at character {start + error.positions[0]}; "
-                "give the text that the run began with, or another --workdir"
-            ) from None
-        check_length(splits[-1], context_len, f"{dataset} has {splits[-1].num_tokens} in the {name} split")
-    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
-    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
+                f"config.dataset: {dataset}: {error}; set config.unknown_characters to replace or drop, or give the "
+                "text that the run began with"
+            ) from error
+    instead = None if choice == "drop" else vocabulary.replacement
+    how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
+    say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
+    return text.translate(dict.fromkeys(map(ord, strange), instead))
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
