@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, read_json, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
-from training.optimizer import labels_of, make_optimizer
-from training.step import TrainState, init_state, regroup
+from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, init_params, model_of
 
@@ -136,6 +135,23 @@ def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
         )
 
 
+def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
+    """Whether there are documents to mask, where a config wants that. With `warn`, a run that began so goes on.
+
+    Raises:
+      UserError: no end-of-text token is in the training text.
+    """
+    if not config.mask_documents or data.train.holds(data.tokenizer.eot):
+        return
+    problem = (
+        f"config.mask_documents: {config.dataset} has no end-of-text token to train on, so nothing is masked; set it "
+        "to False, or make shards of the files with `main.py prepare`, which puts one before each"
+    )
+    if warn is None:
+        raise UserError(problem)
+    warn(problem)
+
+
 def text_of(workdir: Path, step: int) -> str | None:
     """The sha256 of the text that a checkpoint was trained on; None where it was imported."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -166,7 +182,7 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
       UserError: one of them does not.
     """
     saved = config_lib.from_dict(meta["config"])
-    for name in sorted(config_lib.MODEL_KEYS - config_lib.FREE_ON_RESUME):
+    for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:
             raise UserError(
                 f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
@@ -191,7 +207,7 @@ def load_weights(
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
     if want != have:
-        names = [field.name for field in dataclasses.fields(source)]
+        names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
         name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
         raise UserError(
             f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
@@ -217,7 +233,7 @@ def load_model(
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
     abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn)
@@ -261,9 +277,9 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 class Resumed:
     """Where a run goes on: its state, and what its checkpoint says."""
 
+    step: Step
     state: TrainState
     micro_step: int  # in micro-batches of the config that goes on
-    position: int  # sequences read
     meta: dict[str, Any]
 
 
@@ -303,14 +319,19 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
 
 def resume(
     checkpoints: Checkpoints,
+    build: Callable[[int, int], Step],
+    allow: Callable[[int], None],
     config: ConfigDict,
     workdir: Path,
     data: Dataset,
     sharding: Placement,
     warn: Callable[[str], None],
-    rebatch: bool,
 ) -> Resumed | None:
     """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
+
+    Args:
+      build: makes the step of a run that goes on after so many micro-batches of `config` and sequences.
+      allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
 
     `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
 
@@ -318,17 +339,18 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    model_config = config_lib.model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
-    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
-    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
+    new = config.accumulation_steps
+    made: dict[int, Step] = {}  # by checkpoint
+    own_micro_step = lambda step, old: step // old * new if old != new else step
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
-        require_same_run(meta, config, workdir, rebatch)
+        allow(step)
         require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
-        optimizer, labels = optimizer_of(config_lib.from_dict(meta["config"])), labels_of(shapes(), config.use_muon)
-        init = partial(init_state, model_config, optimizer, labels)
-        abstract = jax.eval_shape(init, jax.random.key(0))
+        old = meta["config"]["accumulation_steps"]
+        made[step] = build(own_micro_step(step, old), meta["position"])
+        state = made[step].state
+        abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
 
     found = checkpoints.restore_newest(state_of, sharding, warn)
@@ -337,9 +359,9 @@ def resume(
     if versions := other_versions(workdir):
         warn(f"other versions than in the session before ({versions}): the last bits may differ")
     step, meta, restored, rest = found
-    state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
+    state, old = TrainState(restored, *rest), meta["config"]["accumulation_steps"]
     if old != new:
-        convert = partial(regroup, optimizer=optimizer_of(config), old=old, new=new)
+        convert = partial(regroup, old=old, new=new)
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
         state = jax.jit(convert, out_shardings=places)(state)
-    return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
+    return Resumed(made[step], state, own_micro_step(step, old), meta)

@@ -19,11 +19,6 @@ from runtime.screen.text import nearest
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 
-MOST_USED = (  # keys, for --help
-    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
-    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
-)
-
 
 def parse_flags(
     command: str,
@@ -84,7 +79,8 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
     told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
     if config:
         told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
-        told += [(f"  {key}={written(doc.default)}", doc.comment) for key in MOST_USED if (doc := key_docs()[key])]
+        docs = map(key_docs().__getitem__, default.MOST_USED)
+        told += [(f"  {doc.key}={written(doc.default)}", doc.comment) for doc in docs]
     print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
     for name, text in told:
         if name.startswith(" "):  # a key: one line, so that all fit on the screen

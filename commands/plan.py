@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         config.dtype = "bfloat16"
     devices.set_up_compile_cache()
     config_lib.check_devices(config, len(devices.wake_up()))
-    planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh))
+    planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 

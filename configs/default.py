@@ -8,6 +8,11 @@ the recipe to start with.
 
 from ml_collections import ConfigDict
 
+MOST_USED = (  # what `--help` shows
+    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
+    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
+)
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()

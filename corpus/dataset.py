@@ -40,6 +40,11 @@ class Split:
         """Windows that together predict each token but the first once; the last one may be short."""
         return -(-(self.num_tokens - 1) // context_len)
 
+    def holds(self, token: int) -> bool:
+        """Whether the token occurs."""
+        starts = range(0, self.num_tokens, COUNTED_AT_ONCE)
+        return any((self.tokens[start : start + COUNTED_AT_ONCE] == token).any() for start in starts)
+
     def bytes_of(self, num_tokens: int, tokenizer: Tokenizer) -> int:
         """The bytes of text that its first `num_tokens` tokens stand for."""
         if num_tokens == self.num_tokens and self.num_bytes is not None:

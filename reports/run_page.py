@@ -20,6 +20,7 @@ from runtime.errors import one_line
 from runtime.files import read_json, write_text
 from runtime.screen.text import Table, duration, human
 from training.cost import parameter_counts
+from training.optimizer import GROUPS
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
@@ -120,7 +121,7 @@ def _curves(run: RunRecord) -> list[Block]:
     wanted = [
         ({"loss": "training", "val_loss": "validation"}, "loss, nats per token", False),
         ({"grad_norm": "gradient norm"}, "gradient norm before clipping", True),
-        ({"muon_lr": "Muon", "lr": "AdamW"}, "learning rates", False),
+        ({group.rate: group.title for group in reversed(GROUPS.values())}, "learning rates", False),
         ({"tokens_per_second": "tokens per second"}, "tokens per second", False),
     ]
     pictures = [

@@ -16,7 +16,7 @@ import numpy as np
 from corpus.dataset import Split
 from runtime.files import MetricsFile
 from transformer.attention import MASKED, visible
-from transformer.config import TransformerConfig
+from transformer.config import Execution, TransformerConfig
 from transformer.model import Attention, Params, Transformer, model_of, params_of
 
 
@@ -53,7 +53,7 @@ def _maps(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax
 
 def _unrolled(config: TransformerConfig) -> TransformerConfig:
     """The same model, in the form that can be looked into, with a kernel that runs for texts of any length."""
-    return dataclasses.replace(config, attention_kernel="auto", remat="none", scan_blocks=False)
+    return dataclasses.replace(config, **dataclasses.asdict(Execution(dtype=config.dtype)))
 
 
 def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:

@@ -155,8 +155,9 @@ def saved_state(workdir: Path, config: ConfigDict, vocab_size: int, micro_step: 
     """Every array of a checkpoint, by path: parameters, optimizer, counters."""
     model_config = config_lib.transformer_config(config, vocab_size, "float32")
     params = jax.eval_shape(partial(init_params, model_config), jax.random.key(0))
-    optimizer = make_optimizer(config_lib.optimizer_config(config), params, config.max_steps)
-    init = partial(init_state, model_config, optimizer, labels_of(params, config.use_muon))
+    settings = config_lib.optimizer_config(config)
+    optimizer = make_optimizer(settings, params, config.max_steps)
+    init = partial(init_state, model_config, optimizer, labels_of(params, settings))
     abstract = jax.eval_shape(init, jax.random.key(0))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         place = SingleDeviceSharding(jax.devices()[0])

@@ -16,7 +16,6 @@ import config_lib
 import main
 import run_lib
 import train_lib
-from commands.flags import MOST_USED
 from configs import default
 from runtime import devices
 from runtime.errors import StorageError, UserError
@@ -177,7 +176,7 @@ def test_help_is_no_error_and_fits_a_screen(capsys):
         with_keys = "--config=FILE" in text
         assert_fits_a_screen(text, 39 if with_keys else 23)
         if with_keys:
-            values = {key: config_lib.written(DEFAULTS[key]) for key in MOST_USED}
+            values = {key: config_lib.written(DEFAULTS[key]) for key in default.MOST_USED}
             assert all(f"    {key}={value} " in text for key, value in values.items())
         assert with_keys == (command in ("train", "sweep", "config", "plan"))
 

@@ -13,7 +13,6 @@ from screen import Watched
 
 import config_lib
 import main
-from commands import flags
 from config_lib import key_docs, written
 from configs import default, shakespeare
 from reports import compare
@@ -271,5 +270,5 @@ def test_help_fits_on_a_screen(command, capsys):
     assert max(map(len, lines)) <= 80 and len(lines) <= (40 if command else 24)
     if command == "train":
         text = "\n".join(lines)
-        for key in flags.MOST_USED:
+        for key in default.MOST_USED:
             assert f"    {key}={written(key_docs()[key].default)} " in text

@@ -27,7 +27,9 @@ QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every":
     ],
 )
 def test_a_dispatch_ends_where_something_is_due(changes, start, ends, want):
-    done = list(spans(tiny_config(**(QUIET | changes)), start, 8, ends))
+    config = tiny_config(**(QUIET | changes))
+    every = [config[key] for key in config if key.endswith("_every")]
+    done = list(spans(start, 8, config.steps_per_dispatch, config.accumulation_steps, every, ends))
     assert [list(span) for span in done] == [list(range(a, b)) for a, b in pairwise(want)]
 
 

@@ -320,8 +320,24 @@ def test_another_vocabulary_than_the_texts(load):
     data = load(TEXT, vocabulary=vocabulary)
     assert data.tokenizer is vocabulary
     assert data.tokenizer.decode(data.val.tokens) == TEXT[len(TEXT) * 9 // 10 :]
-    message = refusal(load, "abc" * 50 + "é" + "abc", vocabulary=CharTokenizer("cbax"))
-    assert r"has 4 different characters and the run's vocabulary 4, without '\xe9' at character 150" in message
+    strange = "é" + "abc" * 50 + "☃é" + "cab"
+    known = CharTokenizer("cba x")
+    message = refusal(load, strange, vocabulary=known)
+    assert (
+        "characters not in the vocabulary: 'é' at 0, '☃' at 151; set config.unknown_characters to replace or" in message
+    )
+    assert not load.lines
+    for choice, want in {"replace": " " + "abc" * 50 + "  " + "cab", "drop": "abc" * 50 + "cab"}.items():
+        data = load(strange, vocabulary=known, unknown_characters=choice)
+        assert known.decode(np.concatenate([data.train.tokens, data.val.tokens])) == want
+        assert data.train.num_bytes + data.val.num_bytes == len(want)
+        assert "2 different characters, which the vocabulary lacks, are" in load.lines.pop()
+
+
+def test_a_whole_text_is_not_cut_and_may_be_short(load, tmp_path):
+    data = load("abc", context_len=50, whole=True)
+    assert data.tokenizer.decode(data.val.tokens) == "abc" and data.train is data.val is data.test
+    assert "has 1 in the whole text, and the first is not predicted; give two" in refusal(load, "a", whole=True)
 
 
 def test_files_that_cannot_be_read_are_named(load, tmp_path, monkeypatch):

@@ -7,14 +7,17 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, assert_one_line, finished_run
+from helpers import ROOT, assert_one_line, finished_run, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from terminal import Terminal
 
 import main
+import run_lib
+import train_lib
 from commands import sample
 from commands.sample import Talk, until
+from runtime.errors import UserError
 from transformer.sampling import Sampling, generate
 
 
@@ -162,6 +165,21 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
     assert_one_line(capsys.readouterr().err, "error: standard input: not UTF-8 at byte 2")
     assert sample("A µ".encode()) == 2
     assert_one_line(capsys.readouterr().err, "error: standard input: ", "'µ' at 2")
+
+
+def test_a_text_without_newlines_needs_no_prompt(tmp_path, capsys, monkeypatch):
+    (tmp_path / "dna.txt").write_text("ACCGTTTGACA" * 30)
+    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7, num_blocks=1)
+    run = train_lib.train(config, tmp_path / "run")
+    ((_, sampled),) = run_lib.read_samples(tmp_path / "run")
+    assert len(sampled) == 7 and set(sampled) <= set("ACGT")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert main.main(["sample", f"--workdir={run.workdir}", "--num_tokens=9"]) == 0
+    assert len(capsys.readouterr().out) == 9 + 1
+    config.sample_prompt = "N"
+    with pytest.raises(UserError, match=r"^config\.sample_prompt: .*'N' at 0"):
+        train_lib.train(config, tmp_path / "other")
 
 
 # --- Several texts, stops, files --------------------------------------------------------------------------------------

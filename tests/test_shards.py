@@ -361,6 +361,15 @@ def test_the_header_names_each_splits_files(tmp_path):
     assert summary._shards(data) == "training 3.bin, validation at their end"
 
 
+def test_all_shards_together_are_one_text(tmp_path):
+    llm_c(tmp_path / "a_val.bin", range(50, 59))
+    llm_c(tmp_path / "a_train.bin", range(50))
+    data = load(tmp_path, data_dir=tmp_path, context_len=200, whole=True)
+    assert data.val.tokens[0:99].tolist() == list(range(59)) and data.train is data.val
+    assert data.sha256 == load(tmp_path, data_dir=tmp_path).sha256
+    assert data.val.holds(58) and not data.val.holds(59)
+
+
 def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for_training(tmp_path, monkeypatch):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b"hello": 257, "é".encode(): 258}
     tokenizer = TiktokenTokenizer(

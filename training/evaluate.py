@@ -30,7 +30,7 @@ class Evaluator:
         self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
-        alone = jax.default_backend() == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
+        alone = mesh.devices.flat[0].platform == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
         self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
 
     def __call__(
