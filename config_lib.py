@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import default
-from corpus.dataset import ORDERS
+from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
@@ -31,6 +31,7 @@ CHOICES = {
     "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
     "warning_signal": ("save", "stop"),
+    "unknown_characters": UNKNOWN_CHARACTERS,
 }
 
 
@@ -48,7 +49,8 @@ EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
 SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
 SHAPE_KEYS -= {"vocab_size", "document_start"}
 
-# What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
+# What may differ when a run goes on: how long it runs, how it is watched and kept, and where its text lies, which is
+# known by its hash. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
@@ -57,6 +59,7 @@ FREE_ON_RESUME = {
         "save_every",
         "warning_signal",
         "keep",
+        "dataset",
         "data_dir",
         "init_from",
         "steps_per_dispatch",

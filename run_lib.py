@@ -132,8 +132,12 @@ def data_dir_of(config: ConfigDict) -> Path:
     return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
 
 
-def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None) -> Dataset:
+def load_data(
+    config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None, whole: bool = False
+) -> Dataset:
     """The data set that a config names; `vocabulary` is the run's own tokenizer where there is one.
+
+    With `whole` nothing is cut: all of it is each of the splits.
 
     Raises:
       UserError: the text cannot be used, or the config wants another tokenizer than the run has.
@@ -151,9 +155,47 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
         test_fraction=config.test_fraction,
         context_len=config.context_len,
         train_shards=config.train_shards,
+        whole=whole,
+        unknown_characters=config.unknown_characters,
         say=say,
         vocabulary=vocabulary,
     )
+
+
+def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
+    """Whether the text is the one that a run began with, wherever it lies; None is of a run that began with none.
+
+    Raises:
+      UserError: it is not; `or_else` says what to do instead of putting the old text back.
+    """
+    if sha256 not in (None, data.sha256):
+        raise UserError(
+            f"config.dataset: the text has changed since this run began (sha256 {sha256[:12]}… then, "
+            f"{data.sha256[:12]}… now); put the old text back, or {or_else}"
+        )
+
+
+def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
+    """Whether there are documents to mask, where a config wants that. With `warn`, a run that began so goes on.
+
+    Raises:
+      UserError: no end-of-text token is in the training text.
+    """
+    if not config.mask_documents or data.train.holds(data.tokenizer.eot):
+        return
+    problem = (
+        f"config.mask_documents: {config.dataset} has no end-of-text token to train on, so nothing is masked; set it "
+        "to False, or make shards of the files with `main.py prepare`, which puts one before each"
+    )
+    if warn is None:
+        raise UserError(problem)
+    warn(problem)
+
+
+def text_of(workdir: Path, step: int) -> str | None:
+    """The sha256 of the text that a checkpoint was trained on; None where it was imported."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.meta(step).get("data_sha256")
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -375,11 +417,7 @@ def resume(
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         allow(step)
-        if meta["data_sha256"] != data.sha256:
-            raise UserError(
-                f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
-                f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
-            )
+        require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
         old = meta["config"]["accumulation_steps"]
         made[step] = build(own_micro_step(step, old), meta["position"])

@@ -30,9 +30,9 @@ from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
-from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
+from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, longest, several_steps, spans
-from training.evaluate import Evaluator
+from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
 from training.optimizer import groups_of
 from training.step import Step, make_step
@@ -117,11 +117,13 @@ class Trainer:
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
         run_lib.require_same_everywhere(config, self.data)
+        self.sample_prompt = self.tokenizer.opening if config.sample_prompt == "\n" else config.sample_prompt
         try:
-            self.tokenizer.encode(config.sample_prompt)
+            self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
@@ -347,7 +349,7 @@ class Trainer:
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
-        per_byte = bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:
@@ -356,7 +358,7 @@ class Trainer:
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
     def _sample(self, model: Transformer) -> None:
-        config, prompt = self.config, self.config.sample_prompt
+        config, prompt = self.config, self.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
         text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))

@@ -1,6 +1,7 @@
 """The command line: flags, `--config`, and what they say when something is wrong."""
 
 import contextlib
+import re
 import signal
 import sys
 import textwrap
@@ -168,6 +169,15 @@ def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     if not Path(path.split(":")[0]).is_file():
         return f"--config={path}: no such file; see configs/"
     return f"--config={path}: {type(error).__name__}: {one_line(error)}"
+
+
+@contextlib.contextmanager
+def spoken_in_flags() -> Iterator[None]:
+    """Inside, what lies below speaks of keys of a config that this command has as flags of its own."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\bconfig\.(dataset|tokenizer|unknown_characters)", r"--\1", str(error))) from error
 
 
 def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:

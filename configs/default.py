@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     # a directory that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT)
     config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
     config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
+    config.unknown_characters = "refuse"  # of a text, those that init_from's vocabulary lacks: refuse | replace | drop
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
     config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
-from corpus.dataset import Dataset
+from corpus.dataset import SPLITS, Dataset
 from runtime.screen.text import Table, duration, human
 from training.cost import held_bytes, parameter_counts
 from training.optimizer import GROUPS, groups_of
@@ -29,6 +29,7 @@ _LINES = {
     "mesh": ["mesh"],
     "parameters": ["parameters"],
     "data": ["text", "split"],
+    "shards": ["shards"],
     "optimizer": ["parts"],
     "memory": ["memory"],
     "steps": ["steps"],
@@ -72,6 +73,7 @@ def facts(
         },
         "Data": {
             "text": f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens)",
+            **({"shards": _shards(data)} if data.train.files else {}),
             "split": f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
             "steps": f"{steps:,} of {tokens:,} tokens, {steps * tokens / data.train.num_tokens:.2f} epochs",
             "first loss": f"ln {vocab_size} = {math.log(vocab_size):.3f} expected",
@@ -84,6 +86,17 @@ def facts(
             "run": str(workdir),
         },
     }
+
+
+def _shards(data: Dataset) -> str:
+    """Which files each split is made of."""
+    told = []
+    for name, word in SPLITS.items():
+        if split := getattr(data, name):
+            files = split.files
+            several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
+            told.append(f"{word} {files[0] + several if files else 'at their end'}")
+    return ", ".join(told)
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:

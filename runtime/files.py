@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from runtime.errors import StorageError, UserError, one_line
 from runtime.processes import is_first
@@ -190,6 +190,27 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished = Path(scratch) / path.name
         yield unfinished
         os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, flag: str) -> Iterator[TextIO]:
+    """A text file to write what a person asked for by `flag`; each line is there as soon as it is whole.
+
+    Raises:
+      UserError: it is there already, or cannot be made.
+      StorageError: the disk did not take it.
+    """
+    try:
+        file = path.open("x", encoding="utf-8", buffering=1)
+    except FileExistsError as error:
+        raise UserError(f"{flag}={path}: is there already; name a new file") from error
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be made ({error.strerror}); name a file that can") from error
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def append_text(path: Path, text: str) -> None:

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags as absl_flags
-from helpers import ROOT, assert_one_line, finished_run, run_main, tiny_config
+from helpers import ROOT, assert_one_line, finished_run, make_text, run_main, tiny_config
 
 import commands.flags
 import config_lib
@@ -299,7 +300,7 @@ def test_sample_writes_so_many_tokens_and_the_same_for_a_seed(capsys):
 
 def test_sample_needs_known_characters_unless_told_to_replace_them(capsys, refused):
     workdir = f"--workdir={finished_run().workdir}"
-    refused(["sample", workdir, "--prompt=A µ!"], "--prompt: ", "'\\xb5' at 2", "--replace_unknown")
+    refused(["sample", workdir, "--prompt=A µ!"], "--prompt: ", "'µ' at 2", "--replace_unknown")
     assert sample(capsys, "--prompt=A µ!", "--replace_unknown", "--num_tokens=0") == "A   \n"
 
 
@@ -351,6 +352,65 @@ def test_eval_of_each_split_and_checkpoint(capsys, refused):
     assert (results["earlier"]["step"], results["val"]["step"]) == (28, run.best_step)
     assert results["earlier"]["loss"] > results["val"]["loss"]
     refused(["eval", f"--workdir={run.workdir}", "--split=test"], "--split=test: ", "test_fraction")
+
+
+def evaluate(capsys, *flags: str, workdir: Path | None = None) -> dict:
+    finished_run()
+    capsys.readouterr()
+    assert main.main(["eval", f"--workdir={workdir or finished_run().workdir}", *flags]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_eval_scores_any_text_whole(tmp_path, capsys, refused):
+    """The exact loss of a text of its own, shorter than a window or longer, by a sum over its tokens."""
+    model, tokenizer, _, _ = run_lib.load_model(finished_run().workdir)
+    for text in ("My aunt", "The miller forgets two eels at 7.\nA heron finds it at 2.\n"):
+        (tmp_path / "other.txt").write_text(text)
+        (tmp_path / "tokens.jsonl").unlink(missing_ok=True)
+        tokens = f"--tokens={tmp_path / 'tokens.jsonl'}"
+        result = evaluate(capsys, f"--dataset={tmp_path / 'other.txt'}", tokens)
+        assert (result["split"], result["tokens"]) == ("all", len(text) - 1)
+        ids, losses = tokenizer.encode(text).tolist(), []
+        for start in range(0, len(ids) - 1, 16):
+            window = np.array([ids[start : start + 17]])
+            log_probs = np.asarray(jax.nn.log_softmax(model(window[:, :-1])))[0]
+            losses += [float(-row[target]) for row, target in zip(log_probs, window[0, 1:], strict=True)]
+        assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(np.mean(losses) / np.log(2), rel=1e-5)  # ASCII by characters
+        rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+        assert "".join(row["text"] for row in rows) == text and [row["id"] for row in rows] == ids
+        assert [row["token"] for row in rows] == list(range(len(text))) and rows[0]["log_prob"] is None
+        np.testing.assert_allclose([-row["log_prob"] for row in rows[1:]], losses, rtol=0, atol=1e-5)
+    flags = ["eval", f"--workdir={finished_run().workdir}", f"--dataset={tmp_path / 'other.txt'}"]
+    refused([*flags, tokens], f"{tokens}: is there already; name a new file")
+    (tmp_path / "other.txt").write_text("A µ heron")
+    refused(flags, f"--dataset: {tmp_path}/other.txt: ", "'µ' at 2", "set --unknown_characters to replace or drop")
+    assert evaluate(capsys, flags[2], "--unknown_characters=drop")["tokens"] == len("A  heron") - 1
+    assert evaluate(capsys, flags[2], "--unknown_characters=replace")["tokens"] == len("A   heron") - 1
+    (tmp_path / "other.txt").write_text("A")
+    refused(flags, "--dataset: ", "other.txt has 1 in the whole text", "give two tokens or more")
+    refused([*flags[:2], "--dataset=gone.txt"], "--dataset: no file 'gone.txt'")
+
+
+def test_eval_wants_the_runs_own_text_wherever_it_lies(copy, tmp_path, capsys, refused):
+    """The bytes decide: the same elsewhere are the run's, others in their place are not."""
+    own = evaluate(capsys)
+    (tmp_path / "moved.txt").write_text(make_text())
+    assert evaluate(capsys, f"--dataset={tmp_path / 'moved.txt'}") == own
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["dataset"] = str(tmp_path / "moved.txt")
+    (copy / "config.json").write_text(json.dumps(saved))
+    assert evaluate(capsys, workdir=copy) == own
+    assert evaluate(capsys, "--split=all", workdir=copy)["tokens"] == len(make_text()) - 1
+    (tmp_path / "moved.txt").write_text(make_text(seed=1))
+    refused(
+        ["eval", f"--workdir={copy}"], "--dataset: the text has changed since this run began", "name it as --dataset"
+    )
+    changed = evaluate(capsys, f"--dataset={tmp_path / 'moved.txt'}", "--split=val", workdir=copy)
+    assert changed["split"] == "val" and changed["loss"] != own["loss"]
+    (tmp_path / "moved.txt").unlink()
+    refused(["eval", f"--workdir={copy}"], "--dataset: no file", "moved.txt")
 
 
 # --- Devices --------------------------------------------------------------------------------------------------------

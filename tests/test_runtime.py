@@ -18,10 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus.dataset import Split
+from corpus.tokenizer import CharTokenizer
 from reports import plots
 from runtime import devices, files, signals, workdir
 from runtime.errors import Interrupted, StorageError, UserError
 from training import cost
+from training.evaluate import bits_per_byte
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +66,17 @@ def test_utilisation_is_the_share_of_all_devices_peak():
 def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
     assert cost.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
     assert cost.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
+    assert cost.bits_per_byte(1.0, 35, 0) is None
+
+
+def test_bits_per_byte_of_a_part_are_of_the_bytes_that_it_has():
+    """A text of three bytes a character, then of one: as many tokens, and a third of the bits a byte at the start."""
+    tokenizer = CharTokenizer("a中")
+    split = Split(np.repeat(np.array([1, 0], np.uint16), 40), 160)
+    loss = math.log(2) * 6
+    assert bits_per_byte(loss, 39, split, tokenizer) == pytest.approx(2)
+    assert bits_per_byte(loss, 79, split, tokenizer) == pytest.approx(3)
+    assert bits_per_byte(loss, 59, split, tokenizer) == pytest.approx(6 * 60 / 140)
 
 
 def test_peak_memory_is_the_devices_own_count_or_this_process():

@@ -193,12 +193,12 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) -> float | None:
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
     """A loss in nats per token as bits per byte of text, which compares across tokenizers.
 
     Args:
         loss: mean nats per token.
         num_tokens: tokens of the text.
-        num_bytes: UTF-8 bytes of the same text; None, and so is the result, where they are not known.
+        num_bytes: UTF-8 bytes of the same text; None is returned where the tokens stand for no text.
     """
-    return None if num_bytes is None else loss / math.log(2) * num_tokens / num_bytes
+    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

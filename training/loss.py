@@ -46,9 +46,13 @@ def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     In nats, float32.
     """
     real = targets >= 0
+    return jnp.where(real, token_losses(logits, targets), 0.0).sum(), real.sum()
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy [...] of logits [..., V], in nats; of a negative target it means nothing."""
     target = jnp.maximum(targets, 0)[..., None]
-    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
-    return jnp.where(real, loss, 0.0).sum(), real.sum()
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
 
 
 def chunked_loss_sum(
