@@ -18,7 +18,7 @@ from configs import default
 from corpus.load_text import new_tokenizer
 from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 from interop.families import Arrays
-from interop.models import from_original, from_theirs
+from interop.models import as_float32, config_from, from_original, from_theirs, require_blocks
 from interop.tokenizer_json import from_tokenizers
 from interop.weight_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
 from runtime import devices
@@ -92,6 +92,8 @@ def read_model(
             if not isinstance(theirs, dict):
                 raise ValueError("config.json: holds no object")
             model_config, params = from_theirs(theirs, read_weights(source))
+            if config_from(theirs).tie_embeddings and not model_config.tie_embeddings:
+                say("its head differs from its embedding, though config.json ties them: both are kept")
         elif (source / "model.pt").exists():
             theirs = _flat(read_json(source / "metadata.json")) if (source / "metadata.json").exists() else {}
             model_config, params = from_original(read_torch(source / "model.pt"), theirs)
@@ -131,6 +133,8 @@ def _from_export(
     if dataset:
         config.dataset = dataset
     params = read_safetensors(weights)[0]
+    require_blocks("num_blocks", config.num_blocks, params)
+    params = {name: as_float32(name, value) for name, value in params.items()}
     model_of(config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
     return config, params, tokenizer
 

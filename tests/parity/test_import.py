@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, arguments, assert_same_bits, rows
-from stock import CONTEXT, STOCK, YARN, V, arrays, stock
+from stock import CONTEXT, LLAMA3, STOCK, YARN, V, arrays, stock
 from transformers import AutoModelForCausalLM
 from travel import (
     LIMIT,
@@ -16,21 +17,25 @@ from travel import (
     edit_weights,
     eval_loss,
     greedy,
+    logits_of,
     read_model,
     refuse,
     save,
     text_file,
+    torch_logits,
     torch_loss,
     val_batches,
     weights_of,
 )
 
+import config_lib
 import main
 import run_lib
 from configs import finetune
 from input_pipeline import Batches
 from interop.families import FAMILIES
 from interop.models import join_weights
+from transformer.model import model_of
 
 pytestmark = pytest.mark.usefixtures("encoded_texts_lie_in_scratch")
 
@@ -147,6 +152,72 @@ def test_older_files_are_the_same_model(architecture, changes, age, tmp_path):
     (want, want_params, _), (have, have_params, _) = read_model(new), read_model(old)
     assert have == want
     assert_same_bits(have_params, want_params)
+
+
+# --- Files that say two things: read as transformers reads them -----------------------------------------------------
+
+
+def head_alone(directory: Path) -> None:
+    edit_weights(
+        directory,
+        lambda old: {"lm_head.weight" if "embed" in name or "wte" in name else name: old[name] for name in old},
+    )
+
+
+def head_that_differs(directory: Path) -> None:
+    embedding = lambda old: next(old[name] for name in old if "embed" in name or "wte" in name)
+    edit_weights(directory, lambda old: old | {"lm_head.weight": embedding(old)[::-1].copy()})
+
+
+def stale_index(directory: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def rope(**changes):
+    return lambda directory: edit_config(directory, **changes)
+
+
+OLD_YARN = YARN | {"factor": 8.0, "beta_fast": 4}  # as a hand puts it beside what was there
+WITHOUT_BASE = {key: OLD_YARN[key] for key in OLD_YARN.keys() - {"rope_theta"}}
+DEEPSEEK = YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, edit",
+    [
+        *((architecture, {"tie_word_embeddings": True}, head_alone) for architecture in (GPT2, LLAMA)),
+        *((architecture, {"tie_word_embeddings": True}, head_that_differs) for architecture in (GPT2, QWEN3)),
+        (LLAMA, {}, stale_index),
+        (LLAMA, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, None),
+        (GPT_OSS, {"rope_parameters": DEEPSEEK}, None),
+        (LLAMA, {"rope_parameters": DEEPSEEK | {"mscale_all_dim": 0}}, None),
+        (LLAMA, {"rope_parameters": DEEPSEEK | {"attention_factor": 1.5}}, None),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"mscale": 2.0}}, None),
+        (LLAMA, {"rope_parameters": YARN | {"beta_fast": 0, "beta_slow": 0}}, None),
+        (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, rope(rope_scaling=OLD_YARN)),
+        (LLAMA, {"rope_parameters": YARN}, rope(rope_scaling=OLD_YARN)),
+        (LLAMA, {"rope_parameters": YARN}, rope(rope_scaling={})),
+        (LLAMA, {}, rope(rope_parameters={}, rope_theta=77.0, rope_scaling=WITHOUT_BASE)),
+        (GPT_OSS, {}, rope(rope_parameters={})),
+        (GPT_OSS, {}, rope(rope_parameters={}, rope_scaling=OLD_YARN)),
+    ],
+)
+def test_what_files_say_twice_or_in_part_is_read_as_transformers_reads_it(architecture, changes, edit, tmp_path, agree):
+    saved = save(tmp_path / "saved", stock(architecture, changes))
+    if edit:
+        edit(saved)
+    config, params, _ = read_model(saved)
+    ours = model_of(config_lib.model_config_of(config, V), {name: jax.numpy.asarray(x) for name, x in params.items()})
+    theirs = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager", experts_implementation="eager")
+    tokens_BT = np.random.default_rng(0).integers(0, V, (3, CONTEXT))
+    agree(
+        f"transformers {architecture}",
+        "logits, imported",
+        logits_of(ours, tokens_BT),
+        torch_logits(theirs, tokens_BT),
+        LIMIT,
+    )
 
 
 # --- Tokenizer and context ------------------------------------------------------------------------------------------
