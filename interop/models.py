@@ -172,7 +172,7 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
 
 def _ratio(rope: Mapping[str, Any], factor: Any) -> float:
     """YaRN's attention factor as DeepSeek's files have it, a ratio of two; 0, which stands for the usual, without."""
-    scales = {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
+    scales: dict[str, Any] = {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
     if not all(scales.values()):
         return 0.0
     for key, value in {**scales, "factor": factor}.items():
