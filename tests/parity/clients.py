@@ -66,7 +66,8 @@ def by_llama_cpp(directory: Path, text: str) -> np.ndarray:
     for t in range(len(words) - 1, 0, -4):  # the whole vocabulary each time: not after every word
         prompt = " ".join(words[: t + 1])
         answer = server.handle_completions({"prompt": prompt, "n_predict": 1, "n_probs": V, "temperature": -1.0})
-        for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+        shown = answer["choices"][0]["logprobs"]  # none where it would end the text
+        for entry in shown["content"][0]["top_logprobs"] if shown else ():
             rows_TV[t, entry["id"]] = entry["logprob"]
     return rows_TV
 
