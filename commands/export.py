@@ -8,7 +8,7 @@ from absl import flags
 import config_lib
 import run_lib
 from commands.flags import DEFAULT_WORKDIR, parse_flags
-from interop.models import to_theirs
+from interop.models import exported_as, to_theirs
 from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
 from interop.weight_files import WEIGHTS, new_directory, write_safetensors
 from runtime import devices
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
             ends = {"bos_token_id": start, "eos_token_id": several, "pad_token_id": None}
             write_json(out / "config.json", theirs | ends)
             write_safetensors(out / WEIGHTS, weights, {"format": "pt"})
+            if caveats := exported_as(model.config).caveats:
+                console.line(f"not read by all programs: {'; '.join(caveats)}")
             try:
                 write_text(out / "tokenizer.json", to_tokenizers(tokenizer).to_str(pretty=True))
                 write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
@@ -114,7 +114,8 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
 
 
 def _rope_to(config: TransformerConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    """In both spellings: `rope_parameters`, and as transformers 4, mlx-lm and others read it, two keys."""
+    rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling != "none":
         rope |= {
             "rope_type": config.rope_scaling,
@@ -130,7 +131,8 @@ def _rope_to(config: TransformerConfig) -> dict[str, Any]:
             "truncate": config.yarn_truncate,
             **({"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}),
         }
-    return rope
+    theta = {"rope_theta": config.rope_theta}
+    return {"rope_parameters": rope | theta, **theta, "rope_scaling": None if len(rope) == 1 else rope}
 
 
 def _first(*values: Any) -> Any:
@@ -297,13 +299,20 @@ def family_of(config: TransformerConfig) -> Family:
     return LLAMA if config.qk_norm == "none" else QWEN3
 
 
-def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
-    """What config.json and the weights file of the nearest class hold for a model.
+class Exported(NamedTuple):
+    """What a model is to others: a class, the same function in its settings, and what some programs do not read."""
 
-    Where the class has a bias or a scale that the model lacks, it gets zeros or ones, which compute the same.
+    family: Family
+    full: TransformerConfig  # with zeros and ones for the biases and scales that the class has and the model lacks
+    activation: str  # their name of it
+    caveats: list[str]
+
+
+def exported_as(config: TransformerConfig) -> Exported:
+    """Which class of transformers computes the same as a model.
 
     Raises:
-      ValueError: no class computes this; names each setting that stands in the way.
+      ValueError: none does; names each setting that stands in the way.
     """
     family = family_of(config)
     full = _filled_up(family, config)
@@ -321,20 +330,59 @@ def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tu
         raise ValueError(
             f"{odd[0]}: no class of transformers has {ours}; the nearest, {family.architecture}, has {nearest}"
         )
+    return Exported(family, full, activations[full.mlp], _caveats(family, full))
 
+
+def _caveats(family: Family, full: TransformerConfig) -> list[str]:
+    """What of a model the programs do not read that docs/travel.md tries, for transformers reads all of it."""
+    letters = ["L" if full.window(n) else "G" for n in range(full.num_blocks)]
+    yarn = full.rope_scaling == "yarn"
+    told = [
+        (family is GPT2 and full.mlp != "gelu_tanh", f"mlx-lm and llama.cpp compute gelu_tanh for mlp {full.mlp}"),
+        (
+            family is GPT2 and full.mlp_dim != 4 * full.embedding_dim,
+            "mlx-lm and llama.cpp refuse an mlp_dim other than 4 * embedding_dim",
+        ),
+        (family is GPT2 and not full.tie_embeddings, "mlx-lm refuses an untied head"),
+        (family is QWEN3 and "L" in letters, "mlx-lm and llama.cpp ignore sliding_window in Qwen3"),
+        (family is QWEN3 and full.qkv_bias, "mlx-lm and llama.cpp refuse attention biases in Qwen3"),
+        (yarn and not full.yarn_truncate, "mlx-lm and llama.cpp take yarn_truncate for True"),
+        (yarn and full.yarn_attention_factor > 0, "mlx-lm and llama.cpp ignore yarn_attention_factor"),
+        (family is GPT_OSS, "mlx-lm reads gpt-oss in its quantised form only"),
+        (
+            family is GPT_OSS and "L" in letters and letters != (["L", "G"] * full.num_blocks)[: full.num_blocks],
+            f"llama.cpp takes window_pattern {full.window_pattern} for LG",
+        ),
+    ]
+    return [text for applies, text in told if applies]
+
+
+def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
+    """What config.json and the weights file hold for a model as `exported_as` one of their classes.
+
+    Raises:
+      ValueError: as there.
+    """
+    family, full, activation, _ = exported_as(config)
     theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     theirs |= {key: value for key, (value, _) in family.demands.items()}
     theirs |= {key: getattr(full, ours) for ours, (key, _) in family.settings.items()}
-    theirs |= {family.activation_key: activations[full.mlp], "dtype": "float32"}
+    theirs |= {family.activation_key: activation, "dtype": "float32"}
     if family is GPT2:
+        theirs["n_ctx"] = full.context_len  # as files before transformers 5 had it; mlx-lm and llama.cpp read it
         theirs |= {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
     else:
-        theirs |= {"rope_parameters": _rope_to(full), "attention_dropout": 0.0}
+        theirs |= {**_rope_to(full), "attention_dropout": 0.0}
         if "sliding_window" not in family.fixed:
             theirs |= _windows_to(family, full)
     whole = {name: np.full(shape, name.endswith("scale"), np.float32) for name, shape in _shapes(full).items()}
     whole |= {name: np.asarray(value, np.float32) for name, value in params.items()}
-    return theirs, join_weights(family.rules, full, whole) | family.constants(full)
+    weights = join_weights(family.rules, full, whole) | family.constants(full)
+    if family is GPT2 and full.tie_embeddings:  # named as OpenAI's own file has them; mlx-lm reads no others
+        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    if family is GPT_OSS and full.tie_embeddings:
+        weights[_HEAD] = weights[family.rules[0].theirs]  # llama.cpp's gpt-oss has no tied one
+    return theirs, weights
 
 
 def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
@@ -344,7 +392,7 @@ def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
         for name in ("qkv_bias", "attention_out_bias", "mlp_bias")
     }
     if family is not GPT2:  # one key for both
-        either = changes["qkv_bias"] or changes["attention_out_bias"]
+        either = changes["qkv_bias"] or changes["attention_out_bias"] or family is GPT_OSS  # llama.cpp asks for them
         changes |= {"qkv_bias": either, "attention_out_bias": either}
     if config.norm == "layernorm":
         changes["norm_bias"] = True

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from corpus.tokenizer import (
     BYTE_SYMBOLS,
+    END_OF_TEXT,
     MAX_VOCAB_SIZE,
     ByteTokenizer,
     CharTokenizer,
@@ -28,9 +29,9 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
     Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
-    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (the first of
-    two names of one id), unless `encode_special_tokens` is set on the result; and an imported one may put its own
-    around a text, unless `add_special_tokens` is false.
+    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (where an id has
+    two names, the first does), unless `encode_special_tokens` is set on the result; and an imported one may put its own
+    around a text, unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, is the end-of-text.
 
     Raises:
         ValueError: the vocabulary cannot be written in that format.
@@ -39,7 +40,7 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         case CharTokenizer():
             return _of_symbols(tokenizer.symbols, tokenizer.replacement)
         case ByteTokenizer():
-            return _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None)
+            return _byte_level({bytes([byte]): byte for byte in range(255)}, {END_OF_TEXT: 255}, None)
         case TiktokenTokenizer():
             saved = tokenizer.to_dict()
             ranks = {base64.b64decode(piece): rank for piece, rank in saved["ranks"].items()}
@@ -51,16 +52,31 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json, beside which `transformers.AutoTokenizer` reads tokenizer.json."""
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The last two are the defaults of version 5. In 4, some made " ." of a text ".", and gave GPT-2 token types,
         # which it adds to its embeddings.
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if tokenizer.eot is not None:
-        config["eos_token"] = tokenizer.decode([tokenizer.eot])
+    match tokenizer:
+        case CharTokenizer() | ByteTokenizer():  # lm-eval asks for one of each; decoding may leave them out
+            end = min(tokenizer.symbols, key=_how_missed) if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
+            config |= dict.fromkeys(["bos_token", "eos_token", "pad_token"], end)
+        case ImportedTokenizer(eot=int(eot)):
+            config["eos_token"] = to_tokenizers(tokenizer).id_to_token(eot)
+        case TiktokenTokenizer(eot=int(eot)):
+            config["eos_token"] = tokenizer.decode([eot])
     return config
+
+
+def _how_missed(symbol: str) -> tuple[int, int]:
+    """A key that sorts first the symbol that a text would miss least."""
+    if symbol.isspace():
+        return 3, ord(symbol)
+    if symbol.isalnum():
+        return 2, -ord(symbol)
+    return int(symbol in "'\"!(),-.:;?"), ord(symbol)
 
 
 def from_tokenizers(
@@ -92,12 +108,18 @@ def from_tokenizers(
     if (steady := without_dropout(content)) is not content:
         say(f"its tokenizer leaves out merges at random (dropout {content['model']['dropout']}); here it never does")
     imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
+    written = to_tokenizers(imported).to_str()
+    own = [(ByteTokenizer(), to_tokenizers(ByteTokenizer()))]
+    own += [
+        (ByteTokenizer(), _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None))
+    ]  # of earlier exports
     match content:
         case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):
-            for ours in (ByteTokenizer(), CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))):
-                same = to_tokenizers(ours).to_str() == to_tokenizers(imported).to_str()
-                if same and (ours.vocab_size, ours.ends) == (vocab_size, imported.ends):
-                    return ours
+            char = CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))
+            own += [(char, to_tokenizers(char))]
+    for ours, library in own:
+        if library.to_str() == written and (ours.vocab_size, ours.ends) == (vocab_size, imported.ends):
+            return ours
     return imported
 
 

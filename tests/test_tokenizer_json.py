@@ -104,6 +104,7 @@ def test_unknown_characters_are_replaced_as_ours_are_on_demand(symbols):
 def test_bytes_keep_their_values_as_ids(text, data):
     library = to_tokenizers(ByteTokenizer())
     assert encode(library, text) == list(text.encode())
+    data = data.replace(b"\xff", b"")
     assert decode(library, data) == ByteTokenizer().decode(list(data))
 
 
@@ -188,7 +189,12 @@ def test_transformers_reads_the_same_tokenizer(ours, model_type, tmp_path):
         ids = ours.encode(text).tolist()
         assert theirs(text) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
         assert theirs.decode(ids) == text
-    assert (theirs.eos_token_id, theirs.clean_up_tokenization_spaces) == (ours.eot, False)
+    end = {"char": 0, "byte": 255}.get(ours.name, ours.eot)  # NUL is missed least
+    assert (theirs.eos_token_id, theirs.clean_up_tokenization_spaces) == (end, False)
+    if ours.eot is None:
+        assert (theirs.bos_token_id, theirs.pad_token_id, len(theirs)) == (end, end, ours.vocab_size)
+        text = "It's\n 12, fooBar! é"
+        assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("name", tiktoken.list_encoding_names())
@@ -276,6 +282,20 @@ def test_our_own_files_become_our_own_tokenizers(ours):
         np.testing.assert_array_equal(other.encode("xx xx\n", True), ours.encode("xx xx\n", True))
 
 
+def test_bytes_as_earlier_exports_wrote_them_are_still_ours():
+    content = json.loads(to_tokenizers(ByteTokenizer()).to_str())
+    content["model"]["vocab"]["ÿ"] = content["model"]["vocab"].pop("<|endoftext|>")
+    assert from_tokenizers(json.dumps(content | {"added_tokens": []}), 256, None).name == "byte"
+
+
+@pytest.mark.parametrize(
+    ("symbols", "end"), [("\n $Zaz3.", "$"), ("\n .az", "."), ("\n az", "z"), ("\n\t ", "\t"), ("\x00\n &", "\x00")]
+)
+def test_the_end_of_a_text_by_characters_is_the_one_that_is_missed_least(symbols, end):
+    config = hf_tokenizer_config(CharTokenizer(symbols))
+    assert {config[f"{name}_token"] for name in ("bos", "eos", "pad")} == {end}
+
+
 @pytest.mark.parametrize("change", [{"vocab": {"a": 0, "b": 2}}, {"unk_token": None}, {"fuse_unk": True}])
 def test_what_only_resembles_our_own_files_is_imported(change):
     content = json.loads(to_tokenizers(CharTokenizer("abc")).to_str())
@@ -307,7 +327,7 @@ def test_a_token_that_does_not_spell_bytes_is_the_text_it_shows():
     library.add_tokens(["naïve"])
     imported = from_tokenizers(library.to_str(), 260, None)
     assert imported.encode("a naïve").tolist() == [97, 32, 257] and imported.decode([256, 257]) == "é ☃naïve"
-    assert imported.unsampled == (258, 259)
+    assert imported.unsampled == (255, 258, 259)
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
