@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
         seeds = [(sampling.seed + i) % 2**63 for i in range(values.num_samples)]
         texts += [(prompt, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
     if long:
-        several = f"{len(long)} of {len(given)} prompts have more than {room} tokens; of those the model reads the last {room}"
+        several = f"{len(long)} of {len(given)} prompts have more than {room} tokens; the model reads their last {room}"
         print(long[0] if len(given) == 1 else several, file=sys.stderr)
     go_on = lambda prompt, how: until(stream(model, tokenizer, prompt, values.num_tokens, how), values.stop)
     if values.out is not None:

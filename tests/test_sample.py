@@ -245,7 +245,7 @@ def test_long_prompts_of_a_file_are_told_in_one_line(tmp_path, capsys):
     capsys.readouterr()
     assert main.main(told) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["3 of 6 prompts have more than 16 tokens; of those the model reads the last 16"]
+    assert lines == ["3 of 6 prompts have more than 16 tokens; the model reads their last 16"]
 
 
 @pytest.mark.parametrize(
