@@ -28,8 +28,9 @@ from transformer.xla import target
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
+    "warning_signal": ("save", "stop"),
     "unknown_characters": UNKNOWN_CHARACTERS,
 }
 
@@ -56,6 +57,7 @@ FREE_ON_RESUME = {
     *(f"{name}_enabled" for name in TRACKERS),
     *(
         "save_every",
+        "warning_signal",
         "keep",
         "dataset",
         "data_dir",
@@ -155,7 +157,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
+    if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
@@ -163,7 +165,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
+    """The model's shape. `dtype` is the resolved one, never "auto"."""
     settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 

@@ -23,15 +23,15 @@ from runtime.checkpoints.manager import Checkpoints
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
-from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
+from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
 from training.cost import flops_per_token, mfu, parameter_counts
-from training.dispatch import held_back, several_steps, spans
+from training.dispatch import held_back, longest, several_steps, spans
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
 from training.optimizer import groups_of
@@ -68,14 +68,14 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    with Console(silent=not is_first()) as console:
-        workdir = prepare_workdir(workdir)
+    with leaving_nothing(workdir), Console(silent=not is_first()) as console:
+        workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
-        devices.set_up_compile_cache()
+        devices.set_up_compile_cache(console.warn)
         num_devices = len(devices.wake_up())
         config_lib.check_devices(config, num_devices)
-        with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
                 move_aside(workdir, console.line)
             trainer = None
@@ -137,7 +137,8 @@ class Trainer:
         step = resumed.step if resumed else build(0, 0)
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
+        several = config.steps_per_dispatch > 1
+        self.train_step = held_back(several_steps(step.run, step.state), most=2) if several else held_back(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
@@ -198,7 +199,9 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
+        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.clock, self.reported = 0, Clock(), True
+        self.compiled_before = -devices.compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -208,6 +211,7 @@ class Trainer:
         """Go on from a checkpoint, and drop what was logged after it."""
         self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
         self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.compiled_before = meta.get("compile_seconds", 0.0) - devices.compile_seconds()
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
@@ -222,10 +226,13 @@ class Trainer:
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
-        k, most = self.config.accumulation_steps, self.config.steps_per_dispatch
-        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
         every = [value for key, value in self.config.items() if key.endswith("_every")]
-        dispatches = spans(self.micro_step, self.total * k, most, k, every, profile or ())
+        most = self.config.steps_per_dispatch
+        if most > 1:  # 1 is another program
+            most = max(2, longest(self.micro_step, end, most, k, every))
+        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
@@ -252,11 +259,12 @@ class Trainer:
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
         self.console.doing("drawing the curves")
-        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
+        history = run_lib.read_metrics(self.workdir, self.console.warn)
+        by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
         run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,
-            history=self.metrics_file.read(),
+            history=history,
             workdir=self.workdir,
             step=self.step,
             val_loss=self.val_loss,
@@ -278,7 +286,8 @@ class Trainer:
         due = lambda every: last or (every > 0 and step % every == 0)
         self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         evaluated = due(config.eval_every)
-        if evaluated or due(config.log_every):
+        logged = evaluated or due(config.log_every)
+        if logged:
             row = self._row(step_metrics)
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
@@ -295,9 +304,12 @@ class Trainer:
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
-        if improved or due(config.save_every):
+        asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
+        if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(self.val_loss if evaluated else None)
+            if asked:
+                self.console.line(f"saved step {step}, as a signal asked for it")
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
@@ -321,7 +333,7 @@ class Trainer:
         k = self.config.accumulation_steps
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": self.clock.elapsed}
+        ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
@@ -329,6 +341,10 @@ class Trainer:
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
+
+    def _compiled(self) -> float:
+        """Of `elapsed_seconds`, those in which XLA compiled."""
+        return self.compiled_before + devices.compile_seconds()
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
@@ -360,6 +376,7 @@ class Trainer:
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "elapsed_seconds": self.clock.elapsed,
+            "compile_seconds": self._compiled(),
             "reported": self.reported,
             "sizes": self.sizes,
             "val_loss": self.val_loss,

@@ -40,7 +40,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     [device, *_] = devices.wake_up()
     workdir = Path(values.workdir)
     model, tokenizer, config, step = run_lib.load_model(workdir, values.step, console.warn)

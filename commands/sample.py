@@ -18,7 +18,7 @@ from commands.flags import DEFAULT_WORKDIR, parse_flags
 from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
 from runtime.errors import UserError, one_line
-from runtime.files import new_file
+from runtime.files import new_file, parse_json, read_file, user_state
 from runtime.screen.console import Console
 from runtime.screen.text import printable
 from transformer.model import Transformer
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         sampling = Sampling(values.temperature, values.top_k, values.top_p, values.min_p, values.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(Console().warn)
     devices.wake_up()
     model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -143,15 +143,15 @@ def _read_prompts(path: Path) -> dict[str, str]:
       UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
     found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}
     if path.suffix == ".jsonl":
         for name, line in found.items():
             try:
-                found[name] = json.loads(line)["prompt"]
-            except (ValueError, LookupError, TypeError, RecursionError):
+                found[name] = parse_json(line)["prompt"]
+            except (ValueError, LookupError, TypeError):
                 found[name] = None
             if not isinstance(found[name], str):
                 raise UserError(f'{name}: is no JSON object with a "prompt"; write it so, or use a .txt')
@@ -329,8 +329,11 @@ def line_history() -> Iterator[None]:
     except ImportError:  # a Python that was built without it
         yield
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "transformer-jax" / "history"
+    try:
+        path = user_state() / "history"
+    except UserError:  # such a user has no earlier sessions
+        yield
+        return
     readline.parse_and_bind("tab: self-insert")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)

@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 
 
 def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path):
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11)
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11, num_blocks=1)
     reference = train_lib.train(config, tmp_path / "reference")
     workdir = tmp_path / "cut"
     command = arguments(config, workdir)
