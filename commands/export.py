@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
             except ValueError as error:
                 raise UserError(f"config.{error}; change the setting, or export with --format=safetensors") from error
             start = tokenizer.eot if theirs["model_type"] == "gpt2" else None  # where one token serves for both
-            ends = {"bos_token_id": start, "eos_token_id": tokenizer.eot, "pad_token_id": None}
+            several = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eot
+            ends = {"bos_token_id": start, "eos_token_id": several, "pad_token_id": None}
             write_json(out / "config.json", theirs | ends)
             write_safetensors(out / WEIGHTS, weights, {"format": "pt"})
             try:

@@ -45,11 +45,51 @@ def join_weights(rules: Iterable[Rule], config: TransformerConfig, params: Mappi
     }
 
 
+def as_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """A weight as we hold it.
+
+    Raises:
+      ValueError: its numbers are not floats, or not finite; names it.
+    """
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        raise ValueError(f"{name}: its numbers are {array.dtype}, and weights are floats")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: not all of its numbers are finite")
+    return array
+
+
+_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """How many blocks the names of weights, theirs or ours, tell of.
+
+    Raises:
+      ValueError: their numbers are not 0, 1, 2 and so on.
+    """
+    numbers = {int(found[1]) for found in map(_NUMBER.search, names) if found}
+    if missing := set(range(len(numbers))) - numbers:
+        raise ValueError(f"block {min(missing)}: missing among the weights, whose last is {max(numbers)}")
+    return len(numbers)
+
+
+def require_blocks(key: str, told: Any, names: Iterable[str]) -> None:
+    """Whether a file's number of blocks is the one of its weights; asked first, since all work grows with it.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if told != (there := count_blocks(names)):
+        raise ValueError(f"{key}: {told!r} by the config, {there} by the weights")
+
+
 def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Mapping[str, np.ndarray]) -> Arrays:
     """Their weights (or gradients) as our parameters, float32.
 
     Raises:
-      ValueError: a weight is missing, unknown, or of another shape than the config makes it; names it.
+      ValueError: a weight is missing, unknown, no float, not finite, or of another shape than by the config; names it.
     """
     shapes, params, left = _shapes(config), {}, set(weights)
     for rule in _rules_of(rules, config):
@@ -59,8 +99,9 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
         want, have = rule.layout.join(*stand_ins).shape, weights[rule.theirs].shape
         if have != want and not (rule.layout is FLAT and math.prod(have) == math.prod(want)):
             raise ValueError(f"{rule.theirs}: its shape is {have}, by the config it would be {want}")
-        for name, part in zip(rule.ours, rule.layout.split(weights[rule.theirs]), strict=True):
-            params[name] = np.ascontiguousarray(part, np.float32)
+        whole = as_float32(rule.theirs, weights[rule.theirs])
+        for name, part in zip(rule.ours, rule.layout.split(whole), strict=True):
+            params[name] = np.ascontiguousarray(part)
         left.remove(rule.theirs)
     if left:
         raise ValueError(f"{min(left)}: this model has no place for it")
@@ -98,16 +139,18 @@ def _first(*values: Any) -> Any:
 
 
 def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> dict[str, Any]:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling`, as files before transformers 5 have it."""
-    rope = _first(theirs.get("rope_parameters"), theirs.get("rope_scaling"), family.rope)
+    """From `rope_parameters`, or as files before transformers 5 have it: `rope_theta`, and `rope_scaling`, which rules.
+
+    So transformers 5.24 reads them, which takes `rope_scaling or rope_parameters`.
+    """
+    rope = theirs.get("rope_scaling") or _first(theirs.get("rope_parameters"), family.rope)
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn", "llama3"):
         raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")
-    for key in ("partial_rotary_factor", "mscale", "mscale_all_dim"):
-        if rope.get(key, theirs.get(key)) not in (None, 1, 1.0):
-            raise ValueError(f"{key}: must be 1, got {rope.get(key, theirs.get(key))}")
+    if (part := rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor: must be 1, got {part}")
     settings = {"rope_theta": _first(rope.get("rope_theta"), theirs.get("rope_theta"), family.theta)}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or context_len
@@ -116,15 +159,27 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
             "rope_scaling": kind,
             "yarn_original_context": original,
             "yarn_factor": _first(rope.get("factor"), context_len / original),
-            "yarn_beta_fast": _first(rope.get(fast), 32.0),
-            "yarn_beta_slow": _first(rope.get(slow), 1.0),
+            "yarn_beta_fast": rope.get(fast) or 32.0,
+            "yarn_beta_slow": rope.get(slow) or 1.0,
         }
     if kind == "yarn":
         settings |= {
             "yarn_truncate": rope.get("truncate", True),
-            "yarn_attention_factor": _first(rope.get("attention_factor"), 0.0),
+            "yarn_attention_factor": _first(rope.get("attention_factor"), _ratio(rope, settings["yarn_factor"])),
         }
     return settings
+
+
+def _ratio(rope: Mapping[str, Any], factor: Any) -> float:
+    """YaRN's attention factor as DeepSeek's files have it, a ratio of two; 0, which stands for the usual, without."""
+    scales: dict[str, Any] = {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
+    if not all(scales.values()):
+        return 0.0
+    for key, value in {**scales, "factor": factor}.items():
+        if type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"{key}: must be a number above 0, got {value!r}")
+    above, below = (1 + 0.1 * scale * math.log(max(factor, 1)) for scale in scales.values())
+    return above / below
 
 
 def _windows_to(family: Family, config: TransformerConfig) -> dict[str, Any]:
@@ -159,21 +214,39 @@ def _windows_from(family: Family, theirs: Mapping[str, Any], num_blocks: int) ->
 
 # --- Whole models -------------------------------------------------------------------------------------------------
 
+_HEAD = "lm_head.weight"  # of all four classes
+
 
 def from_theirs(theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> tuple[TransformerConfig, Arrays]:
     """A model of one of the four classes: from its config.json and its weights, our shape and parameters.
 
+    As in transformers 5.24, where the config ties head and embedding: if they differ, the model is untied, and a head
+    alone is the embedding too.
+
     Raises:
       ValueError: `<their key or weight>: <what does not fit>`.
     """
+    family = _family(theirs)
+    key, default = family.settings["num_blocks"]
+    require_blocks(key, default if theirs.get(key) is None else theirs[key], weights)
     config = config_from(theirs)
-    family = FAMILIES[theirs["model_type"]]
     names, prefix = {rule.theirs for rule in family.rules}, family.rules[0].theirs.partition(".")[0]
     whole = any(name.startswith(f"{prefix}.") for name in weights)  # else those of the class without its head
     renamed = {name if whole or name in names else f"{prefix}.{name}": value for name, value in weights.items()}
-    ignored = family.constants(config).keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
+    ignored = family.constants(config).keys()
     kept = {name: x for name, x in renamed.items() if name not in ignored and not BUFFER.fullmatch(name)}
+    if config.tie_embeddings and _HEAD in kept:
+        embedding, head = family.rules[0].theirs, kept.pop(_HEAD)
+        if not np.array_equal(kept.setdefault(embedding, head), head):
+            kept[_HEAD], config = head, replace(config, tie_embeddings=False)
     return config, split_weights(family.rules, config, kept)
+
+
+def _family(theirs: Mapping[str, Any]) -> Family:
+    family = FAMILIES.get(str(theirs.get("model_type")))
+    if family is None:
+        raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
+    return family
 
 
 def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
@@ -182,9 +255,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
     Raises:
       ValueError: `<key>: <what we cannot hold>`.
     """
-    family = FAMILIES.get(str(theirs.get("model_type")))
-    if family is None:
-        raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
+    family = _family(theirs)
     if theirs.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights cannot be read; take a bfloat16 or float32 version")
     for key, (value, default) in family.demands.items():
@@ -310,7 +381,7 @@ def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
     config = TransformerConfig(
         vocab_size=vocab_size,
         context_len=weights["embed.W_pos.weight"].shape[0],
-        num_blocks=1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m),
+        num_blocks=count_blocks(weights),
         num_heads=num_heads,
         embedding_dim=width,
         head_dim=weights[f"{first}W_Q.weight"].shape[0] // num_heads,

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from corpus.tokenizer import (
     ImportedTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    without_dropout,
 )
 from runtime.errors import one_line
 from runtime.files import parse_json
@@ -26,9 +28,9 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
     Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
-    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids, unless
-    `encode_special_tokens` is set on the result; and an imported one may put its own around a text, unless
-    `add_special_tokens` is false.
+    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (the first of
+    two names of one id), unless `encode_special_tokens` is set on the result; and an imported one may put its own around a
+    text, unless `add_special_tokens` is false.
 
     Raises:
         ValueError: the vocabulary cannot be written in that format.
@@ -43,7 +45,7 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             ranks = {base64.b64decode(piece): rank for piece, rank in saved["ranks"].items()}
             return _byte_level(ranks, saved["special"], saved["pattern"])
         case ImportedTokenizer():
-            return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_dict()["json"]))
+            return tokenizers.Tokenizer.from_str(json.dumps(without_dropout(tokenizer.to_dict()["json"])))
     raise TypeError(f"tokenizer.json has no form for a {type(tokenizer).__name__}")
 
 
@@ -61,13 +63,21 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return config
 
 
-def from_tokenizers(json_text: str, vocab_size: int, eot: int | None) -> Tokenizer:
+def from_tokenizers(
+    json_text: str,
+    vocab_size: int,
+    eot: int | None,
+    more_ends: Sequence[int] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Tokenizer:
     """The tokenizer of a tokenizer.json: `char` or `byte` if it is just what `to_tokenizers` makes of one.
 
     Args:
         json_text: the file's content; it is checked and only ever read as data.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
+        more_ends: other ids that do.
+        say: takes a line about what of the file is left out.
 
     Raises:
         ValueError: it is no tokenizer.json that can be read, or does not fit `vocab_size` and `eot`.
@@ -79,12 +89,14 @@ def from_tokenizers(json_text: str, vocab_size: int, eot: int | None) -> Tokeniz
     if not isinstance(content, dict):
         raise ValueError(f"a tokenizer should be a JSON object, not a {type(content).__name__}")
     # Whoever saved it may have been cutting texts to a length; that is no part of the tokenizer.
-    imported = ImportedTokenizer(content | {"truncation": None, "padding": None}, vocab_size, eot)
+    if (steady := without_dropout(content)) is not content:
+        say(f"its tokenizer leaves out merges at random (dropout {content['model']['dropout']}); here it never does")
+    imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
     match content:
         case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):
             for ours in (ByteTokenizer(), CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))):
                 same = to_tokenizers(ours).to_str() == to_tokenizers(imported).to_str()
-                if same and (ours.vocab_size, ours.eot) == (vocab_size, eot):
+                if same and (ours.vocab_size, ours.ends) == (vocab_size, imported.ends):
                     return ours
     return imported
 
@@ -104,6 +116,10 @@ def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str |
     """Byte-pair encoding of the bytes of each piece that `pattern` finds (of the whole text if None)."""
     names = {piece: piece.decode("latin-1").translate(BYTE_SYMBOLS) for piece in ranks}
     vocabulary = {names[piece]: rank for piece, rank in ranks.items()}
+    first_names: dict[int, str] = {}
+    for name, i in special.items():
+        first_names.setdefault(i, name)
+    special = {name: i for i, name in first_names.items()}  # the format has one name for an id
     if twice := vocabulary.keys() & special.keys():
         raise ValueError(f"tokenizer.json cannot hold {min(twice)!r} both as a special token and as a plain one")
     longer = [piece for piece in sorted(ranks, key=ranks.__getitem__) if len(piece) > 1]

@@ -171,7 +171,7 @@ def _attention(
     maps_LNTS = np.asarray(attention_maps(model, jnp.asarray(ids)), np.float64)
     shares_LNT = maps_LNTS[..., 0]
     shares_LN = shares_LNT.mean(-1)
-    parts = [tokenizer.decode([token]) for token in ids.tolist()]
+    parts = [tokenizer.decode_bytes([token]).decode("utf-8", "replace") for token in ids.tolist()]  # spaces too
     labels = [part.translate(_VISIBLE) for part in parts]
     L, N = shares_LN.shape
     layers, heads = _spread(L, _MOST_MAPS), _spread(N, _MOST_MAPS)

@@ -201,6 +201,9 @@ IMPORTED = {"kind": "imported", "json": WORDS, "vocab_size": 2, "eot": 0}
         IMPORTED | {"vocab_size": 2.5},
         IMPORTED | {"eot": 1},
         IMPORTED | {"eot": 0.0},
+        IMPORTED | {"more_ends": 1},
+        IMPORTED | {"more_ends": [2]},
+        IMPORTED | {"more_ends": ["1"]},
     ],
 )
 def test_nonsense_in_a_saved_tokenizer_is_refused(saved):

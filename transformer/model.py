@@ -216,13 +216,11 @@ class Transformer(nnx.Module):
 
 def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, config: TransformerConfig) -> jax.Array:
     """`Transformer.logits` as a function of the module whose weights make them."""
-    softcap = config.logit_softcap
-    if isinstance(output, nnx.Linear):
-        logits = output(x_BTD).astype(jnp.float32)
-    elif config.dtype == "bfloat16_matmul":
+    if isinstance(output, nnx.Embed) and config.dtype == "bfloat16_matmul":
         logits = half_dot_general(x_BTD, output.embedding[...].T)
     else:
-        logits = output.attend(x_BTD).astype(jnp.float32)
+        logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
+    softcap = config.logit_softcap
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 

@@ -18,6 +18,7 @@ import run_lib
 from configs import shakespeare, shakespeare_gptoss
 from corpus.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from interop.models import from_theirs, to_theirs
+from interop.weight_files import read_safetensors, write_safetensors
 from transformer.config import TransformerConfig
 from transformer.sampling import Sampling, generate
 
@@ -143,6 +144,27 @@ def test_any_model_travels_as_safetensors_and_comes_back_with_the_same_bits(our_
     assert run_lib.read_config(again) == run_lib.read_config(our_own)
     assert run_lib.load_tokenizer(again).fingerprint == CHAR.fingerprint
     assert eval_loss(capsys, again) == eval_loss(capsys, our_own)
+
+
+BLOCK = "blocks.1.mlp.up.kernel"
+
+
+@pytest.mark.parametrize(
+    "edit, metadata, words",
+    [
+        (lambda w: w | {BLOCK: w[BLOCK].astype(np.int32)}, {}, f"{BLOCK}: its numbers are int32"),
+        (lambda w: w | {BLOCK: w[BLOCK] / np.float32(0)}, {}, f"{BLOCK}: not all of its numbers are finite"),
+        (lambda w: w, {"num_blocks": 10**9}, "num_blocks: 1000000000 by the config, 2 by the weights"),
+    ],
+)
+def test_a_damaged_export_of_ours_is_refused(edit, metadata, words, our_own, tmp_path, capsys):
+    call(capsys, "export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}", "--format=safetensors")
+    path = tmp_path / "out" / "model.safetensors"
+    arrays, written = read_safetensors(path)
+    with np.errstate(all="ignore"):
+        write_safetensors(path, edit(arrays), written | {"config": json.loads(written["config"]) | metadata})
+    refuse(capsys, ["import", f"--from={tmp_path / 'out'}", f"--workdir={tmp_path / 'run'}"], words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_no_class_holds_is_refused_and_leaves_nothing(our_own, tmp_path, capsys):
