@@ -143,7 +143,7 @@ def _read_prompts(path: Path) -> dict[str, str]:
       UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
     """
     try:
-        lines = read_file(path).decode("utf-8").split("\n")
+        lines = read_file(path).decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
     found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}
