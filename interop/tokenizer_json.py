@@ -29,8 +29,8 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
     Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
     `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (the first of
-    two names of one id), unless `encode_special_tokens` is set on the result; and an imported one may put its own around a
-    text, unless `add_special_tokens` is false.
+    two names of one id), unless `encode_special_tokens` is set on the result; and an imported one may put its own
+    around a text, unless `add_special_tokens` is false.
 
     Raises:
         ValueError: the vocabulary cannot be written in that format.
