@@ -28,7 +28,7 @@ from transformer.xla import target
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
     "warning_signal": ("save", "stop"),
 }
@@ -154,7 +154,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
+    if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
@@ -162,7 +162,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
+    """The model's shape. `dtype` is the resolved one, never "auto"."""
     settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 

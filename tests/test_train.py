@@ -149,6 +149,19 @@ def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsy
     assert result["loss"] == pytest.approx(best[0], abs=1e-6)
 
 
+def test_products_in_half_precision_train_as_float32_does(tmp_path, capsys):
+    """Two devices; the header says what runs, and whoever reads the run computes as it did."""
+    config = tiny_config(cpu_devices="2", max_steps=20, dtype="bfloat16_matmul")
+    done = run_main(*arguments(config, tmp_path), XLA_FLAGS="")
+    assert done.returncode == 0 and "2 x cpu (cpu), bfloat16_matmul" in done.stdout, done.stderr
+    apart = [abs(own["loss"] - row["loss"]) for own, row in zip(rows(tmp_path), finished_run().history, strict=False)]
+    assert 0 < max(apart) < 0.02
+    assert main.main(["eval", f"--workdir={tmp_path}"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    best = min(row["val_loss"] for row in rows(tmp_path) if "val_loss" in row)
+    assert result["loss"] == pytest.approx(best, abs=1e-4)  # on one device sums differ, and what they round to
+
+
 @pytest.mark.parametrize(
     "epochs, max_steps, accumulation, total",
     [(1, 0, 1, 6), (2, 0, 1, 11), (0, 9, 1, 9), (1, 9, 1, 6), (3, 9, 1, 9), (2, 0, 3, 4), (1, 0, 7, 1)],

@@ -63,12 +63,12 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), 2 if c.dtype == "bfloat16" else 4
+    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
     qkv = (N + 2 * K) * H
     inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
-    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
+    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
     whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
@@ -104,7 +104,7 @@ def held_bytes(
         "logits": forward["logits"] // (sequence * (1 if model_config.vocab_size % tensor else tensor)),
     }
     if mesh.shape[FSDP] > 1:
-        size = jnp.dtype(model_config.dtype).itemsize
+        size = jnp.dtype(model_config.activation_dtype).itemsize
         whole = {name: p.size * size // tensor for name, p in state.params.items()}
         blocks = sum(n for name, n in whole.items() if name.startswith("blocks."))
         result["gathered"] = sum(whole.values()) - blocks + 2 * blocks // model_config.num_blocks
