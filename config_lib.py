@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import default
-from corpus.dataset import ORDERS
+from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
@@ -28,8 +28,10 @@ from transformer.xla import target
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
+    "warning_signal": ("save", "stop"),
+    "unknown_characters": UNKNOWN_CHARACTERS,
 }
 
 
@@ -47,12 +49,23 @@ EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
 SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
 SHAPE_KEYS -= {"vocab_size", "document_start"}
 
-# What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
+# What may differ when a run goes on: how long it runs, how it is watched and kept, and where its text lies, which is
+# known by its hash. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "keep", "data_dir", "init_from", "steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
+    *(
+        "save_every",
+        "warning_signal",
+        "keep",
+        "dataset",
+        "data_dir",
+        "init_from",
+        "steps_per_dispatch",
+        "watchdog_seconds",
+        "peer_seconds",
+    ),
     *("mesh", "report"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
@@ -144,7 +157,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
+    if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
@@ -152,7 +165,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
+    """The model's shape. `dtype` is the resolved one, never "auto"."""
     settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 

@@ -4,7 +4,6 @@ python main.py [train] --config=configs/shakespeare.py [--config.KEY=VALUE ...]
 python main.py COMMAND --help
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from runtime.large_pages import restart_with_large_pages
 COMMANDS = {
     "train": "train a model, or go on where the run stopped",
     "sample": "write text with a trained model",
-    "eval": "exact loss over a whole split",
+    "eval": "exact loss over a whole split, or any text",
     "verify": "check every checkpoint of a run",
     "report": "one page on a run: curves, samples, config, what the sinks do",
     "compare": "runs side by side: what differs, losses, costs, curves",
@@ -40,14 +39,14 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
+    from commands.typos import check_words, load
     from runtime.screen.console import Console
 
     command, flags = _parted(argv)
     try:
-        if command not in COMMANDS:
-            raise ExpectedError(f"{command}: unknown command; use one of {', '.join(COMMANDS)}")
+        check_words(command, flags, list(COMMANDS))
         with Console(silent="--process_id" in " ".join(flags)).busy("loading JAX"):
-            module = importlib.import_module(f"commands.{command}")
+            module = load(command)
         module.main(flags)
     except Interrupted as signal:
         return 128 + signal.signum

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
-from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
+from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
-from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
-from training.dispatch import held_back, several_steps, spans
-from training.evaluate import Evaluator
+from training.cost import flops_per_token, mfu, parameter_counts
+from training.dispatch import held_back, longest, several_steps, spans
+from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
-from training.optimizer import groups_of, schedule_shape, warmup_steps
+from training.optimizer import groups_of, schedule_shape
 from training.step import Step, make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
@@ -69,14 +70,14 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    with Console(silent=not is_first()) as console:
-        workdir = prepare_workdir(workdir)
+    with leaving_nothing(workdir), Console(silent=not is_first()) as console:
+        workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
-        devices.set_up_compile_cache()
+        devices.set_up_compile_cache(console.warn)
         num_devices = len(devices.wake_up())
         config_lib.check_devices(config, num_devices)
-        with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
                 move_aside(workdir, console.line)
             trainer = None
@@ -118,11 +119,13 @@ class Trainer:
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
         run_lib.require_same_everywhere(config, self.data)
+        self.sample_prompt = self.tokenizer.opening if config.sample_prompt == "\n" else config.sample_prompt
         try:
-            self.tokenizer.encode(config.sample_prompt)
+            self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
@@ -139,7 +142,8 @@ class Trainer:
         some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
         self.val_tokens = some if some < whole_split else 0  # on which evaluations are compared; 0: on all of the split
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
+        several = config.steps_per_dispatch > 1
+        self.train_step = held_back(several_steps(step.run, step.state), most=2) if several else held_back(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
@@ -162,10 +166,9 @@ class Trainer:
         periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
-        counts = jax.device_get(self.state.metrics)
+        counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
         self.divergence = Divergence(
-            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn),
-            vocab_size=self.model_config.vocab_size,
+            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
         )
 
         self.tracing = False
@@ -184,32 +187,20 @@ class Trainer:
         return self.micro_step // self.config.accumulation_steps
 
     def _build(self, key: jax.Array, micro_step: int = 0, meta: dict[str, Any] | None = None) -> Step:
-        """The step of a run, its batches, how many steps it has and how many of them warm up.
-
-        Args:
-          micro_step: micro-batches made.
-          meta: of the checkpoint from which it goes on, which may have been laid out for another number of steps.
-        """
-        config, settings = self.config, config_lib.optimizer_config(self.config)
-        self.batches = self._batches(config, micro_step, meta["position"] if meta else 0)
+        """The step of a run after so many micro-batches, from a checkpoint of this meta; its batches and lengths."""
+        config, read = self.config, meta["position"] if meta else 0
+        at = lambda c, micro_step: {"batch_size": c.batch_size, "offset": read - micro_step * c.batch_size}
+        self.batches = Batches(
+            self.data.train, config.context_len, seed=config.seed, order=config.order, **at(config, micro_step)
+        )
         self.total = self.total_before = total_steps(config, self.batches)
         if meta:
             old = config_lib.from_dict(meta["config"])
-            self.total_before = total_steps(old, self._batches(old, run_lib.micro_step_of(meta), meta["position"]))
-        self.warmup = (meta or {}).get("warmup_steps", warmup_steps(settings, self.total_before))
-        return make_step(
-            *(settings, self.model_config, self.total, key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-            warmup=self.warmup,
-        )
-
-    def _batches(self, config: ConfigDict, micro_step: int, position: int) -> Batches:
-        """The training batches under a config, of a run that has read `position` sequences before `micro_step`."""
-        return Batches(
-            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
-            offset=position - micro_step * config.batch_size,
-        )
+            self.total_before = total_steps(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
+        settings = config_lib.optimizer_config(config)
+        self.first_total = (meta or {}).get("first_total", self.total_before)
+        health = config.spike_sigmas, config.skip_spikes
+        return make_step(settings, self.model_config, self.total, key, self.mesh, *health, self.first_total)
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
@@ -218,7 +209,9 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
+        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
+        self.compiled_before = -devices.compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -231,6 +224,7 @@ class Trainer:
         same = val_tokens_of(meta) == self.val_tokens
         self.best_val_loss, self.best_step = (meta["best_val_loss"], meta["best_step"]) if same else (None, None)
         self.val_loss = meta["val_loss"]
+        self.compiled_before = meta.get("compile_seconds", 0.0) - devices.compile_seconds()
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
             raise UserError(
@@ -244,21 +238,18 @@ class Trainer:
             f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
         )
         if self.step < self.total != self.total_before:
-            settings = config_lib.optimizer_config(self.config)
-            shape = partial(schedule_shape, settings, warmup=self.warmup)
-            before, then = shape(self.total_before), shape(self.total)
-            rates = [float(factor) for factor in (before(self.step - 1), then(self.step), then(self.total - 1))]
-            self.console.line(
-                f"going on to step {self.total} instead of {self.total_before}: the learning rates, {rates[0]:.3g} of "
-                f"their peak in the last step, are {rates[1]:.3g} in the next and {rates[2]:.3g} at the end"
-            )
+            rates = partial(schedule_shape, config_lib.optimizer_config(self.config), first_total=self.first_total)
+            self.console.line(summary.going_on(rates, self.step, self.total_before, self.total))
 
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
-        k, most = self.config.accumulation_steps, self.config.steps_per_dispatch
-        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
         every = [value for key, value in self.config.items() if key.endswith("_every")]
-        dispatches = spans(self.micro_step, self.total * k, most, k, every, profile or ())
+        most = self.config.steps_per_dispatch
+        if most > 1:  # 1 is another program
+            most = max(2, longest(self.micro_step, end, most, k, every))
+        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
@@ -285,11 +276,12 @@ class Trainer:
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
         self.console.doing("drawing the curves")
-        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
+        history = run_lib.read_metrics(self.workdir, self.console.warn)
+        by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
         run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,
-            history=self.metrics_file.read(),
+            history=history,
             workdir=self.workdir,
             step=self.step,
             val_loss=self.val_loss,
@@ -312,15 +304,11 @@ class Trainer:
         due = lambda every: last or (every > 0 and step % every == 0)
         self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         evaluated = due(config.eval_every)
-        if evaluated or due(config.log_every):
+        logged = evaluated or due(config.log_every)
+        if logged:
             row = self._row(step_metrics)
             if evaluated:
-                with (
-                    self.clock.pause("evaluation"),
-                    self.watchdog.pause(),
-                    self.console.busy("evaluating"),
-                    self._saved_when_out_of_memory(),
-                ):
+                with self._beside("evaluation", "evaluating"):
                     compared = self._evaluate(self.val_tokens)
                     row |= compared
                     if last and self.val_tokens:
@@ -331,38 +319,27 @@ class Trainer:
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
         if due(config.sample_every):
-            with (
-                self.clock.pause("sample"),
-                self.watchdog.pause(),
-                self.console.busy("sampling"),
-                self._saved_when_out_of_memory(),
-            ):
+            with self._beside("sample", "sampling"):
                 by_first(partial(self._sample, self._model()))
         self.reported = True
         improved = evaluated and (self.best_val_loss is None or compared["val_loss"] < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = compared["val_loss"], step
-        if improved or due(config.save_every):
+        asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
+        if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(compared["val_loss"] if evaluated else None)
+            if asked:
+                self.console.line(f"saved step {step}, as a signal asked for it")
 
     @contextlib.contextmanager
-    def _saved_when_out_of_memory(self) -> Iterator[None]:
-        """What is done beside the steps may want memory that they do not; the steps themselves are then not lost.
-
-        Raises:
-          UserError: there was not enough; names the key that helps.
-        """
-        try:
-            with devices.memory_limit(
-                "config.loss_chunk", "set it to 512, or lower it: of so many tokens are the logits there at once"
-            ):
-                yield
-        except UserError:
-            if num_processes() == 1:  # of several the others are elsewhere
-                self._save()
-                self.console.line(f"saved step {self.step}")
-            raise
+    def _beside(self, work: str, doing: str) -> Iterator[None]:
+        """What is done beside the steps and may want memory that they do not: where it is not there, they are saved."""
+        advice = "set it to 512, or lower it: of so many tokens are the logits there at once"
+        rescue = self._save if num_processes() == 1 else lambda: None  # of several the others are elsewhere
+        enough = devices.memory_limit("config.loss_chunk", advice, rescue)
+        with self.clock.pause(work), self.watchdog.pause(), self.console.busy(doing), enough:
+            yield
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
@@ -386,7 +363,7 @@ class Trainer:
         k = self.config.accumulation_steps
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": self.clock.elapsed}
+        ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
@@ -395,10 +372,14 @@ class Trainer:
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
 
+    def _compiled(self) -> float:
+        """Of `elapsed_seconds`, those in which XLA compiled."""
+        return self.compiled_before + devices.compile_seconds()
+
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
-        per_byte = bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:
@@ -407,7 +388,7 @@ class Trainer:
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
     def _sample(self, model: Transformer) -> None:
-        config, prompt = self.config, self.config.sample_prompt
+        config, prompt = self.config, self.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
         text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
@@ -425,9 +406,10 @@ class Trainer:
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
-            "warmup_steps": self.warmup,
+            "first_total": self.first_total,
             "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
+            "compile_seconds": self._compiled(),
             "reported": self.reported,
             "sizes": self.sizes,
             "val_loss": self.val_loss,

@@ -1,4 +1,4 @@
-"""Every key of a config, its value and its meaning; a * where it differs from configs/default.py."""
+"""Every key of a config, its value and its meaning, a * where it is not the default; and how its model exports."""
 
 from itertools import groupby
 
@@ -7,6 +7,7 @@ from absl import flags
 import config_lib
 from commands.flags import parse_flags
 from config_lib import key_docs, written
+from interop.models import exported_as
 from runtime.screen.console import Console
 from runtime.screen.text import Table
 
@@ -28,3 +29,8 @@ def main(argv: list[str]) -> None:
             note = f" (default {usual})" if value != usual else ""
             rows.append(["*" if note else "", doc.key, value, doc.comment + note])
         console.table(Table(section, [""] * 4, rows, left=4, bold=frozenset(differ)))
+    try:
+        exported = exported_as(config_lib.transformer_config(config, vocab_size=2, dtype="float32"))
+        console.line("; ".join([f"exports as {exported.family.architecture}", *exported.caveats]))
+    except ValueError as error:
+        console.line(f"exports with our names only (--format=safetensors): {error}")

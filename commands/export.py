@@ -8,12 +8,12 @@ from absl import flags
 import config_lib
 import run_lib
 from commands.flags import DEFAULT_WORKDIR, parse_flags
-from interop.models import to_theirs
+from interop.models import exported_as, to_theirs
 from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
 from interop.weight_files import WEIGHTS, new_directory, write_safetensors
 from runtime import devices
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import write_json, write_text
 from runtime.screen.console import Console
 from transformer.model import params_of
 
@@ -49,11 +49,14 @@ def main(argv: list[str]) -> None:
             except ValueError as error:
                 raise UserError(f"config.{error}; change the setting, or export with --format=safetensors") from error
             start = tokenizer.eot if theirs["model_type"] == "gpt2" else None  # where one token serves for both
-            ends = {"bos_token_id": start, "eos_token_id": tokenizer.eot, "pad_token_id": None}
+            several = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eot
+            ends = {"bos_token_id": start, "eos_token_id": several, "pad_token_id": None}
             write_json(out / "config.json", theirs | ends)
             write_safetensors(out / WEIGHTS, weights, {"format": "pt"})
+            if caveats := exported_as(model.config).caveats:
+                console.line(f"not read by all programs: {'; '.join(caveats)}")
             try:
-                (out / "tokenizer.json").write_text(to_tokenizers(tokenizer).to_str(pretty=True), encoding="utf-8")
+                write_text(out / "tokenizer.json", to_tokenizers(tokenizer).to_str(pretty=True))
                 write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))
             except ValueError as error:
                 console.warn(f"no tokenizer files: {error}")

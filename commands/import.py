@@ -2,7 +2,7 @@
 checkpoint of the PyTorch original (model.pt, metadata.json), or what `export --format=safetensors` wrote."""
 
 import dataclasses
-import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,20 @@ from configs import default
 from corpus.load_text import new_tokenizer
 from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
 from interop.families import Arrays
-from interop.models import from_original, from_theirs
+from interop.models import as_float32, config_from, from_original, from_theirs, require_blocks
 from interop.tokenizer_json import from_tokenizers
 from interop.weight_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError, one_line
-from runtime.files import read_json, write_json
+from runtime.files import parse_json, read_file, read_json, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 from training.cost import parameter_counts
 from transformer.model import model_of
 
+UNFINISHED = ".import"  # where a run is made, within its directory, until all of it is there
+MADE_HERE = "checkpoints", run_lib.TOKENIZER_FILE, run_lib.CONFIG_FILE
 LONG_CONTEXT = 8192  # tokens; with more than that a key/value cache is worth a word
 
 
@@ -54,23 +56,45 @@ def main(argv: list[str]) -> None:
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    workdir = prepare_workdir(values.workdir)
+    workdir = prepare_workdir(values.workdir, run_lib.FILES)
     with WorkdirLock(workdir, console.warn):
-        if left := [entry.name for entry in workdir.iterdir() if entry.name != ".lock"]:
-            raise UserError(f"--workdir={workdir}: holds {min(left)} already; name a new directory")
+        unfinished = _room_for_it(workdir, console.line)
         settings = config_lib.to_dict(config)
-        with Checkpoints(workdir) as checkpoints:
+        with Checkpoints(unfinished) as checkpoints:
             meta = {**run_lib.identity(config, tokenizer), run_lib.IMPORTED_FROM: str(source)}
             rest = {"micro_step": np.zeros((), np.int32)}  # no optimizer has been at work
             checkpoints.save(0, params, rest, meta, None)
-        write_json(workdir / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
+        write_json(unfinished / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
+        write_json(unfinished / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
+        for name in MADE_HERE:
+            (unfinished / name).rename(workdir / name)
+        unfinished.rmdir()
     counts = parameter_counts(model_config)
     console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
     if config.context_len > LONG_CONTEXT:
         console.line(
             f"its context is {config.context_len:,} tokens, for which `sample` keeps room; --context_len cuts it"
         )
+
+
+def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
+    """Where to make the run: a new directory in `workdir`, which holds nothing but what an import left that was cut.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    unfinished = workdir / UNFINISHED
+    ours = {".lock", UNFINISHED, *MADE_HERE} if unfinished.is_dir() else {".lock"}
+    if others := {entry.name for entry in workdir.iterdir()} - ours:
+        raise UserError(f"--workdir={workdir}: holds {min(others)} already; name a new directory")
+    if unfinished.is_dir():
+        say(f"an import into {workdir} was cut short; this one takes its place")
+        shutil.rmtree(unfinished)
+        shutil.rmtree(workdir / MADE_HERE[0], ignore_errors=True)
+        for name in MADE_HERE[1:]:
+            (workdir / name).unlink(missing_ok=True)
+    unfinished.mkdir()
+    return unfinished
 
 
 def read_model(
@@ -89,9 +113,9 @@ def read_model(
             return _from_export(weights, metadata, dataset)
         if (source / "config.json").exists():
             theirs = read_json(source / "config.json")
-            if not isinstance(theirs, dict):
-                raise ValueError("config.json: holds no object")
             model_config, params = from_theirs(theirs, read_weights(source))
+            if config_from(theirs).tie_embeddings and not model_config.tie_embeddings:
+                say("its head differs from its embedding, though config.json ties them: both are kept")
         elif (source / "model.pt").exists():
             theirs = _flat(read_json(source / "metadata.json")) if (source / "metadata.json").exists() else {}
             model_config, params = from_original(read_torch(source / "model.pt"), theirs)
@@ -103,7 +127,8 @@ def read_model(
     config = default.get_config()
     config.update({name: value for name, value in dataclasses.asdict(model_config).items() if name in config})
     config.update({"dtype": "auto"} | ({"dataset": dataset} if dataset else {}))
-    vocabulary = _tokenizer(source, tokenizer, config, model_config.vocab_size, theirs.get("eos_token_id"), say)
+    ends = _ends_of_text(source, theirs, model_config.vocab_size)
+    vocabulary = _tokenizer(source, tokenizer, config, model_config.vocab_size, ends, say)
     config.tokenizer = vocabulary.name
     config_lib.check(config)
     return config, params, vocabulary
@@ -126,11 +151,13 @@ def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[Confi
 def _from_export(
     weights: Path, metadata: Mapping[str, str], dataset: str | None
 ) -> tuple[ConfigDict, Arrays, Tokenizer]:
-    config = config_lib.from_dict(json.loads(metadata["config"]))
-    tokenizer = tokenizer_from_dict(json.loads(metadata["tokenizer"]))
+    config = config_lib.from_dict(parse_json(metadata["config"]))
+    tokenizer = tokenizer_from_dict(parse_json(metadata["tokenizer"]))
     if dataset:
         config.dataset = dataset
     params = read_safetensors(weights)[0]
+    require_blocks("num_blocks", config.num_blocks, params)
+    params = {name: as_float32(name, value) for name, value in params.items()}
     model_of(config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
     return config, params, tokenizer
 
@@ -143,20 +170,26 @@ def _flat(value: Any) -> dict[str, Any]:
     return found
 
 
+def _ends_of_text(source: Path, theirs: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """The ids at which transformers stops: those in generation_config.json, or without that file in config.json."""
+    file = source / "generation_config.json"
+    told = read_json(file) if file.exists() else theirs
+    ends = told.get("eos_token_id") if isinstance(told, Mapping) else None
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys(end for end in ends if type(end) is int and 0 <= end < vocab_size))
+
+
 def _tokenizer(
-    source: Path, name: str | None, config: ConfigDict, vocab_size: int, eos: Any, say: Callable[[str], None]
+    source: Path, name: str | None, config: ConfigDict, vocab_size: int, ends: list[int], say: Callable[[str], None]
 ) -> Tokenizer:
     """The one in the files, or the one named."""
     file, name = source / "tokenizer.json", None if name == "imported" else name
     if name is None and not file.exists():
         raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
     if name is None:
-        ends = eos if isinstance(eos, list) else [eos]
-        known = [end for end in ends if isinstance(end, int) and 0 <= end < vocab_size]
-        if len(known) > 1:
-            say(f"of its ends of a text, {known}, only the first ends one here; the others are never sampled")
         try:
-            return from_tokenizers(file.read_text(encoding="utf-8"), vocab_size, known[0] if known else None)
+            eot, more_ends = (ends[0], ends[1:]) if ends else (None, [])
+            return from_tokenizers(read_file(file).decode("utf-8"), vocab_size, eot, more_ends, say)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
     check_tokenizer_name(name)
@@ -171,4 +204,6 @@ def _tokenizer(
             f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; name the one it was "
             "trained with (char takes its characters from --dataset)"
         )
+    if {*ends} - {*tokenizer.ends}:
+        say(f"in its files {ends} end a text, with --tokenizer={name} {list(tokenizer.ends)}: only the latter do here")
     return tokenizer

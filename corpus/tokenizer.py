@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -45,7 +46,8 @@ class UnknownCharacters(ValueError):
 
     def __init__(self, characters: str, positions: tuple[int, ...]):
         self.characters, self.positions = characters, positions
-        shown = [f"{c!a} at {p}" for c, p in zip(characters[:8], positions[:8], strict=True)]
+        seen = [ascii(c) if unicodedata.combining(c) else repr(c) for c in characters[:8]]
+        shown = [f"{c} at {p}" for c, p in zip(seen, positions, strict=False)]
         more = f" and {len(characters) - len(shown)} more" if len(characters) > len(shown) else ""
         super().__init__(f"characters not in the vocabulary: {', '.join(shown)}{more}")
 
@@ -64,6 +66,11 @@ class Tokenizer(ABC):
     vocab_size: int
     eot: int | None = None
     unsampled: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids at which writing stops: `eot`, and others that an imported model ends a text with."""
+        return () if self.eot is None else (self.eot,)
 
     @property
     def dtype(self) -> np.dtype:
@@ -97,6 +104,22 @@ class Tokenizer(ABC):
     def text_stream(self) -> "TextStream":
         """What turns ids into text as they come."""
         return TextStream(self)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id; nothing for one that stands for no text."""
+        pieces = [b""] * self.vocab_size
+        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot}:
+            pieces[i] = self.decode_bytes([i])
+        return pieces
+
+    @property
+    def opening(self) -> str:
+        """What a text goes on from where nobody says it: a line break, or nothing if the vocabulary has none."""
+        try:
+            return "\n" if self.encode("\n").size else ""
+        except UnknownCharacters:
+            return ""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -214,7 +237,8 @@ class TiktokenTokenizer(Tokenizer):
 class ImportedTokenizer(Tokenizer):
     """The tokenizer.json of a model from elsewhere, run by the library tokenizers.
 
-    Special tokens written in a text are plain text (but for a Unigram model, which cannot tell them from others), none
+    It reads a text always the same way, also where the file has it drop merges at random. Special tokens written in a
+    text are plain text (but for a Unigram model, which cannot tell them from others), none
     are put around it, and lone surrogates become "?". Where the vocabulary lacks a character, the library puts its
     unknown token or nothing. Where it puts a space before the text, as Llama 2's does, `decode` takes one off again;
     `decode_bytes`, whose ids may be from the middle of a text, does not.
@@ -223,6 +247,7 @@ class ImportedTokenizer(Tokenizer):
         content: the parsed tokenizer.json.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
+        more_ends: other ids that do.
 
     Raises:
         ValueError: the library cannot read the content, its tokens are not text on their own (as WordPiece's), or it
@@ -231,10 +256,10 @@ class ImportedTokenizer(Tokenizer):
 
     name = "imported"
 
-    def __init__(self, content: dict[str, Any], vocab_size: int, eot: int | None):
-        self._content, self.vocab_size, self.eot = content, vocab_size, eot
+    def __init__(self, content: dict[str, Any], vocab_size: int, eot: int | None, more_ends: Sequence[int] = ()):
+        self._content, self.vocab_size, self.eot, self._more_ends = content, vocab_size, eot, tuple(more_ends)
         try:
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(without_dropout(content)))
             self._library.encode("\U0010ffff")  # no vocabulary has it: fails here if what stands for it is missing
         except KeyboardInterrupt:
             raise
@@ -249,6 +274,8 @@ class ImportedTokenizer(Tokenizer):
                 raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")
         if eot is not None and eot not in vocabulary.values():
             raise ValueError(f"the id {eot}, which should end a text, is none of the tokenizer's")
+        if not all(type(end) is int and 0 <= end < vocab_size for end in self._more_ends):
+            raise ValueError(f"the ids {self._more_ends}, which should end a text, leave the tokenizer's vocabulary")
         decoder: dict[str, Any] = {"type": "none"}
         if self._library.decoder:  # in the library's words: those of a file depend on its age
             decoder = json.loads(self._library.decoder.__getstate__())
@@ -257,8 +284,12 @@ class ImportedTokenizer(Tokenizer):
         self._strips_space = any(
             step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never" for step in steps
         )
-        text = self._pieces.keys() - {i for i, token in added.items() if token.special} | {eot}
-        self.unsampled = tuple(sorted(set(range(vocab_size)) - text))
+        text = self._pieces.keys() - {i for i, token in added.items() if token.special}
+        self.unsampled = tuple(sorted(set(range(vocab_size)) - text - {*self.ends}))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (*super().ends, *self._more_ends)
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
@@ -275,7 +306,16 @@ class ImportedTokenizer(Tokenizer):
             raise ValueError(f"a token id stands for no text: {error.args[0]}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "imported", "json": self._content, "vocab_size": self.vocab_size, "eot": self.eot}
+        saved = {"kind": "imported", "json": self._content, "vocab_size": self.vocab_size, "eot": self.eot}
+        return saved | ({"more_ends": list(self._more_ends)} if self._more_ends else {})
+
+
+def without_dropout(content: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json that gives each text the same ids every time: without the merges left out at random."""
+    model = content.get("model")
+    return (
+        content | {"model": model | {"dropout": None}} if isinstance(model, dict) and model.get("dropout") else content
+    )
 
 
 def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
@@ -362,7 +402,9 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
             encoding = _checked_encoding(saved["name"], saved["pattern"], saved["ranks"], saved["special"])
             return TiktokenTokenizer(encoding)
         case {"kind": "imported", "json": dict(content), "vocab_size": int(vocab_size), "eot": int() | None as eot}:
-            return ImportedTokenizer(content, vocab_size, eot)
+            more_ends = saved.get("more_ends", [])
+            if isinstance(more_ends, list):
+                return ImportedTokenizer(content, vocab_size, eot, more_ends)
     raise ValueError(
         "not a saved tokenizer: kind must be char (with symbols), byte, or tiktoken or imported (with its vocabulary)"
     )
@@ -370,7 +412,7 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
 
 def _checked_encoding(name: str, pattern: str, ranks: dict[str, int], special: dict[str, int]) -> tiktoken.Encoding:
     """A tiktoken encoding from its saved parts, checked here because tiktoken aborts on some that do not fit."""
-    ids = [*ranks.values(), *special.values()]
+    ids = [*ranks.values(), *{*special.values()}]  # two names may stand for one special token
     if not all(isinstance(i, int) and 0 <= i < MAX_VOCAB_SIZE for i in ids):
         raise ValueError(f"tokenizer {name!r}: ids must be whole numbers from 0 to {MAX_VOCAB_SIZE - 1}")
     if len(set(ids)) != len(ids):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
@@ -45,11 +45,51 @@ def join_weights(rules: Iterable[Rule], config: TransformerConfig, params: Mappi
     }
 
 
+def as_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """A weight as we hold it.
+
+    Raises:
+      ValueError: its numbers are not floats, or not finite; names it.
+    """
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        raise ValueError(f"{name}: its numbers are {array.dtype}, and weights are floats")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: not all of its numbers are finite")
+    return array
+
+
+_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """How many blocks the names of weights, theirs or ours, tell of.
+
+    Raises:
+      ValueError: their numbers are not 0, 1, 2 and so on.
+    """
+    numbers = {int(found[1]) for found in map(_NUMBER.search, names) if found}
+    if missing := set(range(len(numbers))) - numbers:
+        raise ValueError(f"block {min(missing)}: missing among the weights, whose last is {max(numbers)}")
+    return len(numbers)
+
+
+def require_blocks(key: str, told: Any, names: Iterable[str]) -> None:
+    """Whether a file's number of blocks is the one of its weights; asked first, since all work grows with it.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if told != (there := count_blocks(names)):
+        raise ValueError(f"{key}: {told!r} by the config, {there} by the weights")
+
+
 def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Mapping[str, np.ndarray]) -> Arrays:
     """Their weights (or gradients) as our parameters, float32.
 
     Raises:
-      ValueError: a weight is missing, unknown, or of another shape than the config makes it; names it.
+      ValueError: a weight is missing, unknown, no float, not finite, or of another shape than by the config; names it.
     """
     shapes, params, left = _shapes(config), {}, set(weights)
     for rule in _rules_of(rules, config):
@@ -59,8 +99,9 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
         want, have = rule.layout.join(*stand_ins).shape, weights[rule.theirs].shape
         if have != want and not (rule.layout is FLAT and math.prod(have) == math.prod(want)):
             raise ValueError(f"{rule.theirs}: its shape is {have}, by the config it would be {want}")
-        for name, part in zip(rule.ours, rule.layout.split(weights[rule.theirs]), strict=True):
-            params[name] = np.ascontiguousarray(part, np.float32)
+        whole = as_float32(rule.theirs, weights[rule.theirs])
+        for name, part in zip(rule.ours, rule.layout.split(whole), strict=True):
+            params[name] = np.ascontiguousarray(part)
         left.remove(rule.theirs)
     if left:
         raise ValueError(f"{min(left)}: this model has no place for it")
@@ -73,7 +114,8 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
 
 
 def _rope_to(config: TransformerConfig) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    """In both spellings: `rope_parameters`, and as transformers 4, mlx-lm and others read it, two keys."""
+    rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling != "none":
         rope |= {
             "rope_type": config.rope_scaling,
@@ -89,7 +131,8 @@ def _rope_to(config: TransformerConfig) -> dict[str, Any]:
             "truncate": config.yarn_truncate,
             **({"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}),
         }
-    return rope
+    theta = {"rope_theta": config.rope_theta}
+    return {"rope_parameters": rope | theta, **theta, "rope_scaling": None if len(rope) == 1 else rope}
 
 
 def _first(*values: Any) -> Any:
@@ -98,16 +141,18 @@ def _first(*values: Any) -> Any:
 
 
 def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> dict[str, Any]:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling`, as files before transformers 5 have it."""
-    rope = _first(theirs.get("rope_parameters"), theirs.get("rope_scaling"), family.rope)
+    """From `rope_parameters`, or as files before transformers 5 have it: `rope_theta`, and `rope_scaling`, which rules.
+
+    So transformers 5.24 reads them, which takes `rope_scaling or rope_parameters`.
+    """
+    rope = theirs.get("rope_scaling") or _first(theirs.get("rope_parameters"), family.rope)
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn", "llama3"):
         raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")
-    for key in ("partial_rotary_factor", "mscale", "mscale_all_dim"):
-        if rope.get(key, theirs.get(key)) not in (None, 1, 1.0):
-            raise ValueError(f"{key}: must be 1, got {rope.get(key, theirs.get(key))}")
+    if (part := rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor: must be 1, got {part}")
     settings = {"rope_theta": _first(rope.get("rope_theta"), theirs.get("rope_theta"), family.theta)}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or context_len
@@ -116,15 +161,27 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
             "rope_scaling": kind,
             "yarn_original_context": original,
             "yarn_factor": _first(rope.get("factor"), context_len / original),
-            "yarn_beta_fast": _first(rope.get(fast), 32.0),
-            "yarn_beta_slow": _first(rope.get(slow), 1.0),
+            "yarn_beta_fast": rope.get(fast) or 32.0,
+            "yarn_beta_slow": rope.get(slow) or 1.0,
         }
     if kind == "yarn":
         settings |= {
             "yarn_truncate": rope.get("truncate", True),
-            "yarn_attention_factor": _first(rope.get("attention_factor"), 0.0),
+            "yarn_attention_factor": _first(rope.get("attention_factor"), _ratio(rope, settings["yarn_factor"])),
         }
     return settings
+
+
+def _ratio(rope: Mapping[str, Any], factor: Any) -> float:
+    """YaRN's attention factor as DeepSeek's files have it, a ratio of two; 0, which stands for the usual, without."""
+    scales: dict[str, Any] = {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
+    if not all(scales.values()):
+        return 0.0
+    for key, value in {**scales, "factor": factor}.items():
+        if type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"{key}: must be a number above 0, got {value!r}")
+    above, below = (1 + 0.1 * scale * math.log(max(factor, 1)) for scale in scales.values())
+    return above / below
 
 
 def _windows_to(family: Family, config: TransformerConfig) -> dict[str, Any]:
@@ -159,21 +216,39 @@ def _windows_from(family: Family, theirs: Mapping[str, Any], num_blocks: int) ->
 
 # --- Whole models -------------------------------------------------------------------------------------------------
 
+_HEAD = "lm_head.weight"  # of all four classes
+
 
 def from_theirs(theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> tuple[TransformerConfig, Arrays]:
     """A model of one of the four classes: from its config.json and its weights, our shape and parameters.
 
+    As in transformers 5.24, where the config ties head and embedding: if they differ, the model is untied, and a head
+    alone is the embedding too.
+
     Raises:
       ValueError: `<their key or weight>: <what does not fit>`.
     """
+    family = _family(theirs)
+    key, default = family.settings["num_blocks"]
+    require_blocks(key, default if theirs.get(key) is None else theirs[key], weights)
     config = config_from(theirs)
-    family = FAMILIES[theirs["model_type"]]
     names, prefix = {rule.theirs for rule in family.rules}, family.rules[0].theirs.partition(".")[0]
     whole = any(name.startswith(f"{prefix}.") for name in weights)  # else those of the class without its head
     renamed = {name if whole or name in names else f"{prefix}.{name}": value for name, value in weights.items()}
-    ignored = family.constants(config).keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
+    ignored = family.constants(config).keys()
     kept = {name: x for name, x in renamed.items() if name not in ignored and not BUFFER.fullmatch(name)}
+    if config.tie_embeddings and _HEAD in kept:
+        embedding, head = family.rules[0].theirs, kept.pop(_HEAD)
+        if not np.array_equal(kept.setdefault(embedding, head), head):
+            kept[_HEAD], config = head, replace(config, tie_embeddings=False)
     return config, split_weights(family.rules, config, kept)
+
+
+def _family(theirs: Mapping[str, Any]) -> Family:
+    family = FAMILIES.get(str(theirs.get("model_type")))
+    if family is None:
+        raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
+    return family
 
 
 def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
@@ -182,9 +257,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
     Raises:
       ValueError: `<key>: <what we cannot hold>`.
     """
-    family = FAMILIES.get(str(theirs.get("model_type")))
-    if family is None:
-        raise ValueError(f"model_type: must be one of {', '.join(FAMILIES)}, got {theirs.get('model_type')!r}")
+    family = _family(theirs)
     if theirs.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights cannot be read; take a bfloat16 or float32 version")
     for key, (value, default) in family.demands.items():
@@ -226,13 +299,20 @@ def family_of(config: TransformerConfig) -> Family:
     return LLAMA if config.qk_norm == "none" else QWEN3
 
 
-def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
-    """What config.json and the weights file of the nearest class hold for a model.
+class Exported(NamedTuple):
+    """What a model is to others: a class, the same function in its settings, and what some programs do not read."""
 
-    Where the class has a bias or a scale that the model lacks, it gets zeros or ones, which compute the same.
+    family: Family
+    full: TransformerConfig  # with zeros and ones for the biases and scales that the class has and the model lacks
+    activation: str  # their name of it
+    caveats: list[str]
+
+
+def exported_as(config: TransformerConfig) -> Exported:
+    """Which class of transformers computes the same as a model.
 
     Raises:
-      ValueError: no class computes this; names each setting that stands in the way.
+      ValueError: none does; names each setting that stands in the way.
     """
     family = family_of(config)
     full = _filled_up(family, config)
@@ -250,20 +330,59 @@ def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tu
         raise ValueError(
             f"{odd[0]}: no class of transformers has {ours}; the nearest, {family.architecture}, has {nearest}"
         )
+    return Exported(family, full, activations[full.mlp], _caveats(family, full))
 
+
+def _caveats(family: Family, full: TransformerConfig) -> list[str]:
+    """What of a model the programs do not read that docs/travel.md tries, for transformers reads all of it."""
+    letters = ["L" if full.window(n) else "G" for n in range(full.num_blocks)]
+    yarn = full.rope_scaling == "yarn"
+    told = [
+        (family is GPT2 and full.mlp != "gelu_tanh", f"mlx-lm and llama.cpp compute gelu_tanh for mlp {full.mlp}"),
+        (
+            family is GPT2 and full.mlp_dim != 4 * full.embedding_dim,
+            "mlx-lm and llama.cpp refuse an mlp_dim other than 4 * embedding_dim",
+        ),
+        (family is GPT2 and not full.tie_embeddings, "mlx-lm refuses an untied head"),
+        (family is QWEN3 and "L" in letters, "mlx-lm and llama.cpp ignore sliding_window in Qwen3"),
+        (family is QWEN3 and full.qkv_bias, "mlx-lm and llama.cpp refuse attention biases in Qwen3"),
+        (yarn and not full.yarn_truncate, "mlx-lm and llama.cpp take yarn_truncate for True"),
+        (yarn and full.yarn_attention_factor > 0, "mlx-lm and llama.cpp ignore yarn_attention_factor"),
+        (family is GPT_OSS, "mlx-lm reads gpt-oss in its quantised form only"),
+        (
+            family is GPT_OSS and "L" in letters and letters != (["L", "G"] * full.num_blocks)[: full.num_blocks],
+            f"llama.cpp takes window_pattern {full.window_pattern} for LG",
+        ),
+    ]
+    return [text for applies, text in told if applies]
+
+
+def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
+    """What config.json and the weights file hold for a model as `exported_as` one of their classes.
+
+    Raises:
+      ValueError: as there.
+    """
+    family, full, activation, _ = exported_as(config)
     theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     theirs |= {key: value for key, (value, _) in family.demands.items()}
     theirs |= {key: getattr(full, ours) for ours, (key, _) in family.settings.items()}
-    theirs |= {family.activation_key: activations[full.mlp], "dtype": "float32"}
+    theirs |= {family.activation_key: activation, "dtype": "float32"}
     if family is GPT2:
+        theirs["n_ctx"] = full.context_len  # as files before transformers 5 had it; mlx-lm and llama.cpp read it
         theirs |= {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
     else:
-        theirs |= {"rope_parameters": _rope_to(full), "attention_dropout": 0.0}
+        theirs |= {**_rope_to(full), "attention_dropout": 0.0}
         if "sliding_window" not in family.fixed:
             theirs |= _windows_to(family, full)
     whole = {name: np.full(shape, name.endswith("scale"), np.float32) for name, shape in _shapes(full).items()}
     whole |= {name: np.asarray(value, np.float32) for name, value in params.items()}
-    return theirs, join_weights(family.rules, full, whole) | family.constants(full)
+    weights = join_weights(family.rules, full, whole) | family.constants(full)
+    if family is GPT2 and full.tie_embeddings:  # named as OpenAI's own file has them; mlx-lm reads no others
+        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    if family is GPT_OSS and full.tie_embeddings:
+        weights[_HEAD] = weights[family.rules[0].theirs]  # llama.cpp's gpt-oss has no tied one
+    return theirs, weights
 
 
 def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
@@ -273,7 +392,7 @@ def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
         for name in ("qkv_bias", "attention_out_bias", "mlp_bias")
     }
     if family is not GPT2:  # one key for both
-        either = changes["qkv_bias"] or changes["attention_out_bias"]
+        either = changes["qkv_bias"] or changes["attention_out_bias"] or family is GPT_OSS  # llama.cpp asks for them
         changes |= {"qkv_bias": either, "attention_out_bias": either}
     if config.norm == "layernorm":
         changes["norm_bias"] = True
@@ -310,7 +429,7 @@ def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
     config = TransformerConfig(
         vocab_size=vocab_size,
         context_len=weights["embed.W_pos.weight"].shape[0],
-        num_blocks=1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, weights) if m),
+        num_blocks=count_blocks(weights),
         num_heads=num_heads,
         embedding_dim=width,
         head_dim=weights[f"{first}W_Q.weight"].shape[0] // num_heads,

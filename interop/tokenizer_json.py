@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,23 +12,26 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from corpus.tokenizer import (
     BYTE_SYMBOLS,
+    END_OF_TEXT,
     MAX_VOCAB_SIZE,
     ByteTokenizer,
     CharTokenizer,
     ImportedTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    without_dropout,
 )
 from runtime.errors import one_line
+from runtime.files import parse_json
 
 
 def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
     Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
-    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids, unless
-    `encode_special_tokens` is set on the result; and an imported one may put its own around a text, unless
-    `add_special_tokens` is false.
+    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (where an id has
+    two names, the first does), unless `encode_special_tokens` is set on the result; and an imported one may put its own
+    around a text, unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, is the end-of-text.
 
     Raises:
         ValueError: the vocabulary cannot be written in that format.
@@ -36,55 +40,86 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         case CharTokenizer():
             return _of_symbols(tokenizer.symbols, tokenizer.replacement)
         case ByteTokenizer():
-            return _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None)
+            return _byte_level({bytes([byte]): byte for byte in range(255)}, {END_OF_TEXT: 255}, None)
         case TiktokenTokenizer():
             saved = tokenizer.to_dict()
             ranks = {base64.b64decode(piece): rank for piece, rank in saved["ranks"].items()}
             return _byte_level(ranks, saved["special"], saved["pattern"])
         case ImportedTokenizer():
-            return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_dict()["json"]))
+            return tokenizers.Tokenizer.from_str(json.dumps(without_dropout(tokenizer.to_dict()["json"])))
     raise TypeError(f"tokenizer.json has no form for a {type(tokenizer).__name__}")
 
 
 def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json, beside which `transformers.AutoTokenizer` reads tokenizer.json."""
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The last two are the defaults of version 5. In 4, some made " ." of a text ".", and gave GPT-2 token types,
         # which it adds to its embeddings.
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if tokenizer.eot is not None:
-        config["eos_token"] = tokenizer.decode([tokenizer.eot])
+    match tokenizer:
+        case CharTokenizer() | ByteTokenizer():  # lm-eval asks for one of each; decoding may leave them out
+            end = min(tokenizer.symbols, key=_how_missed) if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
+            config |= dict.fromkeys(["bos_token", "eos_token", "pad_token"], end)
+        case ImportedTokenizer(eot=int(eot)):
+            config["eos_token"] = to_tokenizers(tokenizer).id_to_token(eot)
+        case TiktokenTokenizer(eot=int(eot)):
+            config["eos_token"] = tokenizer.decode([eot])
     return config
 
 
-def from_tokenizers(json_text: str, vocab_size: int, eot: int | None) -> Tokenizer:
+def _how_missed(symbol: str) -> tuple[int, int]:
+    """A key that sorts first the symbol that a text would miss least."""
+    if symbol.isspace():
+        return 3, ord(symbol)
+    if symbol.isalnum():
+        return 2, -ord(symbol)
+    return int(symbol in "'\"!(),-.:;?"), ord(symbol)
+
+
+def from_tokenizers(
+    json_text: str,
+    vocab_size: int,
+    eot: int | None,
+    more_ends: Sequence[int] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Tokenizer:
     """The tokenizer of a tokenizer.json: `char` or `byte` if it is just what `to_tokenizers` makes of one.
 
     Args:
         json_text: the file's content; it is checked and only ever read as data.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
+        more_ends: other ids that do.
+        say: takes a line about what of the file is left out.
 
     Raises:
         ValueError: it is no tokenizer.json that can be read, or does not fit `vocab_size` and `eot`.
     """
     try:
-        content = json.loads(json_text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the tokenizer is not JSON: {error}") from None
+        content = parse_json(json_text)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"a tokenizer should be a JSON object, not a {type(content).__name__}")
     # Whoever saved it may have been cutting texts to a length; that is no part of the tokenizer.
-    imported = ImportedTokenizer(content | {"truncation": None, "padding": None}, vocab_size, eot)
+    if (steady := without_dropout(content)) is not content:
+        say(f"its tokenizer leaves out merges at random (dropout {content['model']['dropout']}); here it never does")
+    imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
+    written = to_tokenizers(imported).to_str()
+    own = [(ByteTokenizer(), to_tokenizers(ByteTokenizer()))]
+    own += [
+        (ByteTokenizer(), _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None))
+    ]  # of earlier exports
     match content:
         case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):
-            for ours in (ByteTokenizer(), CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))):
-                same = to_tokenizers(ours).to_str() == to_tokenizers(imported).to_str()
-                if same and (ours.vocab_size, ours.eot) == (vocab_size, eot):
-                    return ours
+            char = CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))
+            own += [(char, to_tokenizers(char))]
+    for ours, library in own:
+        if library.to_str() == written and (ours.vocab_size, ours.ends) == (vocab_size, imported.ends):
+            return ours
     return imported
 
 
@@ -103,6 +138,10 @@ def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str |
     """Byte-pair encoding of the bytes of each piece that `pattern` finds (of the whole text if None)."""
     names = {piece: piece.decode("latin-1").translate(BYTE_SYMBOLS) for piece in ranks}
     vocabulary = {names[piece]: rank for piece, rank in ranks.items()}
+    first_names: dict[int, str] = {}
+    for name, i in special.items():
+        first_names.setdefault(i, name)
+    special = {name: i for i, name in first_names.items()}  # the format has one name for an id
     if twice := vocabulary.keys() & special.keys():
         raise ValueError(f"tokenizer.json cannot hold {min(twice)!r} both as a special token and as a plain one")
     longer = [piece for piece in sorted(ranks, key=ranks.__getitem__) if len(piece) > 1]

@@ -18,15 +18,15 @@ INDEX = "model.safetensors.index.json"  # of weights that are cut into several f
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """All arrays of a directory's safetensors files, as float32.
+    """All arrays of a directory's weights: of the one file, or where that is not there, of those that an index names.
 
     Raises:
       UserError: there are none, or one is damaged.
     """
-    if not (directory / INDEX).exists():
+    if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
         return read_safetensors(directory / WEIGHTS)[0]
     index = read_json(directory / INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+    if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{directory / INDEX}: holds no weight_map; fetch it again")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(map(str, index["weight_map"].values()))):
@@ -35,15 +35,21 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of one file, as float32, and its metadata.
+    """The arrays of one file, of whatever type they have there, and its metadata.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: it is missing or damaged, or holds numbers of a type that numpy has not.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}, file.metadata() or {}
+            arrays = {}
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                try:
+                    arrays[name] = file.get_tensor(name)
+                except (AttributeError, TypeError):
+                    kind = file.get_slice(name).get_dtype()
+                    raise UserError(f"{path}: {name} is of type {kind}; fetch it in float32 or bfloat16") from None
+            return arrays, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again, as safetensors") from error
 
@@ -64,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that PyTorch saved, as float32. Nothing but tensors is unpickled.
+    """The tensors of a state dict that PyTorch saved. Nothing but tensors is unpickled.
 
     Raises:
       UserError: there is no PyTorch, or the file is missing, damaged, or holds something else.
@@ -81,7 +87,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise UserError(f"{path}: holds no state_dict of tensors; save model.state_dict()")
-    return {name: value.detach().float().numpy() for name, value in state.items()}
+    whole = {name: value.detach() for name, value in state.items()}  # numpy knows no bfloat16 of torch's
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in whole.items()}
 
 
 @contextmanager

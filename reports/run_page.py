@@ -1,6 +1,5 @@
 """The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from training.optimizer import GROUPS
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-REPORT_FILE = "report.html"
 _MAP_TOKENS = 48  # of the text whose attention is shown
 _LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
 _MOST_MAPS = 8  # layers, and heads of each, that are drawn
@@ -35,20 +33,26 @@ _VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
     """`write_report` at the end of a run, which must not fail for a page: whatever goes wrong becomes one warning."""
     try:
-        write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}")
+        write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}", warn)
     except Exception as error:  # the run is saved; the report command shows what it was
-        path = run.workdir / REPORT_FILE
+        path = run.workdir / run_lib.REPORT_FILE
         warn(f"{path}: not written: {one_line(error)}; python main.py report --workdir={run.workdir}")
 
 
 def write_report(
-    workdir: Path, model: Transformer | str, tokenizer: Tokenizer, which: str, text: str | None = None
+    workdir: Path,
+    model: Transformer | str,
+    tokenizer: Tokenizer,
+    which: str,
+    warn: Callable[[str], None],
+    text: str | None = None,
 ) -> Path:
     """Write `report.html` from what the run's directory holds, and from its model.
 
     Args:
       model: on one device; or a string that says why there is none.
       which: what the page calls this state of the model.
+      warn: is told of damaged rows of the run's files.
       text: whose attention is shown; None takes the last sample's beginning.
 
     Returns:
@@ -59,10 +63,10 @@ def write_report(
       UnknownCharacters: `text` holds some that the tokenizer does not know.
       StorageError: the disk did not take it.
     """
-    run, saved = read_runs([workdir])[0], read_json(workdir / run_lib.CONFIG_FILE)
+    run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
     samples = run_lib.read_samples(workdir)
-    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config)
+    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config, warn)
     blocks = [
         _summary(run, model_config),
         *_curves(comparable([run], "val_loss")[0][0]),
@@ -73,8 +77,8 @@ def write_report(
         _environment(saved),
         _parameters(model_config),
     ]
-    write_text(workdir / REPORT_FILE, html_page(run.name, blocks))
-    return workdir / REPORT_FILE
+    write_text(workdir / run_lib.REPORT_FILE, html_page(run.name, blocks))
+    return workdir / run_lib.REPORT_FILE
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
         "bits per byte": number(result.bits_per_byte, ".4f"),
         "steps": number(result.steps, ",.0f"),
         "tokens": None if result.tokens is None else human(result.tokens),
-        "time": None if result.seconds is None else duration(result.seconds),
+        "time, without compilation": None if result.seconds is None else duration(result.seconds),
         "tokens per second": None if result.tokens_per_second is None else human(result.tokens_per_second),
         "peak memory": None if result.peak_mib is None else f"{result.peak_mib:,.0f} MiB",
         "parameters": f"{sum(parameter_counts(model_config).values()):,}",
@@ -168,7 +172,7 @@ def _attention(
     maps_LNTS = np.asarray(attention_maps(model, jnp.asarray(ids)), np.float64)
     shares_LNT = maps_LNTS[..., 0]
     shares_LN = shares_LNT.mean(-1)
-    parts = [tokenizer.decode([token]) for token in ids.tolist()]
+    parts = [tokenizer.decode_bytes([token]).decode("utf-8", "replace") for token in ids.tolist()]  # spaces too
     labels = [part.translate(_VISIBLE) for part in parts]
     L, N = shares_LN.shape
     layers, heads = _spread(L, _MOST_MAPS), _spread(N, _MOST_MAPS)
@@ -214,7 +218,7 @@ def _samples(samples: list[tuple[int, str]]) -> list[Block]:
 
 def _config(run: RunRecord) -> list[Block]:
     docs = key_docs()
-    plain = lambda value: json.loads(json.dumps(value))  # tuples are lists in a file
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # as in a file
     differs = [key for key, doc in docs.items() if plain(run.config[key]) != plain(doc.default)]
     rows = [[key, written(run.config[key]), written(docs[key].default)] for key in differs]
     every = [[key, written(run.config[key]), doc.comment] for key, doc in docs.items()]

@@ -5,6 +5,7 @@ Shapes: L layers, B batch, T query time, S key time, N query heads, K key/value 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,13 @@ def stretch(split: Split, context_len: int) -> np.ndarray:
     return np.asarray(split.tokens[: B * T], np.int32).reshape(B, T)
 
 
-def read_shares(path: Path, model_config: TransformerConfig) -> tuple[list[int], np.ndarray]:
+def read_shares(
+    path: Path, model_config: TransformerConfig, warn: Callable[[str], None] = lambda text: None
+) -> tuple[list[int], np.ndarray]:
     """The steps and shares [E, L, N] of `sinks.jsonl`; rows that are not this model's are left out."""
     shape = (model_config.num_blocks, model_config.num_heads)
     steps, shares = [], []
-    for row in MetricsFile(path).read():
+    for row in MetricsFile(path).read(warn):
         try:
             shares_LN = np.array(row["shares"], np.float64)
             step = int(row["step"])

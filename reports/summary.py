@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
-from corpus.dataset import Dataset
+from corpus.dataset import SPLITS, Dataset
 from runtime.screen.text import Table, duration, human
 from training.cost import held_bytes, parameter_counts
 from training.optimizer import GROUPS, groups_of
@@ -29,6 +30,7 @@ _LINES = {
     "mesh": ["mesh"],
     "parameters": ["parameters"],
     "data": ["text", "split"],
+    "shards": ["shards"],
     "optimizer": ["parts"],
     "memory": ["memory"],
     "steps": ["steps"],
@@ -72,6 +74,7 @@ def facts(
         },
         "Data": {
             "text": f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens)",
+            **({"shards": _shards(data)} if data.train.files else {}),
             "split": f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
             "steps": f"{steps:,} of {tokens:,} tokens, {steps * tokens / data.train.num_tokens:.2f} epochs",
             "first loss": f"ln {vocab_size} = {math.log(vocab_size):.3f} expected",
@@ -84,6 +87,17 @@ def facts(
             "run": str(workdir),
         },
     }
+
+
+def _shards(data: Dataset) -> str:
+    """Which files each split is made of."""
+    told = []
+    for name, word in SPLITS.items():
+        if split := getattr(data, name):
+            files = split.files
+            several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
+            told.append(f"{word} {files[0] + several if files else 'at their end'}")
+    return ", ".join(told)
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
@@ -106,6 +120,21 @@ def panels(groups: Facts) -> list[Table]:
     """A table for each group, for a terminal."""
     rows = lambda group: [[name, value] for name, value in group.items() if name not in _LINES_ALONE]
     return [Table(title, ["", ""], rows(group), left=2) for title, group in groups.items()]
+
+
+def going_on(rates: Callable[[int], Callable[[int], Any]], step: int, before: int, total: int) -> str:
+    """What becomes of the learning rates in a run that is laid out anew.
+
+    Args:
+      rates: of a run of so many steps, as `schedule_shape` gives them.
+      step: how many steps it has made.
+      before: how many it was laid out for; now there are `total`.
+    """
+    last, now, end = float(rates(before)(step - 1)), float(rates(total)(step)), float(rates(total)(total - 1))
+    return (
+        f"going on to step {total} instead of {before}: the learning rates, {last:.3g} of their peak in the last step, "
+        f"are {now:.3g} in the next and {end:.3g} at the end"
+    )
 
 
 def closing(run: Any, seconds: float) -> tuple[Table, str]:

@@ -3,16 +3,19 @@
 import base64
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
+from helpers import ROOT, SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
 from test_compare import Page
 
 import config_lib
@@ -71,11 +74,20 @@ def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
     assert after.startswith(before) and after == (reported_run().workdir / "sinks.jsonl").read_bytes()
 
 
-def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+def test_drawing_says_nothing_of_a_user_without_a_home():
+    code = "import pwd, pathlib, sys\npwd.getpwuid = lambda number: {}[number]\nfrom reports import plots\n"
+    code += "plots.plot_loss([], pathlib.Path(sys.argv[1]), 'a')"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": folder}
+        command = [sys.executable, "-c", code, f"{folder}/a.png"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(reported_run().workdir, workdir)
-    (workdir / "report.html").unlink()
-    (workdir / "report.html").mkdir()
+    monkeypatch.setattr(run_page, "html_page", lambda *_: [].pop())
     run = train_lib.train(tiny_config(report=True), workdir)
     assert run.step == reported_run().step
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
@@ -120,7 +132,7 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
+    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
     _, text = page_of(workdir)
     assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
 

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +65,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 
 
 def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path):
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11)
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11, num_blocks=1)
     reference = train_lib.train(config, tmp_path / "reference")
     workdir = tmp_path / "cut"
     command = arguments(config, workdir)
@@ -190,9 +189,8 @@ def test_the_warm_up_of_a_run_of_an_older_build_is_that_of_its_config(tmp_path):
     )
     trainer.data = run_lib.load_data(trainer.config, print)
     trainer.model_config = finished_run().model.config
-    trainer._batches = partial(train_lib.Trainer._batches, trainer)
     train_lib.Trainer._build(trainer, jax.random.key(0), 10, meta)
-    assert (trainer.total, trainer.total_before, trainer.warmup) == (60, 20, 2)
+    assert (trainer.total, trainer.total_before, trainer.first_total) == (60, 20, 20)
 
 
 def test_a_run_cannot_be_made_shorter():
@@ -202,10 +200,13 @@ def test_a_run_cannot_be_made_shorter():
     assert losses(finished_run().workdir) == before
 
 
+def content(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder but the lock."""
+    files = [path for path in folder.rglob("*") if path.name != ".lock" and path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
 def test_fresh_moves_the_old_run_aside_and_deletes_nothing(copy):
-    content = lambda path: {
-        p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.name != ".lock" and p.is_file()
-    }
     for number in (1, 2):
         before = content(copy)
         run = train_lib.train(tiny_config(max_steps=1), copy, fresh=True)
@@ -214,7 +215,7 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(copy):
 
 
 @pytest.mark.parametrize(
-    "key, new", [("seed", 5), ("num_blocks", 3), ("batch_size", 8), ("betas", (0.8, 0.9)), ("dataset", "another.txt")]
+    "key, new", [("seed", 5), ("num_blocks", 3), ("batch_size", 8), ("betas", (0.8, 0.9)), ("val_fraction", 0.4)]
 )
 def test_a_key_that_makes_another_run_is_refused(key, new):
     workdir = finished_run().workdir
@@ -239,6 +240,17 @@ def test_changed_data_is_refused(copy):
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_text_that_was_moved_is_the_same_text(copy, tmp_path):
+    before = content(copy / "checkpoints")
+    moved = tmp_path / "elsewhere.txt"
+    moved.write_text(make_text())
+    assert train_lib.train(tiny_config(dataset=str(moved)), copy).step == 30
+    assert content(copy / "checkpoints") == before and run_lib.read_config(copy).dataset == str(moved)
+    moved.write_text(make_text(seed=1))
+    with pytest.raises(UserError, match=r"^config\.dataset: the text has changed .*--fresh"):
+        train_lib.train(tiny_config(dataset=str(moved)), copy)
+
+
 # --- A new run from old weights -------------------------------------------------------------------------------------
 
 
@@ -261,8 +273,10 @@ def test_init_from_a_model_of_another_kind_is_refused(tmp_path, changes):
 def test_init_from_a_model_with_other_characters_is_refused(tmp_path):
     (tmp_path / "greek.txt").write_text(make_text() + "Ω")
     config = tiny_config(init_from=str(finished_run().workdir), dataset=str(tmp_path / "greek.txt"))
-    with pytest.raises(UserError, match=r"^config\.dataset: .*vocabulary [^\n]*$"):
+    with pytest.raises(UserError, match=r"^config\.dataset: .* 'Ω' at \d+; set config\.unknown_characters to [^\n]*$"):
         train_lib.train(config, tmp_path / "tuned")
+    config.update({"unknown_characters": "drop", "max_steps": 1, "sample_tokens": 1})
+    assert train_lib.train(config, tmp_path / "tuned").tokenizer.vocab_size == finished_run().tokenizer.vocab_size
 
 
 def test_init_from_nothing_is_refused(tmp_path):

@@ -43,6 +43,10 @@ CONFIGS = {
         qk_norm="scaled",
         tie_embeddings=False,
     ),
+    "half precision": TransformerConfig(
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
+        **{"mlp_dim": 14, "tie_embeddings": False, "dtype": "bfloat16_matmul"},
+    ),
     "learned positions": TransformerConfig(
         vocab_size=V, context_len=C, num_blocks=1, num_heads=2, embedding_dim=10, mlp_dim=14, tie_embeddings=False
     ),
@@ -139,7 +143,7 @@ def test_a_token_writes_into_the_cache_and_copies_none_of_it(random_params):
     model = model_of(config, random_params(config))
     start_B, done_B, token_B = jnp.zeros(1, int), jnp.zeros(1, bool), jnp.zeros(1, int)
     decode = jax.jit(
-        partial(_decode.__wrapped__, config=config, sampling=GREEDY, eot=None),
+        partial(_decode.__wrapped__, config=config, sampling=GREEDY, ends=()),
         donate_argnames=("cache",),
         compiler_options=compiler_options(),
     )
@@ -289,7 +293,7 @@ def scripted():
 
 def test_end_of_text_ends_a_row_and_nothing_follows(scripted):
     lengths = [4, len(SCRIPT) - 1, 11]
-    have = tokens_of(scripted, [np.frombuffer(SCRIPT[:n], np.uint8) for n in lengths], 99, eot=4)
+    have = tokens_of(scripted, [np.frombuffer(SCRIPT[:n], np.uint8) for n in lengths], 99, ends=(4,))
     for row, length in zip(have, lengths, strict=True):
         want = list(SCRIPT[length:])
         assert row.tolist() == want + [NOTHING] * (len(row) - len(want))
@@ -298,7 +302,7 @@ def test_end_of_text_ends_a_row_and_nothing_follows(scripted):
 
 def test_a_finished_text_that_fills_the_context_does_not_slow_the_others(scripted):
     ids = [np.frombuffer(SCRIPT[:n], np.uint8) for n in (len(SCRIPT) - 1, 9, 10)]
-    chunks = list(generate_tokens(scripted, ids, 99, GREEDY, eot=4))
+    chunks = list(generate_tokens(scripted, ids, 99, GREEDY, ends=(4,)))
     assert [len(chunk) for chunk in chunks][:4] == [1, 1, 1, CHUNK]
 
 

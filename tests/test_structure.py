@@ -22,7 +22,7 @@ ALONE = {"runtime", "transformer"}  # import nothing else of the project
 SHARED_BY_COMMANDS = ("commands.flags", "commands.planning")
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
-    *({"kernels.vendor", "attention", "rotary"}, {"xla"}, {"sharding", "ranges"}),
+    *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges"}),
 ]
 OUTSIDE_WORLD = {"os", "sys", "pathlib", "shutil", "logging", "absl", "ml_collections", "orbax", "rich", "wandb"}
 NO_PRODUCT = {"tests", "benchmarks", "docs", "launch", "notebooks"}
@@ -162,6 +162,32 @@ def test_what_is_read_is_never_run():
             where = f"{name}:{call.lineno}"
             assert getattr(call.func, "id", "") not in ("eval", "exec", "compile"), where
             assert not any(keyword.arg == "allow_pickle" for keyword in call.keywords), where
+
+
+READERS = {  # who opens files, and why it is not `runtime.files` that does
+    "runtime.files": "the one reader of what lies in a run's directory",
+    "runtime.workdir": "the lock, which is held open",
+    "runtime.checkpoints.integrity": "hashes the files of a checkpoint, once they were found to be regular",
+    "runtime.watchdog": "writes while everything hangs",
+    **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
+    **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
+    **dict.fromkeys(
+        [f"corpus.{name}" for name in ("cache", "fetch", "files", "load_text", "prepare", "rebuild", "shards")], "data"
+    ),
+    "corpus.tokenizer": "what a library says",
+}
+
+
+def opens(source: str) -> list[str]:
+    """Calls that read a file, or take JSON that somebody wrote."""
+    calls = [ast.unparse(call.func) for call in calls_of(source)]
+    return [name for name in calls if re.fullmatch(r"(.+\.)?(open|read_text|read_bytes)|json\.loads?", name)]
+
+
+def test_one_module_reads_the_files_of_a_run():
+    named = {"read_text", "read_bytes"}  # of runtime.files, imported
+    found = {name for name, source in read_sources().items() if set(opens(source)) - named}
+    assert found - {name for name in found if name.startswith("benchmarks.")} == READERS.keys()
 
 
 def test_torch_reads_tensors_and_nothing_else():

@@ -112,7 +112,7 @@ def test_unknown_characters_are_named_once_with_their_first_place():
         tokenizer.encode("abé\x00cé☃\x00")
     assert caught.value.characters == "é\x00☃"
     assert caught.value.positions == (2, 3, 6)
-    assert str(caught.value) == r"characters not in the vocabulary: '\xe9' at 2, '\x00' at 3, '\u2603' at 6"
+    assert str(caught.value) == r"characters not in the vocabulary: 'é' at 2, '\x00' at 3, '☃' at 6"
     with pytest.raises(UnknownCharacters, match=r"'S' at 7 and 18 more$"):
         tokenizer.encode("ZYXWVUTSRQPONMLKJIHGFEDCBA")
 
@@ -201,6 +201,9 @@ IMPORTED = {"kind": "imported", "json": WORDS, "vocab_size": 2, "eot": 0}
         IMPORTED | {"vocab_size": 2.5},
         IMPORTED | {"eot": 1},
         IMPORTED | {"eot": 0.0},
+        IMPORTED | {"more_ends": 1},
+        IMPORTED | {"more_ends": [2]},
+        IMPORTED | {"more_ends": ["1"]},
     ],
 )
 def test_nonsense_in_a_saved_tokenizer_is_refused(saved):

@@ -28,6 +28,9 @@ from corpus.tokenizer import (
     tokenizer_from_dict,
 )
 from interop.tokenizer_json import from_tokenizers, hf_tokenizer_config, to_tokenizers
+from transformer.config import TransformerConfig
+from transformer.model import model_of
+from transformer.sampling import Sampling, generate, generate_tokens, stream
 
 ROOT = Path(__file__).parent.parent
 NASTY = (
@@ -101,6 +104,7 @@ def test_unknown_characters_are_replaced_as_ours_are_on_demand(symbols):
 def test_bytes_keep_their_values_as_ids(text, data):
     library = to_tokenizers(ByteTokenizer())
     assert encode(library, text) == list(text.encode())
+    data = data.replace(b"\xff", b"")
     assert decode(library, data) == ByteTokenizer().decode(list(data))
 
 
@@ -185,7 +189,30 @@ def test_transformers_reads_the_same_tokenizer(ours, model_type, tmp_path):
         ids = ours.encode(text).tolist()
         assert theirs(text) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
         assert theirs.decode(ids) == text
-    assert (theirs.eos_token_id, theirs.clean_up_tokenization_spaces) == (ours.eot, False)
+    end = {"char": 0, "byte": 255}.get(ours.name, ours.eot)  # NUL is missed least
+    assert (theirs.eos_token_id, theirs.clean_up_tokenization_spaces) == (end, False)
+    if ours.eot is None:
+        assert (theirs.bos_token_id, theirs.pad_token_id, len(theirs)) == (end, end, ours.vocab_size)
+        text = "It's\n 12, fooBar! é"
+        assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", tiktoken.list_encoding_names())
+def test_each_of_tiktokens_encodings_is_saved_opened_and_exported(name, monkeypatch):
+    """With its pattern and special tokens; o200k_harmony, in tiktoken 0.14, has two names for one of them."""
+    for load in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, load, lambda *args, **kwargs: BYTES)
+    parts = openai_public.ENCODING_CONSTRUCTORS[name]() | {"explicit_n_vocab": None}
+    ours = TiktokenTokenizer(tiktoken.Encoding(**parts))
+    again = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert (again.fingerprint, again.eot, again.unsampled) == (ours.fingerprint, ours.eot, ours.unsampled)
+    library = to_tokenizers(again)
+    for text in (NASTY, *parts["special_tokens"]):
+        assert again.encode(text).tolist() == ours.encode(text).tolist()
+    of_each_id = {i: special for special, i in reversed(parts["special_tokens"].items())}
+    assert {i: encode(library, special) for i, special in of_each_id.items()} == {i: [i] for i in of_each_id}
+    imported = from_tokenizers(library.to_str(), ours.vocab_size, ours.eot)
+    assert imported.encode(NASTY).tolist() == ours.encode(NASTY).tolist() and imported.unsampled == ours.unsampled
 
 
 @pytest.mark.slow
@@ -255,6 +282,20 @@ def test_our_own_files_become_our_own_tokenizers(ours):
         np.testing.assert_array_equal(other.encode("xx xx\n", True), ours.encode("xx xx\n", True))
 
 
+def test_bytes_as_earlier_exports_wrote_them_are_still_ours():
+    content = json.loads(to_tokenizers(ByteTokenizer()).to_str())
+    content["model"]["vocab"]["ÿ"] = content["model"]["vocab"].pop("<|endoftext|>")
+    assert from_tokenizers(json.dumps(content | {"added_tokens": []}), 256, None).name == "byte"
+
+
+@pytest.mark.parametrize(
+    ("symbols", "end"), [("\n $Zaz3.", "$"), ("\n .az", "."), ("\n az", "z"), ("\n\t ", "\t"), ("\x00\n &", "\x00")]
+)
+def test_the_end_of_a_text_by_characters_is_the_one_that_is_missed_least(symbols, end):
+    config = hf_tokenizer_config(CharTokenizer(symbols))
+    assert {config[f"{name}_token"] for name in ("bos", "eos", "pad")} == {end}
+
+
 @pytest.mark.parametrize("change", [{"vocab": {"a": 0, "b": 2}}, {"unk_token": None}, {"fuse_unk": True}])
 def test_what_only_resembles_our_own_files_is_imported(change):
     content = json.loads(to_tokenizers(CharTokenizer("abc")).to_str())
@@ -286,7 +327,7 @@ def test_a_token_that_does_not_spell_bytes_is_the_text_it_shows():
     library.add_tokens(["naïve"])
     imported = from_tokenizers(library.to_str(), 260, None)
     assert imported.encode("a naïve").tolist() == [97, 32, 257] and imported.decode([256, 257]) == "é ☃naïve"
-    assert imported.unsampled == (258, 259)
+    assert imported.unsampled == (255, 258, 259)
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
@@ -322,6 +363,36 @@ def test_a_stream_over_it_never_gives_half_a_character(imported, text):
         shown += stream.feed([token])
         assert whole.startswith(shown)
     assert shown == whole and whole.lstrip(" ") == text.lstrip(" ") and stream.flush() == ""
+
+
+def test_merges_are_never_left_out_at_random():
+    library = sentencepiece("prepend")
+    library.model.dropout = 0.5
+    text, told = "hell hello " * 9, []
+    assert len({tuple(encode(library, text)) for _ in range(9)}) > 1
+    imported = from_tokenizers(library.to_str(), 300, 2, say=told.append)
+    older = ImportedTokenizer(json.loads(library.to_str()), 300, 2)  # as in runs that were imported before
+    library.model.dropout = None
+    for tokenizer in (imported, older):
+        assert {tuple(tokenizer.encode(text)) for _ in range(9)} == {tuple(encode(library, text))}
+        assert json.loads(to_tokenizers(tokenizer).to_str())["model"]["dropout"] is None
+    assert [line.partition("(")[2] for line in told] == ["dropout 0.5); here it never does"]
+    assert older.fingerprint != imported.fingerprint == IMPORTED["prepend"].fingerprint
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_generated_text_keeps_the_space_before_its_first_word(kind, random_params):
+    tokenizer, prompts, settings = IMPORTED[kind], ["hell", "o", "é☃", "l", "he"], Sampling(seed=5)
+    config = TransformerConfig(tokenizer.vocab_size, context_len=8, num_blocks=1, num_heads=2, embedding_dim=6)
+    params = random_params(config)
+    starts_a_word = [tokenizer.decode_bytes([i])[:1] == b" " for i in range(270)] + [False] * 30
+    params["embedding.embedding"] *= 1 + 9 * np.array(starts_a_word)[:, None]  # such tokens are likely, or never come
+    model, ids = model_of(config, params), [tokenizer.encode(prompt) for prompt in prompts]
+    texts = generate(model, tokenizer, prompts, 30, settings)
+    new = np.concatenate(list(generate_tokens(model, ids, 30, settings, tokenizer.ends, tokenizer.unsampled))).T
+    shown = [tokenizer.decode_bytes([i for i in row if i not in (-1, 2)]).decode("utf-8", "replace") for row in new]
+    assert texts == shown and any(text.startswith(" ") for text in texts)
+    assert texts[0] == "".join(stream(model, tokenizer, prompts[0], 30, settings))
 
 
 @pytest.mark.parametrize("imported", [IMPORTED[kind] for kind in ("prepend", "first", "byte level")])

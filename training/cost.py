@@ -63,12 +63,12 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), 2 if c.dtype == "bfloat16" else 4
+    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
     qkv = (N + 2 * K) * H
     inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
-    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
+    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
     whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
@@ -104,7 +104,7 @@ def held_bytes(
         "logits": forward["logits"] // (sequence * (1 if model_config.vocab_size % tensor else tensor)),
     }
     if mesh.shape[FSDP] > 1:
-        size = jnp.dtype(model_config.dtype).itemsize
+        size = jnp.dtype(model_config.activation_dtype).itemsize
         whole = {name: p.size * size // tensor for name, p in state.params.items()}
         blocks = sum(n for name, n in whole.items() if name.startswith("blocks."))
         result["gathered"] = sum(whole.values()) - blocks + 2 * blocks // model_config.num_blocks
@@ -193,12 +193,12 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) -> float | None:
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
     """A loss in nats per token as bits per byte of text, which compares across tokenizers.
 
     Args:
         loss: mean nats per token.
         num_tokens: tokens of the text.
-        num_bytes: UTF-8 bytes of the same text; None, and so is the result, where they are not known.
+        num_bytes: UTF-8 bytes of the same text; None is returned where the tokens stand for no text.
     """
-    return None if num_bytes is None else loss / math.log(2) * num_tokens / num_bytes
+    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

@@ -13,6 +13,8 @@ import jax
 from training.step import TrainState
 from transformer.xla import jit_for, target_of
 
+MOST = 64  # micro-steps in a dispatch, whatever is asked for: a signal waits for those that are under way
+
 
 def spans(
     start: int, end: int, most: int, accumulation: int, every: Sequence[int], ends: Sequence[int] = ()
@@ -32,6 +34,11 @@ def spans(
         if last - first == most or last in fixed or any(last % period == 0 for period in periods):
             yield range(first, last)
             first = last
+
+
+def longest(start: int, end: int, most: int, accumulation: int, every: Sequence[int]) -> int:
+    """The micro-steps that the longest of `spans` can have: so much room is made on the devices for batches."""
+    return min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)])
 
 
 def several_steps(

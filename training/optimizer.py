@@ -127,21 +127,14 @@ def decayed(name: str, decay_embeddings: bool) -> bool:
 # --- Schedules ----------------------------------------------------------------------------------------------------
 
 
-def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Real steps of warm-up in a run that is laid out for so many."""
-    return round(config.lr_warmup_ratio * total_steps)
-
-
-def schedule_shape(config: OptimizerConfig, total_steps: int, warmup: int | None = None) -> Schedule:
+def schedule_shape(config: OptimizerConfig, total_steps: int, first_total: int | None = None) -> Schedule:
     """The factor, 0 to 1, of both peak learning rates at a real step.
 
-    A linear warm-up over `lr_warmup_ratio` of the steps, then `schedule`: constant; cosine or linear to
-    `min_lr_ratio`; or constant_linear, which starts its decay `decay_ratio` of all steps before the end.
-
-    Args:
-      warmup: real steps of warm-up, in a run that was laid out for another total when it began.
+    A linear warm-up over `lr_warmup_ratio` of the steps (of `first_total`, where the run was laid out for so many when
+    it began), then `schedule`: constant; cosine or linear to `min_lr_ratio`; or constant_linear, which starts its decay
+    `decay_ratio` of all steps before the end.
     """
-    warmup = warmup_steps(config, total_steps) if warmup is None else warmup
+    warmup = round(config.lr_warmup_ratio * (total_steps if first_total is None else first_total))
     rest = max(total_steps - warmup, 1)
     one = optax.constant_schedule(1.0)
     match config.schedule:
@@ -199,18 +192,16 @@ def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs
 
 
 def make_optimizer(
-    config: OptimizerConfig, params: Params, total_steps: int, mesh: Mesh | None = None, warmup: int | None = None
+    config: OptimizerConfig, params: Params, total_steps: int, mesh: Mesh | None = None, first_total: int | None = None
 ) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
     """The optimizer of a run of `total_steps` real steps; only the names and shapes of `params` are read.
-
-    `warmup` is that of `schedule_shape`.
 
     Gradients come in as sums over tokens, one call a micro-batch. When `apply` is false the inner optimizer does not
     run at all: not in the middle of an accumulation (where optax.MultiSteps would run it and throw the result away,
     Newton-Schulz included), and not for a step that has no finite gradient.
     """
     labels = labels_of(params, config)
-    shape = schedule_shape(config, total_steps, warmup)
+    shape = schedule_shape(config, total_steps, first_total)
 
     def decay() -> optax.GradientTransformation:
         mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}

@@ -240,13 +240,13 @@ def make_step(
     mesh: Mesh,
     spike_sigmas: float = 0.0,
     skip_spikes: bool = False,
-    warmup: int | None = None,
+    first_total: int | None = None,
 ) -> Step:
-    """The step of a run of `total` real steps; `key` is dropout's, `warmup` that of `schedule_shape`."""
+    """The step of a run of `total` real steps; `key` is dropout's, `first_total` the warm-up's."""
     shapes = jax.eval_shape(partial(init_params, model_config), key)
     labels = labels_of(shapes, settings)
-    optimizer = make_optimizer(settings, shapes, total, mesh, warmup)
-    schedule = schedule_shape(settings, total, warmup)
+    optimizer = make_optimizer(settings, shapes, total, mesh, first_total)
+    schedule = schedule_shape(settings, total, first_total)
     run = make_train_step(
         *(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh),
         spike_sigmas=spike_sigmas,

@@ -14,7 +14,7 @@ CHOICES = {
     "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
     "qk_norm": ("none", "scaled", "unscaled"),
     "output_init": ("normal", "scaled", "zero"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "bfloat16_matmul"),
     "attention_kernel": KERNEL_NAMES,
     "remat": tuple(REMAT_POLICIES),
 }
@@ -111,6 +111,16 @@ class TransformerConfig(Execution):
         windows = list(map(self.window, range(self.num_blocks)))
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
         return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of everything between the products, and of their results."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def operand_dtype(self) -> str:
+        """Of what enters a product; sums are float32."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
     @property
     def yarn(self) -> Yarn | None:

@@ -28,14 +28,12 @@ NOTHING = -1  # what a finished text yields
 class Tokenizer(Protocol):
     """What text is made of, as far as writing it asks."""
 
-    eot: int | None  # the token that ends a text
+    eot: int | None  # the token that ends a text, and after which one begins
+    ends: tuple[int, ...]  # all tokens that end a text
     unsampled: tuple[int, ...]  # ids that stand for no text
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         """Token ids, 1-D."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids."""
 
     def text_stream(self) -> Any:
         """What takes ids by `feed` and gives their text, never half a character, the rest by `flush`."""
@@ -118,7 +116,7 @@ def _enlarge(cache: Cache, slots: int) -> Cache:
     return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
 
-@partial(jit_where_it_lies, static_argnames=("config", "sampling", "eot"), donate_argnames=("cache",))
+@partial(jit_where_it_lies, static_argnames=("config", "sampling", "ends"), donate_argnames=("cache",))
 def _decode(
     params: Params,
     cache: Cache,
@@ -131,7 +129,7 @@ def _decode(
     *,
     config: TransformerConfig,
     sampling: Sampling,
-    eot: int | None,
+    ends: tuple[int, ...],
 ):
     """Up to `count` <= CHUNK more tokens [CHUNK, B] after `token_B`; the cache must have room for them."""
     model = model_of(config, params)
@@ -145,8 +143,8 @@ def _decode(
         hidden_B1D, cache = model.hidden(token_B[:, None], cache)
         next_B = pick(model.logits(hidden_B1D[:, 0]), key, sampling, banned_V, number + i)
         out_CB = out_CB.at[i].set(jnp.where(done_B, NOTHING, next_B))
-        if eot is not None:
-            done_B = done_B | (next_B == eot)
+        for end in ends:
+            done_B = done_B | (next_B == end)
         return i + 1, next_B, done_B, cache, out_CB
 
     out_CB = jnp.full((CHUNK, token_B.shape[0]), NOTHING)
@@ -164,14 +162,14 @@ def generate_tokens(
     prompts: Sequence[np.ndarray],
     num_tokens: int,
     sampling: Sampling,
-    eot: int | None = None,
+    ends: tuple[int, ...] = (),
     unsampled: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """Continue a batch of prompts of any lengths; arrays [n, B] of n <= CHUNK new tokens, as they come.
 
     Args:
       prompts: token ids, at least one each; of a prompt longer than the context its end is read.
-      eot: the token that ends a text. It is yielded, then -1 follows until the whole batch has ended.
+      ends: the tokens that end a text. One is yielded, then -1 follows until the whole batch has ended.
       unsampled: ids that are never chosen.
     """
     config = model.config
@@ -191,8 +189,7 @@ def generate_tokens(
         start_B = np.array([padded - len(text) for text in texts], np.int32)
         token_B, cache = _prefill(params, tokens_BP, start_B, key, banned_V, made, **run)
         new_CB = np.where(done_B, NOTHING, np.asarray(token_B))[None]
-        if eot is not None:
-            done_B = done_B | (new_CB[0] == eot)
+        done_B = done_B | np.isin(new_CB[0], ends)
         slots, used, room = padded, padded, config.context_len - longest
         while True:
             for row, text in enumerate(texts):
@@ -206,7 +203,7 @@ def generate_tokens(
                 slots = max(FEWEST_SLOTS, _power_of_two(used + count))
                 cache = _enlarge(cache, slots)
             out_CB, token_B, done_now_B, cache = _decode(
-                params, cache, token_B, done_B, count, key, banned_V, made, eot=eot, **run
+                params, cache, token_B, done_B, count, key, banned_V, made, ends=ends, **run
             )
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
             used, room = used + count, room - count
@@ -235,13 +232,9 @@ def stream(
     Raises:
       UnknownCharacters: the prompt has characters that the tokenizer lacks.
     """
-    decoder = tokenizer.text_stream()
-    ids = prompt_tokens(tokenizer, prompt)
-    for new_CB in generate_tokens(model, [ids], num_tokens, sampling or Sampling(), tokenizer.eot, tokenizer.unsampled):
-        if text := decoder.feed([token for token in new_CB[:, 0] if token not in (NOTHING, tokenizer.eot)]):
+    for (text,) in _streams(model, tokenizer, [prompt], num_tokens, sampling):
+        if text:
             yield text
-    if text := decoder.flush():
-        yield text
 
 
 def generate(
@@ -256,9 +249,18 @@ def generate(
     Raises:
       UnknownCharacters: a prompt has characters that the tokenizer lacks.
     """
+    parts = zip(*_streams(model, tokenizer, prompts, num_tokens, sampling), strict=True)
+    return ["".join(texts) for texts in parts]
+
+
+def _streams(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, sampling: Sampling | None
+) -> Iterator[list[str]]:
+    """The new text of each prompt, in pieces as they come; what ends a text is not shown."""
     ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    rows: list[list[int]] = [[] for _ in ids]
-    for new_CB in generate_tokens(model, ids, num_tokens, sampling or Sampling(), tokenizer.eot, tokenizer.unsampled):
-        for row, tokens in zip(rows, new_CB.T, strict=True):
-            row.extend(int(token) for token in tokens if token not in (NOTHING, tokenizer.eot))
-    return [tokenizer.decode(row) for row in rows]
+    decoders = [tokenizer.text_stream() for _ in prompts]
+    hidden, ends = (NOTHING, *tokenizer.ends), tokenizer.ends
+    for new_CB in generate_tokens(model, ids, num_tokens, sampling or Sampling(), ends, tokenizer.unsampled):
+        rows = zip(decoders, new_CB.T, strict=True)
+        yield [decoder.feed([token for token in tokens if token not in hidden]) for decoder, tokens in rows]
+    yield [decoder.flush() for decoder in decoders]

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
-from helpers import TINY, assert_one_line, assert_same_bits, make_text, tiny_config
+from helpers import ROOT, TINY, assert_one_line, assert_same_bits, make_text, tiny_config
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from travel import LIMIT, call, eval_loss, greedy, logits_of, make_run, refuse, torch_logits, weights_of
@@ -17,7 +18,8 @@ import main
 import run_lib
 from configs import shakespeare, shakespeare_gptoss
 from corpus.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, TiktokenTokenizer
-from interop.models import from_theirs, to_theirs
+from interop.models import exported_as, from_theirs, to_theirs
+from interop.weight_files import read_safetensors, write_safetensors
 from transformer.config import TransformerConfig
 from transformer.sampling import Sampling, generate
 
@@ -82,7 +84,7 @@ def test_transformers_computes_and_writes_the_same(name, exported, agree):
     assert ids["input_ids"][0].tolist() == tokenizer.encode(PROMPT).tolist()
     text = generate(model, tokenizer, [PROMPT], NUM_TOKENS, Sampling(temperature=0))[0]
     their_ids = theirs.generate(**ids, max_new_tokens=NUM_TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert their_tokenizer.decode(their_ids, skip_special_tokens=True) == text
+    assert their_tokenizer.decode(their_ids, skip_special_tokens=tokenizer.eot is not None) == text
     assert (1 < len(their_ids) < NUM_TOKENS) == (name == "GPT-2")
 
 
@@ -90,11 +92,18 @@ def test_transformers_computes_and_writes_the_same(name, exported, agree):
 def test_transformers_reads_what_was_written(name, exported):
     _, out = exported(name)
     written, read = json.loads((out / "config.json").read_text()), AutoConfig.from_pretrained(out)
-    assert {key: read.to_dict().get(key) for key in written} == written
+    in_one = {"rope_theta", "rope_scaling"} & written.keys()  # which version 5 keeps in rope_parameters alone
+    assert {key: read.to_dict().get(key, written[key] if key in in_one else None) for key in written} == written
+    if in_one:
+        rope = {key: value for key, value in written["rope_parameters"].items() if key != "rope_theta"}
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == SHAPES[name][0]["rope_theta"]
+        assert written["rope_scaling"] == (rope if "rope_scaling" in SHAPES[name][0] and len(rope) > 1 else None)
     eot = SHAPES[name][1].eot
     start = eot if name == "GPT-2" else None  # the others have a token of its own for it, or none
     assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (start, eot, None)
-    assert AutoTokenizer.from_pretrained(out).eos_token_id == eot
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.eos_token_id == {"char": CHAR.encode(".")[0], "byte": 255}.get(SHAPES[name][1].name, eot)
+    assert len(tokenizer) <= read.vocab_size
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -145,10 +154,68 @@ def test_any_model_travels_as_safetensors_and_comes_back_with_the_same_bits(our_
     assert eval_loss(capsys, again) == eval_loss(capsys, our_own)
 
 
+BLOCK = "blocks.1.mlp.up.kernel"
+
+
+@pytest.mark.parametrize(
+    "edit, metadata, words",
+    [
+        (lambda w: w | {BLOCK: w[BLOCK].astype(np.int32)}, {}, f"{BLOCK}: its numbers are int32"),
+        (lambda w: w | {BLOCK: w[BLOCK] / np.float32(0)}, {}, f"{BLOCK}: not all of its numbers are finite"),
+        (lambda w: w, {"num_blocks": 10**9}, "num_blocks: 1000000000 by the config, 2 by the weights"),
+    ],
+)
+def test_a_damaged_export_of_ours_is_refused(edit, metadata, words, our_own, tmp_path, capsys):
+    call(capsys, "export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}", "--format=safetensors")
+    path = tmp_path / "out" / "model.safetensors"
+    arrays, written = read_safetensors(path)
+    with np.errstate(all="ignore"):
+        write_safetensors(path, edit(arrays), written | {"config": json.loads(written["config"]) | metadata})
+    refuse(capsys, ["import", f"--from={tmp_path / 'out'}", f"--workdir={tmp_path / 'run'}"], words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_no_class_holds_is_refused_and_leaves_nothing(our_own, tmp_path, capsys):
     argv = ["export", f"--workdir={our_own}", f"--out={tmp_path / 'out'}"]
     refuse(capsys, argv, "error: config.qk_norm: ", "mlp 'relu2'", "logit_softcap 7.0", "--format=safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (GPT2 | {"mlp": "gelu_tanh", "mlp_dim": 96}, []),
+        (GPT2 | {"mlp": "gelu_tanh"}, ["mlp_dim other than"]),
+        (GPT2 | {"mlp": "relu2", "mlp_dim": 96, "tie_embeddings": False}, ["gelu_tanh for mlp relu2", "untied head"]),
+        (LLAMA | LLAMA3, []),
+        (LLAMA | {"rope_scaling": "yarn", "yarn_truncate": False}, ["yarn_truncate"]),
+        (LLAMA | {"rope_scaling": "yarn", "yarn_attention_factor": 1.5}, ["yarn_attention_factor"]),
+        (QWEN3, ["ignore sliding_window in Qwen3"]),
+        (QWEN3 | {"sliding_window": 0, "qkv_bias": True}, ["attention biases in Qwen3"]),
+        (GPT_OSS | PLAIN, ["quantised"]),
+        (GPT_OSS | {"rope_scaling": "none"}, ["quantised"]),
+        (GPT_OSS | {"rope_scaling": "none", "window_pattern": "GL"}, ["quantised", "window_pattern GL for LG"]),
+    ],
+)
+def test_what_programs_do_not_read_is_said(changes, words):
+    told = exported_as(TransformerConfig(vocab_size=50, **changes)).caveats
+    assert len(told) == len(words) and all(word in line for word, line in zip(words, told, strict=True)), told
+
+
+def test_a_config_says_before_training_how_it_exports(capsys):
+    table = (ROOT / "docs" / "configs.md").read_text()
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.stem in ("__init__", "finetune"):  # the latter has the shape of another run
+            continue
+        told = call(capsys, "config", f"--config={path}").splitlines()[-1]
+        name = re.match(r"exports (as (\w+)|with our names only)", told)
+        assert name and f"| `{path.name}` | {name[2] or 'our names only'} |" in table, told
+
+
+def test_an_export_says_in_one_line_what_is_not_read(exported, tmp_path, capsys):
+    for name, words in (("Qwen3", "ignore sliding_window in Qwen3"), ("Llama", None)):
+        out = call(capsys, "export", f"--workdir={exported(name)[0]}", f"--out={tmp_path / name}")
+        assert ("not read by all programs: " in out) == bool(words) and (words or "wrote") in out
 
 
 IN_THE_WAY = {

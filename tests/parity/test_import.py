@@ -1,36 +1,45 @@
 """Models that arrive: what transformers saved becomes a run with the same bits and the same losses."""
 
+import importlib
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, arguments, assert_same_bits, rows
-from stock import CONTEXT, STOCK, YARN, V, arrays, stock
+from stock import CONTEXT, LLAMA3, STOCK, YARN, V, arrays, stock
 from transformers import AutoModelForCausalLM
 from travel import (
+    CHAR,
     LIMIT,
     call,
     edit_config,
     edit_weights,
     eval_loss,
     greedy,
+    logits_of,
     read_model,
     refuse,
     save,
     text_file,
+    torch_logits,
     torch_loss,
     val_batches,
     weights_of,
 )
 
+import config_lib
 import main
 import run_lib
 from configs import finetune
+from corpus.tokenizer import tokenizer_from_dict
 from input_pipeline import Batches
 from interop.families import FAMILIES
 from interop.models import join_weights
+from transformer.model import model_of
+from transformer.sampling import Sampling, generate
 
 pytestmark = pytest.mark.usefixtures("encoded_texts_lie_in_scratch")
 
@@ -149,17 +158,147 @@ def test_older_files_are_the_same_model(architecture, changes, age, tmp_path):
     assert_same_bits(have_params, want_params)
 
 
+# --- Files that say two things: read as transformers reads them -----------------------------------------------------
+
+
+def head_alone(directory: Path) -> None:
+    edit_weights(
+        directory,
+        lambda old: {"lm_head.weight" if "embed" in name or "wte" in name else name: old[name] for name in old},
+    )
+
+
+def head_that_differs(directory: Path) -> None:
+    embedding = lambda old: next(old[name] for name in old if "embed" in name or "wte" in name)
+    edit_weights(directory, lambda old: old | {"lm_head.weight": embedding(old)[::-1].copy()})
+
+
+def stale_index(directory: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def rope(**changes):
+    return lambda directory: edit_config(directory, **changes)
+
+
+OLD_YARN = YARN | {"factor": 8.0, "beta_fast": 4}  # as a hand puts it beside what was there
+WITHOUT_BASE = {key: OLD_YARN[key] for key in OLD_YARN.keys() - {"rope_theta"}}
+DEEPSEEK = YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, edit",
+    [
+        *((architecture, {"tie_word_embeddings": True}, head_alone) for architecture in (GPT2, LLAMA)),
+        *((architecture, {"tie_word_embeddings": True}, head_that_differs) for architecture in (GPT2, QWEN3)),
+        (LLAMA, {}, stale_index),
+        (LLAMA, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, None),
+        (GPT_OSS, {"rope_parameters": DEEPSEEK}, None),
+        (LLAMA, {"rope_parameters": DEEPSEEK | {"mscale_all_dim": 0}}, None),
+        (LLAMA, {"rope_parameters": DEEPSEEK | {"attention_factor": 1.5}}, None),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"mscale": 2.0}}, None),
+        (LLAMA, {"rope_parameters": YARN | {"beta_fast": 0, "beta_slow": 0}}, None),
+        (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, rope(rope_scaling=OLD_YARN)),
+        (LLAMA, {"rope_parameters": YARN}, rope(rope_scaling=OLD_YARN)),
+        (LLAMA, {"rope_parameters": YARN}, rope(rope_scaling={})),
+        (LLAMA, {}, rope(rope_parameters={}, rope_theta=77.0, rope_scaling=WITHOUT_BASE)),
+        (GPT_OSS, {}, rope(rope_parameters={})),
+        (GPT_OSS, {}, rope(rope_parameters={}, rope_scaling=OLD_YARN)),
+    ],
+)
+def test_what_files_say_twice_or_in_part_is_read_as_transformers_reads_it(architecture, changes, edit, tmp_path, agree):
+    saved = save(tmp_path / "saved", stock(architecture, changes))
+    if edit:
+        edit(saved)
+    config, params, _ = read_model(saved)
+    ours = model_of(config_lib.model_config_of(config, V), {name: jax.numpy.asarray(x) for name, x in params.items()})
+    theirs = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager", experts_implementation="eager")
+    tokens_BT = np.random.default_rng(0).integers(0, V, (3, CONTEXT))
+    agree(
+        f"transformers {architecture}",
+        "logits, imported",
+        logits_of(ours, tokens_BT),
+        torch_logits(theirs, tokens_BT),
+        LIMIT,
+    )
+
+
 # --- Tokenizer and context ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eos, eot", [(None, None), (3, 3), ([5, 7], 5), ([], None), (V, None)])
-def test_the_end_of_a_text_is_the_first_that_config_json_names(eos, eot, llama, tmp_path, capsys):
+NO_FILE = object()
+
+
+@pytest.mark.parametrize(
+    "config, generation, ends",
+    [
+        *((eos, NO_FILE, ends) for eos, ends in ((None, ()), (3, (3,)), ([5, 7, 5], (5, 7)), ([], ()), (V, ()))),
+        *((0, eos, ends) for eos, ends in ((None, ()), (1, (1,)), ([0, 1], (0, 1)), ([2], (2,)))),
+    ],
+)
+def test_texts_end_where_transformers_ends_them(config, generation, ends, llama, tmp_path):
     saved = save(tmp_path / "saved", llama)
-    edit_config(saved, eos_token_id=eos)
+    edit_config(saved, eos_token_id=config)
+    if generation is NO_FILE:
+        (saved / "generation_config.json").unlink()
+    else:
+        edit_config(saved, "generation_config.json", eos_token_id=generation)
+    theirs = AutoModelForCausalLM.from_pretrained(saved).generation_config.eos_token_id
+    listed = theirs if isinstance(theirs, list) else [theirs]
+    assert tuple(dict.fromkeys(end for end in listed if end is not None and end < V)) == ends
     tokenizer = read_model(saved)[2]
-    assert ("only the first ends one here" in capsys.readouterr().out) == (eos == [5, 7])
-    assert (tokenizer.eot, tokenizer.name) == (eot, "char" if eot is None else "imported")
+    assert (tokenizer.ends, tokenizer.eot) == (ends, ends[0] if ends else None)
+    assert tokenizer.name == ("imported" if ends else "char") and not {*ends} & {*tokenizer.unsampled}
+    assert tokenizer_from_dict(tokenizer.to_dict()).ends == ends
     assert tokenizer.encode("CAB").tolist() == [3, 1, 2]
+
+
+def test_each_end_ends_a_text_and_leaves_with_the_model(tmp_path, capsys):
+    model = stock(GPT2, {"eos_token_id": [3, 20]})
+    saved, workdir, out = save(tmp_path / "saved", model), tmp_path / "run", tmp_path / "out"
+    call(capsys, "import", f"--from={saved}", f"--workdir={workdir}", f"--dataset={TEXT}")
+    ours, tokenizer, _, _ = run_lib.load_model(workdir)
+    written = set()
+    for prompt in CHAR.symbols:
+        ids = torch.tensor([tokenizer.encode(prompt).tolist()])
+        theirs = model.generate(ids, max_new_tokens=CONTEXT - 1, do_sample=False)[0, 1:].tolist()
+        written.add(theirs.pop() if theirs[-1] in (3, 20) else None)
+        assert generate(ours, tokenizer, [prompt], CONTEXT - 1, Sampling(temperature=0)) == [tokenizer.decode(theirs)]
+    assert written >= {3, 20}
+    call(capsys, "export", f"--workdir={workdir}", f"--out={out}")
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, 20]
+
+
+def test_a_tokenizer_that_is_named_may_end_texts_elsewhere(tmp_path, capsys):
+    stock(LLAMA, {"vocab_size": 256, "eos_token_id": 7}).save_pretrained(tmp_path / "saved")
+    flags = f"--from={tmp_path / 'saved'}", f"--workdir={tmp_path / 'run'}", "--tokenizer=byte"
+    assert "in its files [7] end a text, with --tokenizer=byte []" in call(capsys, "import", *flags)
+
+
+def test_an_import_that_is_cut_short_can_be_run_again(llama, llama_run, tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "run"
+    argv = ["import", f"--from={save(tmp_path / 'saved', llama)}", f"--workdir={workdir}", f"--dataset={TEXT}"]
+    module, rename = importlib.import_module("commands.import"), Path.rename
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    def cut_late(path, target):
+        return cut() if path.name == "tokenizer.json" else rename(path, target)
+
+    for where, name, stand_in in ((module, "write_json", cut), (Path, "rename", cut_late)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, stand_in)
+            assert main.main(argv) == 130
+        capsys.readouterr()
+    refuse(capsys, ["sample", f"--workdir={workdir}"], "config.json")
+    (workdir / "mine").write_text("mine")
+    refuse(capsys, argv, f"--workdir={workdir}: holds mine already")
+    (workdir / "mine").unlink()
+    assert "was cut short" in call(capsys, *argv)
+    assert_same_bits(weights_of(workdir), weights_of(llama_run))
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in llama_run.iterdir()}
 
 
 def test_files_without_a_tokenizer_need_the_name_of_one_that_fits(tmp_path, capsys):

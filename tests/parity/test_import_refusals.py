@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as torch_files
+import torch
 from stock import stock
 from travel import edit_config, edit_weights, refuse, save
 
@@ -43,12 +45,34 @@ def gone(name):
     return lambda directory: (directory / name).unlink()
 
 
+def eight_bits(directory):
+    """One weight in eight bits, as quantised models have them."""
+    arrays = torch_files.load_file(directory / WEIGHTS)
+    torch_files.save_file(arrays | {GATE: arrays[GATE].to(torch.float8_e4m3fn)}, directory / WEIGHTS)
+
+
 DAMAGE = {
     "one file": [
         (weights(lambda w: {name: w[name] for name in w if name != FIRST_NORM}), f"{FIRST_NORM}: missing"),
         (weights(lambda w: w | {"model.extra.weight": w[FIRST_NORM]}), "model.extra.weight: this model has no place"),
         (weights(lambda w: w | {GATE: np.ascontiguousarray(w[GATE].T)}), f"{GATE}: its shape is (24, 40)"),
         (weights(lambda w: w | {FIRST_NORM: w[FIRST_NORM][:23]}), f"{FIRST_NORM}: its shape is (23,)"),
+        (weights(lambda w: {name: np.rint(w[name]).astype(np.int32) for name in w}), "its numbers are int32"),
+        (weights(lambda w: w | {GATE: (w[GATE] > 0).astype(np.uint8)}), f"{GATE}: its numbers are uint8"),
+        (eight_bits, f"{GATE} is of type F8_E4M3; fetch it in float32 or bfloat16"),
+        (weights(lambda w: w | {GATE: w[GATE] > 0}), f"{GATE}: its numbers are bool"),
+        (weights(lambda w: w | {GATE: np.where(w[GATE] == w[GATE].max(), np.nan, w[GATE])}), f"{GATE}: not all of its"),
+        (weights(lambda w: w | {GATE: w[GATE].astype(np.float64) * 1e300}), f"{GATE}: not all of its numbers are fin"),
+        (weights(lambda w: {n.replace("layers.1", "layers.7"): w[n] for n in w}), "block 1: missing among the weights"),
+        (setting(num_hidden_layers=10**5), "num_hidden_layers: 100000 by the config, 3 by the weights"),
+        (setting(num_hidden_layers=10**9), "num_hidden_layers: 1000000000 by the config, 3 by the weights"),
+        (setting(num_hidden_layers=None), "num_hidden_layers: 32 by the config, 3 by the weights"),
+        (setting(tie_word_embeddings=True, vocab_size=36), "model.embed_tokens.weight: its shape is (37, 24)"),
+        (weights(lambda w: {n: w[n] for n in w if n != "lm_head.weight"}), "lm_head.weight: missing"),
+        (
+            setting(rope_parameters={"rope_type": "yarn", "factor": 2, "mscale": -1, "mscale_all_dim": 1}),
+            "mscale: must",
+        ),
         (setting(model_type="mistral"), "model_type: must be one of gpt2, llama, qwen3, gpt_oss, got 'mistral'"),
         (setting(model_type=None), "model_type: must be one of"),
         (setting(**ONE_EXPERT | {"num_local_experts": 2}), "num_local_experts: must be 1, got 2"),

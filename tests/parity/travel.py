@@ -117,9 +117,9 @@ def val_batches(workdir: Path) -> list[np.ndarray]:
     return list(eval_batches(split, config.context_len, batch_size=8))
 
 
-def edit_config(directory: Path, **changes: Any) -> None:
-    """Change keys of a config.json; None takes a key out."""
-    path = directory / "config.json"
+def edit_config(directory: Path, name: str = "config.json", /, **changes: Any) -> None:
+    """Change keys of a config.json, or another file; None takes a key out."""
+    path = directory / name
     changed = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
 
