@@ -98,7 +98,8 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a saved config in JSON's types, checked; those that only another build of this program knows too.
+    """Every key of a saved config in JSON's types, checked. Keys that this version does not know are kept
+    unchecked.
 
     Raises:
       UserError: one of the values cannot be.
@@ -176,7 +177,8 @@ def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
 
 
 def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
-    """Whether there are documents to mask, where a config wants that. With `warn`, a run that began so goes on.
+    """Whether there are documents to mask, where a config wants that. A run that is resumed gives
+    `warn`, which is told instead.
 
     Raises:
       UserError: no end-of-text token is in the training text.
