@@ -1,81 +1,75 @@
-"""Read, check and compare configs. The only home of what a value may be; nothing is changed after `check`."""
+"""Read, check and compare configs, which nothing changes after `check`. The classes say what their fields may be."""
 
+import contextlib
 import dataclasses
-import math
 import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import default
-from corpus.dataset import ORDERS
+from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
-from transformer.config import TransformerConfig
+from transformer.config import Execution, TransformerConfig
 from transformer.kernels.choose import obstacle
+from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Range, require
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
+from transformer.xla import target
 
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
     **optimizer_lib.CHOICES,
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", *MODEL_CHOICES["dtype"]),
     "order": ORDERS,
+    "warning_signal": ("save", "stop"),
+    "unknown_characters": UNKNOWN_CHARACTERS,
 }
 
 
-def _finite(x: float) -> bool:
-    return math.isfinite(x)
+# What the numbers may be that are neither the model's nor the optimizer's.
+RANGES = {
+    **dict.fromkeys(["train_shards", "batch_size", "steps_per_dispatch", "max_bad_steps", "peer_seconds"], Count),
+    **dict.fromkeys(["eval_every", "log_every", "save_every", "keep"], Count),
+    **dict.fromkeys(["epochs", "max_steps", "seed", "eval_tokens", "sample_every", "sample_tokens"], CountOrNone),
+    **{"watchdog_seconds": CountOrNone, "temperature": NotNegative, "spike_sigmas": NotNegative},
+    **{"test_fraction": BelowOne, "val_fraction": Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]},
+}
 
+# Of the model's settings how it is run, and the others: its shape, but for what follows from the text.
+EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
+SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
+SHAPE_KEYS -= {"vocab_size", "document_start"}
 
-# What a number must be, beside its type: words for the message, test, keys.
-RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (
-        "at least 1 and below 2147483648",
-        lambda x: 1 <= x < 2**31,
-        "num_blocks num_heads embedding_dim mlp_dim context_len yarn_original_context train_shards "
-        "accumulation_steps batch_size steps_per_dispatch max_bad_steps peer_seconds eval_every log_every save_every "
-        "keep",
-    ),
-    (
-        "at least 0 and below 2147483648",
-        lambda x: 0 <= x < 2**31,
-        "num_kv_heads head_dim sliding_window loss_chunk muon_momentum_warmup_steps epochs max_steps seed eval_tokens "
-        "sample_every sample_tokens watchdog_seconds",
-    ),
-    ("from 1 to 100", lambda x: 1 <= x <= 100, "newton_schulz_steps"),
-    ("> 0 and finite", lambda x: x > 0 and _finite(x), "lr muon_lr eps norm_eps yarn_beta_fast yarn_beta_slow"),
-    ("> 1 and finite", lambda x: x > 1 and _finite(x), "rope_theta yarn_factor"),
-    (
-        "at least 0 and finite",
-        lambda x: x >= 0 and _finite(x),
-        "yarn_attention_factor logit_softcap weight_decay grad_clip temperature spike_sigmas",
-    ),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "dropout muon_momentum muon_momentum_start test_fraction"),
-    ("above 0 and below 1", lambda x: 0 < x < 1, "val_fraction"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "lr_warmup_ratio decay_ratio min_lr_ratio"),
-]
-
-# What may differ when a run goes on: how long it runs, how it is watched and kept. All else would make it another run.
+# What may differ when a run goes on: how long it runs, how it is watched and kept, and where its text lies, which is
+# known by its hash. All else would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "keep", "data_dir", "init_from", "attention_kernel", "loss_chunk", "remat"),
-    *("scan_blocks", "steps_per_dispatch", "watchdog_seconds", "peer_seconds", "mesh", "report"),
+    *(
+        "save_every",
+        "warning_signal",
+        "keep",
+        "dataset",
+        "data_dir",
+        "init_from",
+        "steps_per_dispatch",
+        "watchdog_seconds",
+        "peer_seconds",
+    ),
+    *("mesh", "report"),
+    *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }
-
-# What the model computes; its vocabulary and end-of-text token follow from the text, its dtype from the device.
-MODEL_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - {"vocab_size", "dtype", "document_start"}
 
 # What may differ under --rebatch: how the sequences that follow are cut into steps.
 REBATCH = {"batch_size", "accumulation_steps"}
@@ -106,22 +100,30 @@ def check(config: ConfigDict) -> None:
         right = isinstance(given, type(value)) and isinstance(given, bool) == isinstance(value, bool)
         if not right and not (isinstance(value, float) and type(given) is int):
             raise UserError(f"config.{key}: expected {type_name(type(value))}, got {given!r}")
-    for words, test, keys in RANGES:
-        for key in keys.split():
-            if not test(config[key]):
-                raise UserError(f"config.{key}: must be {words}, got {config[key]}")
+    with _of_the_config():
+        require(config, RANGES)
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             near = nearest(config[key], choices) or f"; use one of {', '.join(choices)}"
             raise UserError(f"config.{key}: unknown value {config[key]!r}{near}")
+    with _of_the_config():
+        optimizer_config(config)
+        transformer_config(config, vocab_size=2, dtype="float32")
+        parse_mesh(config.mesh)
     _check_together(config)
+
+
+@contextlib.contextmanager
+def _of_the_config() -> Iterator[None]:
+    """Raises what the layers below say of a setting, `<key>: ...`, as a UserError of the config."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
 
 
 def _check_together(config: ConfigDict) -> None:
     """Values that are possible alone and not together."""
-    betas = config.betas
-    if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
-        raise UserError(f"config.betas: must be two numbers at least 0 and below 1, got {betas}")
     if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
         raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
     if config.cpu_devices != "auto" and not config.mesh and int(config.cpu_devices) > config.batch_size:
@@ -138,11 +140,6 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.run: must be a plain name without slashes, got {config.run!r}; use --workdir for a path"
         )
-    try:
-        parse_mesh(config.mesh)
-        transformer_config(config, vocab_size=2, dtype="float32")
-    except ValueError as error:
-        raise UserError(f"config.{error}") from error
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -151,10 +148,8 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     Raises:
       UserError: one of these is not so, and what would be.
     """
-    try:
+    with _of_the_config():
         sizes = mesh_sizes(config.mesh, num_devices)
-    except ValueError as error:
-        raise UserError(f"config.{error}") from error
     parts = sizes[DATA] * sizes[FSDP]
     if config.batch_size % parts:
         below = config.batch_size // parts * parts
@@ -162,7 +157,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
-    if problem := obstacle(model.attention_kernel, *shape, model.dtype, config.mask_documents):
+    if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
@@ -170,16 +165,16 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one: float32 or bfloat16."""
-    settings = {name: config[name] for name in MODEL_KEYS}
-    return TransformerConfig(vocab_size=vocab_size, dtype=dtype, document_start=document_start, **settings)
+    """The model's shape. `dtype` is the resolved one, never "auto"."""
+    settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
+    return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
 def resolve_dtype(dtype: str) -> str:
     """ "auto" is bfloat16 where the hardware is made for it."""
     if dtype != "auto":
         return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if target().platform == "cpu" else "bfloat16"
 
 
 def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:

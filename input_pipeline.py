@@ -12,19 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from corpus.dataset import Dataset, Say, Split
+from corpus.dataset import Dataset, Split
 from corpus.load_shards import holds_shards, load_shards
 from corpus.load_text import load_text
 from corpus.shards import ShardedTokens
-from corpus.tokenizer import Tokenizer
 from runtime.multihost import put
 from runtime.processes import num_processes
 from transformer.sharding import batch_sharded, replicated
@@ -35,35 +32,19 @@ IGNORED = -1
 
 
 def load_dataset(
-    dataset: str,
-    tokenizer: str,
-    *,
-    data_dir: Path,
-    val_fraction: float,
-    test_fraction: float,
-    context_len: int,
-    train_shards: int = 1,
-    say: Say = print,
-    vocabulary: Tokenizer | None = None,
+    dataset: str, tokenizer: str, *, train_shards: int = 1, unknown_characters: str = "refuse", **settings: Any
 ) -> Dataset:
     """The corpus that `dataset` names, by `load_shards` where that holds tokens, by `load_text` where it is text.
+
+    Args:
+        train_shards, unknown_characters: what one of them takes; `settings`: what both do.
 
     Raises:
         UserError: as these do.
     """
-    load: Callable[..., Dataset] = load_text
     if holds_shards(dataset, tokenizer):
-        load = partial(load_shards, train_shards=train_shards)
-    return load(
-        dataset,
-        tokenizer,
-        data_dir=data_dir,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        context_len=context_len,
-        say=say,
-        vocabulary=vocabulary,
-    )
+        return load_shards(dataset, tokenizer, train_shards=train_shards, **settings)
+    return load_text(dataset, tokenizer, unknown_characters=unknown_characters, **settings)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ python main.py [train] --config=configs/shakespeare.py [--config.KEY=VALUE ...]
 python main.py COMMAND --help
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -40,14 +39,14 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
+    from commands.typos import check_words, load
     from runtime.screen.console import Console
 
     command, flags = _parted(argv)
     try:
-        if command not in COMMANDS:
-            raise ExpectedError(f"{command}: unknown command; use one of {', '.join(COMMANDS)}")
+        check_words(command, flags, list(COMMANDS))
         with Console(silent="--process_id" in " ".join(flags)).busy("loading JAX"):
-            module = importlib.import_module(f"commands.{command}")
+            module = load(command)
         module.main(flags)
     except Interrupted as signal:
         return 128 + signal.signum

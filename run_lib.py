@@ -1,9 +1,10 @@
 """What a run's directory holds, read back: its config, its tokenizer, its data, its model. Writes nothing."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,17 @@ import jax
 from ml_collections import ConfigDict
 
 import config_lib
+from configs import default
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, tokenizer_from_dict
 from input_pipeline import load_dataset
-from runtime import devices
+from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, read_json, user_cache
+from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
 from runtime.multihost import require_same
 from training.health import first_not_finite
-from training.optimizer import labels_of, make_optimizer
-from training.step import TrainState, init_state, regroup
+from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, init_params, model_of
 
@@ -30,13 +31,16 @@ TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 SINKS_FILE = "sinks.jsonl"
+REPORT_FILE = "report.html"
+CURVES_FILE = "loss.png"
 GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # cut back to what a checkpoint knows when a run goes on
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, trackers.ID_FILE  # that a run writes to
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
 
 
-_SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+_SAMPLE = re.compile(r"^--- step ([0-9]{1,18}) ---\n", re.MULTILINE)
 
 
 @dataclasses.dataclass
@@ -63,8 +67,25 @@ def read_samples(workdir: Path) -> list[tuple[int, str]]:
     path = workdir / SAMPLES_FILE
     if not path.exists():
         return []
-    parts = _SAMPLE.split(path.read_text(encoding="utf-8", errors="replace"))[1:]
+    parts = _SAMPLE.split(read_text(path))[1:]
     return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def read_metrics(workdir: Path, warn: Callable[[str], None]) -> list[dict[str, float | None]]:
+    """The logged steps, each once and in order, in numbers; what is none is None. `warn` is told of damaged rows.
+
+    Beside what was logged a row has `training_seconds`: those since the run began, without compilation.
+
+    Raises:
+      UserError: the file is there and cannot be read.
+    """
+    rows = {}
+    for row in MetricsFile(workdir / METRICS_FILE).read(warn):
+        row = {key: value if type(value) in (int, float) else None for key, value in row.items()}
+        if None not in (row.get("step"), row.get("tokens"), row.get("elapsed_seconds")):
+            row["training_seconds"] = row["elapsed_seconds"] - (row.get("compile_seconds") or 0)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -73,7 +94,25 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: it is missing or damaged.
     """
-    return config_lib.from_dict(read_config_file(workdir)["config"])
+    return _checked(workdir, read_config_file(workdir)["config"])
+
+
+def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a saved config in JSON's types, checked; those that only another build of this program knows too.
+
+    Raises:
+      UserError: one of the values cannot be.
+    """
+    known = default.get_config()
+    checked = _checked(workdir, {key: value for key, value in saved.items() if key in known})
+    return saved | config_lib.to_dict(checked)
+
+
+def _checked(workdir: Path, saved: dict[str, Any]) -> ConfigDict:
+    try:
+        return config_lib.from_dict(saved)
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from error
 
 
 def read_config_file(workdir: Path) -> dict[str, Any]:
@@ -83,7 +122,7 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
       UserError: the file is missing or damaged.
     """
     saved = read_json(workdir / CONFIG_FILE)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+    if not isinstance(saved.get("config"), dict):
         raise UserError(f"{workdir / CONFIG_FILE}: holds no config; is {workdir} a run's directory?")
     return saved
 
@@ -93,8 +132,12 @@ def data_dir_of(config: ConfigDict) -> Path:
     return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
 
 
-def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None) -> Dataset:
+def load_data(
+    config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None, whole: bool = False
+) -> Dataset:
     """The data set that a config names; `vocabulary` is the run's own tokenizer where there is one.
+
+    With `whole` nothing is cut: all of it is each of the splits.
 
     Raises:
       UserError: the text cannot be used, or the config wants another tokenizer than the run has.
@@ -112,9 +155,47 @@ def load_data(config: ConfigDict, say: Callable[[str], None], vocabulary: Tokeni
         test_fraction=config.test_fraction,
         context_len=config.context_len,
         train_shards=config.train_shards,
+        whole=whole,
+        unknown_characters=config.unknown_characters,
         say=say,
         vocabulary=vocabulary,
     )
+
+
+def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
+    """Whether the text is the one that a run began with, wherever it lies; None is of a run that began with none.
+
+    Raises:
+      UserError: it is not; `or_else` says what to do instead of putting the old text back.
+    """
+    if sha256 not in (None, data.sha256):
+        raise UserError(
+            f"config.dataset: the text has changed since this run began (sha256 {sha256[:12]}… then, "
+            f"{data.sha256[:12]}… now); put the old text back, or {or_else}"
+        )
+
+
+def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
+    """Whether there are documents to mask, where a config wants that. With `warn`, a run that began so goes on.
+
+    Raises:
+      UserError: no end-of-text token is in the training text.
+    """
+    if not config.mask_documents or data.train.holds(data.tokenizer.eot):
+        return
+    problem = (
+        f"config.mask_documents: {config.dataset} has no end-of-text token to train on, so nothing is masked; set it "
+        "to False, or make shards of the files with `main.py prepare`, which puts one before each"
+    )
+    if warn is None:
+        raise UserError(problem)
+    warn(problem)
+
+
+def text_of(workdir: Path, step: int) -> str | None:
+    """The sha256 of the text that a checkpoint was trained on; None where it was imported."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.meta(step).get("data_sha256")
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
@@ -141,7 +222,7 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
       UserError: one of them does not.
     """
     saved = config_lib.from_dict(meta["config"])
-    for name in sorted(config_lib.MODEL_KEYS - config_lib.FREE_ON_RESUME):
+    for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:
             raise UserError(
                 f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
@@ -154,6 +235,21 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
         )
 
 
+def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Checkpoints, step: int | None) -> None:
+    """Whether a checkpoint (None: the best) has an array at least for each block: listing millions takes for ever.
+
+    Raises:
+      UserError: it has not.
+    """
+    with contextlib.suppress(DamagedError):  # which is told of later
+        arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
+        if config.num_blocks > len(arrays):
+            raise UserError(
+                f"{workdir / CONFIG_FILE}: num_blocks is {config.num_blocks}, and the checkpoint has {len(arrays)} "
+                "arrays; put the number back with which it was made"
+            )
+
+
 def load_weights(
     workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
 ) -> Params:
@@ -164,15 +260,16 @@ def load_weights(
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
-    if want != have:
-        names = [field.name for field in dataclasses.fields(source)]
-        name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
-        raise UserError(
-            f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
-            "init_from needs a model of the same shape"
-        )
     with Checkpoints(workdir, read_only=True) as checkpoints:
+        _require_so_many_blocks(workdir, config, checkpoints, None)
+        want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
+        if want != have:
+            names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
+            name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
+            raise UserError(
+                f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
+                "init_from needs a model of the same shape"
+            )
         step, params = checkpoints.restore_best_params(want, sharding, warn)
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     return params
@@ -191,9 +288,10 @@ def load_model(
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
-    abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
+        _require_so_many_blocks(workdir, config, checkpoints, step)
+        abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn)
         else:
@@ -232,13 +330,27 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 
+def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None:
+    """Whether a run may begin: not where steps are logged whose checkpoints must be elsewhere, as on an unmounted disk.
+
+    Raises:
+      NoCheckpointError: that is so.
+    """
+    if (rows := metrics.read()) and not checkpoints.never_saved():
+        raise NoCheckpointError(
+            f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
+            "directory back (is its disk mounted?), or begin anew with --fresh, which moves the rest aside"
+        )
+    checkpoints.begin()
+
+
 @dataclasses.dataclass(frozen=True)
 class Resumed:
     """Where a run goes on: its state, and what its checkpoint says."""
 
+    step: Step
     state: TrainState
     micro_step: int  # in micro-batches of the config that goes on
-    position: int  # sequences read
     meta: dict[str, Any]
 
 
@@ -248,9 +360,10 @@ def other_versions(workdir: Path) -> str:
     A run goes on under any version that reads its checkpoints, but another compiler may round in another order.
     """
     try:
-        before = dict(read_json(workdir / CONFIG_FILE)["packages"])
-    except (UserError, LookupError, TypeError):  # a run goes on without that file too, which is then written anew
+        before = read_json(workdir / CONFIG_FILE).get("packages")
+    except UserError:  # a run goes on without that file too, which is then written anew
         return ""
+    before = before if isinstance(before, dict) else {}
     now = devices.environment()["packages"]
     changed = [name for name in ("jax", "jaxlib", "flax", "optax") if before.get(name, now[name]) != now[name]]
     return "; ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
@@ -278,14 +391,19 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
 
 def resume(
     checkpoints: Checkpoints,
+    build: Callable[[int, int], Step],
+    allow: Callable[[int], None],
     config: ConfigDict,
     workdir: Path,
     data: Dataset,
     sharding: Placement,
     warn: Callable[[str], None],
-    rebatch: bool,
 ) -> Resumed | None:
     """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
+
+    Args:
+      build: makes the step of a run that goes on after so many micro-batches of `config` and sequences.
+      allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
 
     `warn` is told of what is damaged, which is set aside, and of packages whose versions are not those of before.
 
@@ -293,21 +411,18 @@ def resume(
       UserError: this config, text or tokenizer cannot go on from it.
       NoCheckpointError: all are damaged.
     """
-    model_config = config_lib.model_config_of(config, data.tokenizer.vocab_size, data.tokenizer.eot)
-    shapes = cache(lambda: jax.eval_shape(partial(init_params, model_config), jax.random.key(0)))  # if need be
-    optimizer_of = lambda of: make_optimizer(config_lib.optimizer_config(of), shapes(), 1)
+    new = config.accumulation_steps
+    made: dict[int, Step] = {}  # by checkpoint
+    own_micro_step = lambda step, old: step // old * new if old != new else step
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
-        require_same_run(meta, config, workdir, rebatch)
-        if meta["data_sha256"] != data.sha256:
-            raise UserError(
-                f"config.dataset: the text has changed since this run began (sha256 {meta['data_sha256'][:12]}… then, "
-                f"{data.sha256[:12]}… now); put the old text back, or use another --workdir or --fresh"
-            )
+        allow(step)
+        require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
-        optimizer, labels = optimizer_of(config_lib.from_dict(meta["config"])), labels_of(shapes(), config.use_muon)
-        init = partial(init_state, model_config, optimizer, labels)
-        abstract = jax.eval_shape(init, jax.random.key(0))
+        old = meta["config"]["accumulation_steps"]
+        made[step] = build(own_micro_step(step, old), meta["position"])
+        state = made[step].state
+        abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
 
     found = checkpoints.restore_newest(state_of, sharding, warn)
@@ -316,9 +431,9 @@ def resume(
     if versions := other_versions(workdir):
         warn(f"other versions than in the session before ({versions}): the last bits may differ")
     step, meta, restored, rest = found
-    state, old, new = TrainState(restored, *rest), meta["config"]["accumulation_steps"], config.accumulation_steps
+    state, old = TrainState(restored, *rest), meta["config"]["accumulation_steps"]
     if old != new:
-        convert = partial(regroup, optimizer=optimizer_of(config), old=old, new=new)
+        convert = partial(regroup, old=old, new=new)
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
         state = jax.jit(convert, out_shardings=places)(state)
-    return Resumed(state, step // old * new if old != new else step, meta["position"], meta)
+    return Resumed(made[step], state, own_micro_step(step, old), meta)

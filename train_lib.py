@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,19 @@ from runtime.checkpoints.manager import Checkpoints
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import TRACKERS, Trackers
 from runtime.watchdog import Watchdog
-from runtime.workdir import WorkdirLock, move_aside, prepare_workdir
+from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
-from training.cost import bits_per_byte, flops_per_token, mfu, parameter_counts
-from training.dispatch import held_back, several_steps, spans
-from training.evaluate import Evaluator
+from training.cost import flops_per_token, mfu, parameter_counts
+from training.dispatch import held_back, longest, several_steps, spans
+from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
-from training.step import make_step
+from training.optimizer import groups_of
+from training.step import Step, make_step
 from transformer.model import Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_shares, shardings_of, whole
@@ -67,14 +68,14 @@ def train(
       UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
     """
     config_lib.check(config)
-    with Console(silent=not is_first()) as console:
-        workdir = prepare_workdir(workdir)
+    with leaving_nothing(workdir), Console(silent=not is_first()) as console:
+        workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
-        devices.set_up_compile_cache()
+        devices.set_up_compile_cache(console.warn)
         num_devices = len(devices.wake_up())
         config_lib.check_devices(config, num_devices)
-        with StopSignals(console.warn) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
                 move_aside(workdir, console.line)
             trainer = None
@@ -108,45 +109,42 @@ class Trainer:
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
         self.console, self.stop, self.watchdog = console, stop, watchdog
         latest = checkpoints.latest()
+        allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # before anything is loaded: the newest may prove damaged later
-            run_lib.require_same_run(checkpoints.meta(latest), config, workdir, rebatch)
+            allow(latest)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         console.doing("reading the text")
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
         run_lib.require_same_everywhere(config, self.data)
+        self.sample_prompt = self.tokenizer.opening if config.sample_prompt == "\n" else config.sample_prompt
         try:
-            self.tokenizer.encode(config.sample_prompt)
+            self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
-        self.mesh = make_mesh(config.mesh)
+        run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
+        self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
             2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
         )
         self.placement = partial(shardings_of, mesh=self.mesh)
-        resumed = run_lib.resume(checkpoints, config, workdir, self.data, self.placement, console.warn, rebatch)
-        self.batches = Batches(
-            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
-            offset=resumed.position - resumed.micro_step * config.batch_size if resumed else 0,
-        )
-        self.total = total_steps(config, self.batches)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        step = make_step(
-            *(config_lib.optimizer_config(config), self.model_config, self.total, dropout_key, self.mesh),
-            spike_sigmas=config.spike_sigmas,
-            skip_spikes=config.skip_spikes,
-        )
+        build = partial(self._build, dropout_key)
+        resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
+        step = resumed.step if resumed else build(0, 0)
+        self.rates = [group.rate for group in groups_of(step.labels).values()]
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
-        self.train_step = held_back(several_steps(step.run, step.state) if config.steps_per_dispatch > 1 else step.run)
+        several = config.steps_per_dispatch > 1
+        self.train_step = held_back(several_steps(step.run, step.state), most=2) if several else held_back(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        header = summary.header(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
-        console.header(header, summary.opening(dict(header), config, self.model_config))
+        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        console.header(summary.lines(facts), summary.panels(facts))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():
                 console.line(f"  {name:<40} {leaf.shape!s:>14} {step.labels[name]}")
@@ -160,7 +158,9 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        self.beside = beside(config, self.data.val.num_tokens)
+        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
+        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
+        self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts = jax.device_get(self.state.metrics)
         self.divergence = Divergence(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn)
         self.tracing = False
@@ -178,6 +178,20 @@ class Trainer:
         """Real steps made."""
         return self.micro_step // self.config.accumulation_steps
 
+    def _build(self, key: jax.Array, micro_step: int, position: int) -> Step:
+        """The step of a run that goes on after so many micro-batches and sequences, its batches, and how many steps."""
+        config = self.config
+        self.batches = Batches(
+            *(self.data.train, config.context_len, config.batch_size, config.seed, config.order),
+            offset=position - micro_step * config.batch_size,
+        )
+        self.total = total_steps(config, self.batches)
+        return make_step(
+            *(config_lib.optimizer_config(config), self.model_config, self.total, key, self.mesh),
+            spike_sigmas=config.spike_sigmas,
+            skip_spikes=config.skip_spikes,
+        )
+
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """A new run: fresh weights, or those of `init_from`."""
         self.state = init(key)
@@ -185,7 +199,9 @@ class Trainer:
             source = Path(self.config.init_from)
             weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
             self.state = self.state._replace(params=weights)
+        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.clock, self.reported = 0, Clock(), True
+        self.compiled_before = -devices.compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -195,6 +211,7 @@ class Trainer:
         """Go on from a checkpoint, and drop what was logged after it."""
         self.state, self.micro_step, meta = resumed.state, resumed.micro_step, resumed.meta
         self.clock, self.reported = Clock(meta["elapsed_seconds"]), meta["reported"]
+        self.compiled_before = meta.get("compile_seconds", 0.0) - devices.compile_seconds()
         self.val_loss, self.best_val_loss, self.best_step = meta["val_loss"], meta["best_val_loss"], meta["best_step"]
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
@@ -210,12 +227,17 @@ class Trainer:
     def run(self, profile: tuple[int, int] | None) -> Run:
         """Train until the last step, or until a signal."""
         k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
-        make_batch = lambda span: (span, place(self.batches, self.mesh, self.config.steps_per_dispatch, span))
+        every = [value for key, value in self.config.items() if key.endswith("_every")]
+        most = self.config.steps_per_dispatch
+        if most > 1:  # 1 is another program
+            most = max(2, longest(self.micro_step, end, most, k, every))
+        make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
+        dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
             if not self.reported:  # the last session was stopped between the step and its report
                 self._report(self.state.metrics)
             with self.console.progress(self.total, self.step, "compiling the step") as bar:
-                for span, batch in prefetch(make_batch, spans(self.config, self.micro_step, end, profile or ())):
+                for span, batch in prefetch(make_batch, dispatches):
                     self.stop.raise_if_set()
                     if profile:
                         self._profile(*profile)
@@ -237,11 +259,12 @@ class Trainer:
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
         self.console.doing("drawing the curves")
-        by_first(lambda: plot_loss(self.metrics_file.read(), self.workdir / "loss.png", self.workdir.name))
+        history = run_lib.read_metrics(self.workdir, self.console.warn)
+        by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
         run = Run(
             model=self._model(),
             tokenizer=self.tokenizer,
-            history=self.metrics_file.read(),
+            history=history,
             workdir=self.workdir,
             step=self.step,
             val_loss=self.val_loss,
@@ -263,7 +286,8 @@ class Trainer:
         due = lambda every: last or (every > 0 and step % every == 0)
         self.sizes = {name: size_of(path) for name, path in self.growing.items()}
         evaluated = due(config.eval_every)
-        if evaluated or due(config.log_every):
+        logged = evaluated or due(config.log_every)
+        if logged:
             row = self._row(step_metrics)
             if evaluated:
                 with self.clock.pause("evaluation"), self.watchdog.pause(), self.console.busy("evaluating"):
@@ -280,47 +304,52 @@ class Trainer:
         improved = evaluated and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
         if improved:
             self.best_val_loss, self.best_step = self.val_loss, step
-        if improved or due(config.save_every):
+        asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
+        if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
                 self._save(self.val_loss if evaluated else None)
+            if asked:
+                self.console.line(f"saved step {step}, as a signal asked for it")
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """The numbers of this step, in the order in which people read them."""
-        config, step, device = self.config, self.step, jax.local_devices()[0]
+        config, step, device = self.config, self.step, self.mesh.local_devices[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         factor = on_host.pop("lr_factor")
-        tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         row = {
             "step": step,
             "tokens": self.batches.position(self.micro_step) * config.context_len,
             "loss": on_host.pop("loss"),
             "grad_norm": on_host.pop("grad_norm"),
-            "lr": config.lr * factor,
-            **({"muon_lr": config.muon_lr * factor} if config.use_muon else {}),
-            **self._timing(tokens_per_step),
+            **{rate: config[rate] * factor for rate in self.rates},
+            **self._timing(),
             "peak_memory_bytes": devices.peak_memory_bytes(device),
         }
         return row | on_host
 
-    def _timing(self, tokens_per_step: int) -> dict[str, float | None]:
+    def _timing(self) -> dict[str, float | None]:
         """Seconds a real step since the last row, and what follows from it; evaluation, samples, saving left out."""
         k = self.config.accumulation_steps
         row: dict[str, float | None] = dict.fromkeys(
             ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": self.clock.elapsed}
+        ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
-            rate = tokens_per_step / (seconds * k)
+            rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
-            kind = jax.devices()[0].device_kind
+            kind = self.mesh.devices.flat[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
         return row
 
+    def _compiled(self) -> float:
+        """Of `elapsed_seconds`, those in which XLA compiled."""
+        return self.compiled_before + devices.compile_seconds()
+
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
-        per_byte = bits_per_byte(self.val_loss, val.num_tokens, val.num_bytes)
+        per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
         return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
 
     def _model(self) -> Transformer:
@@ -329,7 +358,7 @@ class Trainer:
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
     def _sample(self, model: Transformer) -> None:
-        config, prompt = self.config, self.config.sample_prompt
+        config, prompt = self.config, self.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
         text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
@@ -347,6 +376,7 @@ class Trainer:
             **run_lib.identity(self.config, self.tokenizer),
             "data_sha256": self.data.sha256,
             "elapsed_seconds": self.clock.elapsed,
+            "compile_seconds": self._compiled(),
             "reported": self.reported,
             "sizes": self.sizes,
             "val_loss": self.val_loss,

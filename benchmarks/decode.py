@@ -85,7 +85,7 @@ def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[i
 
 def work(side: str, shape: tuple[int, ...], batch: int) -> None:
     """The process of one side: says its texts; then, asked for a length, the seconds that texts of it take."""
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(print)
     model = gpt2(*shape)
     write = writer(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
     several = lambda length: lambda times: [write(length) for _ in range(times)]

@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 def wake_devices(config: ConfigDict) -> None:
     """The devices and the compile cache, as the trainer sets them up for this config."""
     devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr))
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(print)
     devices.wake_up()
 
 
@@ -122,7 +122,7 @@ class TrainerStep:
     """The trainer's step for a config, with its state and devices, without the files and the console around it."""
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
-        self.mesh, key = make_mesh(config.mesh), jax.random.key(config.seed)
+        self.mesh, key = make_mesh(config.mesh, devices=jax.devices()), jax.random.key(config.seed)
         self.config, self.model_config = config, config_lib.model_config_of(config, vocab_size)
         settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
         step = make_step(settings, self.model_config, config.max_steps or 1000, key, self.mesh, *spikes)

@@ -42,7 +42,7 @@ def measure(config: ConfigDict, layout: str, work: str, counts: list[int], rows:
     vocab_size, eot = vocabulary(config, Console())
     for n in counts:
         changed = override(config, {"batch_size": rows * (n if work == "fixed work" else max(counts))})
-        planned = plan_step(changed, vocab_size, eot, make_mesh(f"{layout}={n}", jax.devices()[:n]))
+        planned = plan_step(changed, vocab_size, eot, make_mesh(f"{layout}={n}", devices=jax.devices()[:n]))
         memory = planned.memory
         state = memory["parameters"] + memory["optimizer"]
         result.append(

@@ -2,12 +2,13 @@
 
     python -m benchmarks.step
 
-Both sides in GPT-2's exact settings, in float32, without sinks, with AdamW and gradients clipped at 1: this project;
-transformers' GPT2LMHeadModel; the same under torch.compile. Then our own recipe's step, with Muon and sinks, in a row
-of its own. Each side runs in a process of its own, set up as its users do, and they take turns, a block of steps at a
-time, while the others sleep. The machine's rate, that of a 1024³ float32 product, is measured in the same rounds; FLOPs
-are those of `training.cost.flops_per_token`, whoever computes them. Every side gets memory in large pages where
-Linux gives them on demand, as a run of `main.py` does; `GLIBC_TUNABLES= python -m benchmarks.step` compares without.
+All sides in GPT-2's exact settings, without sinks, with AdamW and gradients clipped at 1: this project; transformers'
+GPT2LMHeadModel; the same under torch.compile; and each of them in half precision, here `dtype=bfloat16_matmul`, there
+under bfloat16 autocast. Then our own recipe's step, with Muon and sinks, in rows of its own. Each side runs in a
+process of its own, set up as its users do, and they take turns, a block of steps at a time, while the others sleep. The
+machine's rate, that of a 1024³ float32 product, is measured in the same rounds; FLOPs are those of
+`training.cost.flops_per_token`, whoever computes them. Every side gets memory in large pages where Linux gives them on
+demand, as a run of `main.py` does; `GLIBC_TUNABLES= python -m benchmarks.step` compares without.
 """
 
 import argparse
@@ -42,7 +43,8 @@ SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, voc
     "6 x 512": (6, 512, 8, 1024, 1024, 1, 50257),  # the PyTorch original's
 }
 KEYS = ("num_blocks", "embedding_dim", "num_heads", "mlp_dim", "context_len", "batch_size")
-SIDES = ("here", "torch eager", "torch compiled")
+HALF = ", half precision"
+SIDES = tuple(side + precision for precision in ("", HALF) for side in ("here", "torch eager", "torch compiled"))
 RECIPE = "shakespeare.py"
 
 
@@ -57,21 +59,22 @@ def config_of(shape: str) -> tuple[ConfigDict, int]:
         return shakespeare.get_config(), 65
     config, (*sizes, vocab_size) = nanogpt_char_cpu.get_config(), sizes_of(shape)
     config.update(dict(zip(KEYS, sizes, strict=True)))
-    config.mlp, config.dtype = "gelu_tanh", "float32"
+    config.mlp = "gelu_tanh"
     config.norm_bias = config.qkv_bias = config.attention_out_bias = config.mlp_bias = True
     return config, vocab_size
 
 
-def here(shape: str) -> tuple[Callable[[int], None], int]:
+def here(shape: str, half: bool) -> tuple[Callable[[int], None], int]:
     """A call that makes so many steps on a batch that stays, and the number of parameters."""
     config, vocab_size = config_of(shape)
+    config.dtype = "bfloat16_matmul" if half else "float32"
     wake_devices(config)
     step = TrainerStep(config, vocab_size)
     batch = step.random_batch()
     return lambda steps: step.several([batch] * steps), sum(parameter_counts(step.model_config).values())
 
 
-def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
+def in_torch(shape: str, compiled: bool, half: bool) -> tuple[Callable[[int], None], int]:
     """The same in PyTorch, as fast as it goes there: fused attention, fused AdamW (which beats foreach on a CPU)."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -91,8 +94,9 @@ def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
     batch = torch.randint(0, vocab_size, (c.batch_size, c.context_len + 1))
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        logits = model(batch[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = model(batch[:, :-1]).logits
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
@@ -108,7 +112,8 @@ def in_torch(shape: str, compiled: bool) -> tuple[Callable[[int], None], int]:
 
 def work(side: str, shape: str) -> None:
     """The process of one side: asked for so many seconds of steps, it says how many one step took."""
-    several, parameters = here(shape) if side == "here" else in_torch(shape, compiled=side == "torch compiled")
+    half = side.endswith(HALF)
+    several, parameters = here(shape, half) if side.startswith("here") else in_torch(shape, "compiled" in side, half)
     several(3)
     answer(parameters, lambda block: seconds_of_one(several, float(block), least=2))
 
@@ -136,17 +141,17 @@ def rows_of(shape: str, seconds: dict[str, list[float]], rate: float) -> list[di
     config, vocab_size = config_of(shape)
     tokens = config.batch_size * config.context_len
     flops = flops_per_token(model_config_of(config, vocab_size)) * tokens
-    theirs = [statistics.median(values) for side, values in seconds.items() if side != "here" and values]
+    theirs = [statistics.median(values) for side, values in seconds.items() if side.startswith("torch") and values]
     rows = []
     for side, values in seconds.items():
         row = {"model": about(config) + (f", {RECIPE}" if shape == RECIPE else ""), "side": side}
-        cells = ("ms a step", "quartiles", "tokens/s", "of the matrix rate", "times as fast as torch")
+        cells = ("ms a step", "quartiles", "tokens/s", "of the matrix rate", "times as fast as the best torch")
         if not values:
             rows.append(row | dict.fromkeys(cells, "") | {"ms a step": "did not start"})
             continue
         ms = spread([1000 * value for value in values])
         second = ms["median"] / 1000
-        ratio = f"{min(theirs) / second:.2f}" if side == "here" and theirs else ""
+        ratio = f"{min(theirs) / second:.2f}" if side.startswith("here") and theirs else ""
         quartiles = f"{ms['low']:.3g} - {ms['high']:.3g}"
         measured = (ms["median"], quartiles, tokens / second, f"{flops / second / rate:.0%}", ratio)
         rows.append(row | dict(zip(cells, measured, strict=True)))
@@ -168,12 +173,12 @@ def main(argv: list[str] | None = None) -> None:
     wake_devices(shakespeare.get_config())
     rows, rates = [], []
     for shape in flags.shapes:
-        sides = ["here"] if shape == RECIPE else flags.sides
+        sides = [side for side in flags.sides if side.startswith("here") or shape != RECIPE]
         seconds, rate = measure(shape, sides, flags.rounds, flags.block)
         rows += rows_of(shape, seconds, rate)
         rates.append(rate / 1e9)
     note = f"Matrix rate: {', '.join(f'{rate:.0f}' for rate in rates)} GFLOP/s beside the models in turn. "
-    report("step", "A training step, float32", rows, note + f"Medians of {flags.rounds} rounds.", flags.out)
+    report("step", "A training step", rows, note + f"Medians of {flags.rounds} rounds.", flags.out)
 
 
 if __name__ == "__main__":

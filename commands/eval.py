@@ -1,43 +1,86 @@
-"""Exact loss of a trained model over a whole split."""
+"""Exact loss of a trained model over a whole split of its text, or over any other text."""
 
 import json
+import math
+from itertools import chain
 from pathlib import Path
 
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags
+from commands.flags import DEFAULT_WORKDIR, parse_flags, spoken_in_flags
+from corpus.dataset import UNKNOWN_CHARACTERS, Split
 from runtime import devices
 from runtime.errors import UserError
+from runtime.files import new_file
 from runtime.screen.console import Console
-from training import cost
-from training.evaluate import Evaluator
-from transformer.model import params_of
+from training.evaluate import Evaluator, bits_per_byte, log_probs
+from transformer.model import Transformer, params_of
 from transformer.sharding import make_mesh
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
-    flags.DEFINE_enum("split", "val", ["train", "val", "test"], "What to evaluate on.", flag_values=values)
+    define = {"flag_values": values}
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
+    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
+    flags.DEFINE_enum(
+        *("split", None, ["train", "val", "test", "all"]),
+        "What to evaluate on; default val, and all of another text than the run's.",
+        **define,
+    )
+    flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
+    flags.DEFINE_enum(
+        *("unknown_characters", None, UNKNOWN_CHARACTERS),
+        "What becomes of characters that the model lacks; default as the run's config says.",
+        **define,
+    )
+    flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
 
 def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     [device, *_] = devices.wake_up()
-    model, tokenizer, config, step = run_lib.load_model(Path(values.workdir), values.step, console.warn)
-    split = getattr(run_lib.load_data(config, console.line, tokenizer), values.split)
+    workdir = Path(values.workdir)
+    model, tokenizer, config, step = run_lib.load_model(workdir, values.step, console.warn)
+    own = run_lib.text_of(workdir, step)
+    for name in ("dataset", "unknown_characters"):
+        if values[name].value is not None:
+            config[name] = values[name].value
+    with spoken_in_flags():
+        name = values.split or "val"
+        if values.dataset is not None or name == "all":
+            data = run_lib.load_data(config, console.line, tokenizer, whole=True)
+            name = values.split or ("val" if data.sha256 == own else "all")
+        if name != "all":
+            data = run_lib.load_data(config, console.line, tokenizer)
+        if values.dataset is None:
+            run_lib.require_same_text(own, data, "name it as --dataset to evaluate on it as it is now")
+    split = data.train if name == "all" else getattr(data, name)
     if split is None:
-        raise UserError(f"--split={values.split}: the run's config has test_fraction 0; use train or val")
+        raise UserError(f"--split={name}: the run's config has test_fraction 0; use train or val")
+    if values.tokens is not None:
+        _write_tokens(Path(values.tokens), model, tokenizer.pieces, split, config.batch_size)
     evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
         "step": step // config.accumulation_steps,
-        "split": values.split,
+        "split": name,
         "loss": loss,
-        "bits_per_byte": cost.bits_per_byte(loss, split.num_tokens, split.num_bytes),
+        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it is no double
+        "bits_per_byte": bits_per_byte(loss, tokens, split, tokenizer),
         "tokens": tokens,
     }
     console.line(json.dumps(result))
+
+
+def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:
+    """A line for each token of the split: its place, id, text and log-probability, which the first one has not."""
+    with new_file(path, "--tokens") as file:
+        place = 0
+        for values in chain([[None]], (some.tolist() for some in log_probs(model, split, rows))):
+            for token, value in zip(split.tokens[place : place + len(values)].tolist(), values, strict=True):
+                text = pieces[token].decode("utf-8", errors="replace")
+                file.write(json.dumps({"token": place, "id": token, "text": text, "log_prob": value}) + "\n")
+                place += 1

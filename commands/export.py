@@ -13,7 +13,7 @@ from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
 from interop.weight_files import WEIGHTS, new_directory, write_safetensors
 from runtime import devices
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import write_json, write_text
 from runtime.screen.console import Console
 from transformer.model import params_of
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             if caveats := exported_as(model.config).caveats:
                 console.line(f"not read by all programs: {'; '.join(caveats)}")
             try:
-                (out / "tokenizer.json").write_text(to_tokenizers(tokenizer).to_str(pretty=True), encoding="utf-8")
+                write_text(out / "tokenizer.json", to_tokenizers(tokenizer).to_str(pretty=True))
                 write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))
             except ValueError as error:
                 console.warn(f"no tokenizer files: {error}")

@@ -1,26 +1,27 @@
 """The command line: flags, `--config`, and what they say when something is wrong."""
 
+import contextlib
+import re
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from config_lib import key_docs, type_name, written
 from configs import default
-from runtime.errors import UserError, one_line
+from runtime.errors import Interrupted, UserError, one_line
 from runtime.files import PROGRAM
 from runtime.screen.text import nearest
 
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
-
-MOST_USED = (  # keys, for --help
-    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
-    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
-)
+_CONFIG_SECONDS = 60.0  # that a config file may take
 
 
 def parse_flags(
@@ -47,23 +48,22 @@ def parse_flags(
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     define(values)
     if config:
-        known = list(default.get_config())
-        for word in argv:
-            if word.startswith("--config.") and (key := word[len("--config.") :].split("=")[0]) not in known:
-                raise UserError(f"config.{key}: unknown key{nearest(key, known)}")
         argv = _with_config(argv)
         config_flags.DEFINE_config_file("config", None, "The config file.", flag_values=values, sys_argv=argv)
     try:
-        rest = values(["main.py", *argv])[1:]
-        if config:
-            len(values.config)  # a config file that could not be loaded says so only when it is read
+        with _in_time():
+            rest = values(["main.py", *argv])[1:]
+            if config:
+                len(values.config)  # a config file that could not be loaded says so only when it is read
+    except Interrupted:
+        raise
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_explain_value(argv, error)) from error
     except flags.Error as error:
         raise UserError(one_line(error)) from error
-    except Exception as error:  # whatever the config file raises
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever the config file raises
         raise UserError(_explain_value(argv, error)) from error
     if values.help:
         _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
@@ -75,6 +75,29 @@ def parse_flags(
     return values
 
 
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """A config file is a program: what runs inside ends in time, and Ctrl-C is the user's, not the program's."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            raise Interrupted(signum)
+        raise RuntimeError(f"not done after {_CONFIG_SECONDS:g} s; does it loop?")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [signal.SIGALRM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+    before = {signum: signal.signal(signum, stop) for signum in heard}
+    signal.setitimer(signal.ITIMER_REAL, _CONFIG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
     """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
     own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
@@ -82,7 +105,8 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
     told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
     if config:
         told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
-        told += [(f"  {key}={written(doc.default)}", doc.comment) for key in MOST_USED if (doc := key_docs()[key])]
+        docs = map(key_docs().__getitem__, default.MOST_USED)
+        told += [(f"  {doc.key}={written(doc.default)}", doc.comment) for doc in docs]
     print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
     for name, text in told:
         if name.startswith(" "):  # a key: one line, so that all fit on the screen
@@ -145,6 +169,15 @@ def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     if not Path(path.split(":")[0]).is_file():
         return f"--config={path}: no such file; see configs/"
     return f"--config={path}: {type(error).__name__}: {one_line(error)}"
+
+
+@contextlib.contextmanager
+def spoken_in_flags() -> Iterator[None]:
+    """Inside, what lies below speaks of keys of a config that this command has as flags of its own."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\bconfig\.(dataset|tokenizer|unknown_characters)", r"--\1", str(error))) from error
 
 
 def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:

@@ -2,7 +2,6 @@
 checkpoint of the PyTorch original (model.pt, metadata.json), or what `export --format=safetensors` wrote."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from interop.weight_files import WEIGHTS, read_metadata, read_safetensors, read_
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError, one_line
-from runtime.files import read_json, write_json
+from runtime.files import parse_json, read_file, read_json, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 from training.cost import parameter_counts
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    workdir = prepare_workdir(values.workdir)
+    workdir = prepare_workdir(values.workdir, run_lib.FILES)
     with WorkdirLock(workdir, console.warn):
         unfinished = _room_for_it(workdir, console.line)
         settings = config_lib.to_dict(config)
@@ -114,8 +113,6 @@ def read_model(
             return _from_export(weights, metadata, dataset)
         if (source / "config.json").exists():
             theirs = read_json(source / "config.json")
-            if not isinstance(theirs, dict):
-                raise ValueError("config.json: holds no object")
             model_config, params = from_theirs(theirs, read_weights(source))
             if config_from(theirs).tie_embeddings and not model_config.tie_embeddings:
                 say("its head differs from its embedding, though config.json ties them: both are kept")
@@ -154,8 +151,8 @@ def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[Confi
 def _from_export(
     weights: Path, metadata: Mapping[str, str], dataset: str | None
 ) -> tuple[ConfigDict, Arrays, Tokenizer]:
-    config = config_lib.from_dict(json.loads(metadata["config"]))
-    tokenizer = tokenizer_from_dict(json.loads(metadata["tokenizer"]))
+    config = config_lib.from_dict(parse_json(metadata["config"]))
+    tokenizer = tokenizer_from_dict(parse_json(metadata["tokenizer"]))
     if dataset:
         config.dataset = dataset
     params = read_safetensors(weights)[0]
@@ -192,7 +189,7 @@ def _tokenizer(
     if name is None:
         try:
             eot, more_ends = (ends[0], ends[1:]) if ends else (None, [])
-            return from_tokenizers(file.read_text(encoding="utf-8"), vocab_size, eot, more_ends, say)
+            return from_tokenizers(read_file(file).decode("utf-8"), vocab_size, eot, more_ends, say)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
     check_tokenizer_name(name)

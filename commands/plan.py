@@ -22,6 +22,7 @@ from training.cost import parameter_counts, peak_flops
 from transformer.sharding import make_mesh, parse_mesh
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
+MOST_BLOCKS = 1000  # each is compiled: as many as any published model has
 SOURCES = (
     "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -16 % and +30 % of compiled CPU "
     "steps. compiled: for simulated CPU devices, where what is bfloat16 may travel as float32 and attention is chunked."
@@ -50,12 +51,15 @@ def main(argv: list[str]) -> None:
         raise UserError("--mfu: must be above 0 and at most 1")
     if values.tokens < 0 or values.devices < 0:
         raise UserError("--tokens, --devices: must not be negative")
+    if config.num_blocks > MOST_BLOCKS:
+        raise UserError(f"config.num_blocks: {config.num_blocks} would take hours to plan; use at most {MOST_BLOCKS}")
     devices.simulate_cpu_devices(num_devices(config, values.devices))
     if config.dtype == "auto":
         config.dtype = "bfloat16"
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     config_lib.check_devices(config, len(devices.wake_up()))
-    planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh))
+    with console.busy("compiling the step"):
+        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 

@@ -6,7 +6,7 @@ import re
 from absl import flags
 
 import run_lib
-from commands.flags import parse_flags
+from commands.flags import parse_flags, spoken_in_flags
 from configs import default
 from corpus.files import Settings
 from corpus.prepare import MAX_SHARD_TOKENS, prepare
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     processes = values.processes or len(os.sched_getaffinity(0))
     data_dir = run_lib.data_dir_of(default.get_config())
     try:
-        prepare(values.dataset, values.out, settings, data_dir, processes, Console())
-    except UserError as error:  # what lies below speaks of a run's config and directory
-        text = re.sub(r"^config\.(dataset|tokenizer)", r"--\1", str(error)).replace("--workdir", "--out")
-        raise UserError(re.sub("^workdir", "--out", text)) from error
+        with spoken_in_flags():
+            prepare(values.dataset, values.out, settings, data_dir, processes, Console())
+    except UserError as error:  # what lies below speaks of a run's directory
+        raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

@@ -23,7 +23,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("report", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(console.warn)
     devices.wake_up()
     model: Transformer | str
     try:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
             raise
         model, tokenizer, which = str(error), run_lib.load_tokenizer(workdir), ""
     try:
-        path = run_page.write_report(workdir, model, tokenizer, which, values.text)
+        path = run_page.write_report(workdir, model, tokenizer, which, console.warn, values.text)
     except UnknownCharacters as error:
         raise UserError(f"--text: {error}; leave them out") from error
     console.line(f"wrote {path}")

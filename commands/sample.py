@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +17,8 @@ import run_lib
 from commands.flags import DEFAULT_WORKDIR, parse_flags
 from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
+from runtime.files import new_file, parse_json, read_file, user_state
 from runtime.screen.console import Console
 from runtime.screen.text import printable
 from transformer.model import Transformer
@@ -30,7 +32,15 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "prompt", None, "What the text goes on from; default: typed, or else standard input.", flag_values=values
     )
+    flags.DEFINE_string(
+        "prompts", None, 'A file with a prompt on each line; a .jsonl has objects with a "prompt".', flag_values=values
+    )
     flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", flag_values=values)
+    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "A new file of JSON lines: the prompt, text and seed of each text.", flag_values=values
+    )
     flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", flag_values=values)
     flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", flag_values=values)
     flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", flag_values=values)
@@ -41,54 +51,126 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values = parse_flags("sample", __doc__, argv, _define)
-    if values.num_tokens < 0:
-        raise UserError(f"--num_tokens: must be at least 0, got {values.num_tokens}")
+    for name, least in (("num_tokens", 0), ("num_samples", 1)):
+        if getattr(values, name) < least:
+            raise UserError(f"--{name}: must be at least {least}, got {getattr(values, name)}")
+    if "" in values.stop:
+        raise UserError("--stop: must not be empty; leave it out to write on")
+    if values.prompt is not None and values.prompts is not None:
+        raise UserError("--prompts: names the prompts of a file; leave out that or --prompt")
     try:
         sampling = Sampling(values.temperature, values.top_k, values.top_p, values.min_p, values.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(Console().warn)
     devices.wake_up()
     model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    if values.prompt is None and watched:
+    if values.prompt is None and values.prompts is None and values.out is None and watched:
         say = lambda line: print(line, flush=True)
-        chat = Talk(model, tokenizer, sampling, values.num_tokens, say, write_text, values.replace_unknown)
+        chat = Talk(
+            *(model, tokenizer, sampling, values.num_tokens, say, write_text),
+            replace_unknown=values.replace_unknown,
+            stops=values.stop,
+        )
         talk(chat.answer, say)
         return
-    prompt = _read_prompt() if values.prompt is None else values.prompt
-    name = "--prompt" if values.prompt is not None else "standard input"
+    if values.prompts is not None:
+        given = _read_prompts(Path(values.prompts))
+    elif values.prompt is not None:
+        given = {"--prompt": values.prompt}
+    else:
+        given = {"standard input": _read_prompt() or tokenizer.opening}
+    texts = []
+    for name, prompt in given.items():
+        try:
+            prompt, length = readable(tokenizer, prompt, values.replace_unknown)
+        except UnknownCharacters as error:
+            raise UserError(f"{name}: {error}; leave them out, or give --replace_unknown") from error
+        if length > model.config.context_len:
+            which = "the prompt" if values.prompts is None else name
+            print(f"{which} has {length} tokens; the model reads the last {model.config.context_len}", file=sys.stderr)
+        seeds = [(sampling.seed + i) % 2**63 for i in range(values.num_samples)]
+        texts += [(prompt, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
+    go_on = lambda prompt, how: until(stream(model, tokenizer, prompt, values.num_tokens, how), values.stop)
+    if values.out is not None:
+        with new_file(Path(values.out), "--out") as file:
+            for prompt, how in texts:
+                text = "".join(go_on(prompt, how))
+                file.write(json.dumps({"prompt": prompt, "text": text, "seed": how.seed}) + "\n")
+        return
     try:
-        prompt, length = readable(tokenizer, prompt, values.replace_unknown)
-    except UnknownCharacters as error:
-        raise UserError(f"{name}: {error}; leave them out, or give --replace_unknown") from error
-    if length > model.config.context_len:
-        print(f"the prompt has {length} tokens; the model reads the last {model.config.context_len}", file=sys.stderr)
-    try:
-        write_text(prompt)
-        for text in stream(model, tokenizer, prompt, values.num_tokens, sampling):
-            write_text(text)
-        write_text("\n")
+        for number, (prompt, how) in enumerate(texts, start=1):
+            if len(texts) > 1:
+                write_text(f"--- {number} of {len(texts)}, seed {how.seed} ---\n")
+            write_text(prompt)
+            for text in go_on(prompt, how):
+                write_text(text)
+            write_text("\n")
     except BrokenPipeError:  # the reader has seen enough
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of `pieces` up to the stop that is the first to be there whole, without it.
+
+    What may be the beginning of a stop is held back until that is known.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if ends := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(ends)[1]]
+            return
+        begins = (at for at in range(len(held)) if any(stop.startswith(held[at:]) for stop in stops))
+        known = next(begins, len(held))
+        if known:
+            yield held[:known]
+        held = held[known:]
+    if held:
+        yield held
+
+
+def _read_prompts(path: Path) -> dict[str, str]:
+    """The prompts of a file, each under the name of its line; empty lines are left out.
+
+    Raises:
+      UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
+    """
+    try:
+        lines = read_file(path).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
+    found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}
+    if path.suffix == ".jsonl":
+        for name, line in found.items():
+            try:
+                found[name] = parse_json(line)["prompt"]
+            except (ValueError, LookupError, TypeError):
+                found[name] = None
+            if not isinstance(found[name], str):
+                raise UserError(f'{name}: is no JSON object with a "prompt"; write it so, or use a .txt')
+    if not found:
+        raise UserError(f"--prompts={path}: has no prompt; write one on each line")
+    return found
+
+
 def _read_prompt() -> str:
-    """Standard input without its last line break, which a shell puts there; a line break where there is none.
+    """Standard input without its last line break, which a shell puts there; nothing where there is none.
 
     Raises:
       UserError: it is not UTF-8.
     """
     if sys.stdin is None or sys.stdin.isatty():
-        return "\n"
+        return ""
     try:
         text = sys.stdin.buffer.read().decode("utf-8") if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 at byte {error.start}; give text") from error
-    return text.removesuffix("\n").removesuffix("\r") or "\n"
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 # --- Talking: what is typed is gone on from, line by line, with settings that can be changed ----------------------
@@ -123,6 +205,7 @@ class Talk:
       say: takes one line for the person.
       write: takes pieces of the model's text.
       replace_unknown: characters that the model lacks are replaced; otherwise such a prompt is refused.
+      stops: each text ends before the first of these.
     """
 
     def __init__(
@@ -134,8 +217,9 @@ class Talk:
         say: Callable[[str], None],
         write: Callable[[str], None],
         replace_unknown: bool = False,
+        stops: Sequence[str] = (),
     ) -> None:
-        self._model, self._tokenizer, self._replace_unknown = model, tokenizer, replace_unknown
+        self._model, self._tokenizer, self._replace_unknown, self._stops = model, tokenizer, replace_unknown, stops
         self.sampling, self.num_tokens = sampling, num_tokens
         self._say, self._write = say, write
         self._text = ""
@@ -156,7 +240,8 @@ class Talk:
         self._text = prompt
         self._write(prompt)
         with heard_interrupts() as stopped:
-            for text in stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling):
+            new = stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling)
+            for text in until(new, self._stops):
                 if stopped():
                     break
                 self._text += text
@@ -242,8 +327,11 @@ def line_history() -> Iterator[None]:
     except ImportError:  # a Python that was built without it
         yield
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "transformer-jax" / "history"
+    try:
+        path = user_state() / "history"
+    except UserError:  # such a user has no earlier sessions
+        yield
+        return
     readline.parse_and_bind("tab: self-insert")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)

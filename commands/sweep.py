@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from hashlib import sha256
@@ -25,6 +26,8 @@ from runtime.errors import ExpectedError, Interrupted, UserError
 from runtime.files import PROGRAM, read_json, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import nearest
+from runtime.signals import SIGNALS, WARNINGS, hangup_ignored
+from runtime.workdir import require_own
 
 MAIN = PROGRAM / "main.py"
 FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
@@ -128,8 +131,8 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     """Run a process to its end: its exit status, negative for a signal that killed it, and the signal that came to us.
 
     It stands in a process group of its own, so that a signal reaches it once, from here, whoever else in the terminal
-    got it too. SIGHUP, which it does not know, becomes SIGTERM. Ctrl-Z stops it together with this process, and both go
-    on together.
+    got it too. A scheduler's warning, passed on, stops the sweep only where it ended the process. Ctrl-Z stops that
+    together with this one, and both go on together.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -137,7 +140,7 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     def forward(signum: int, _frame: FrameType | None = None) -> None:
         received.append(signum)
         if child is not None:
-            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+            child.send_signal(signum)
 
     def suspend(signum: int, _frame: FrameType | None = None) -> None:
         if child is not None:
@@ -152,19 +155,21 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
         if child is not None:
             child.send_signal(signal.SIGCONT)
 
-    handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), forward)
+    heard = [signum for signum in (*SIGNALS, *WARNINGS) if signum != signal.SIGHUP or not hangup_ignored()]
+    handlers: dict[signal.Signals, Any] = dict.fromkeys(heard, forward)
     if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:  # a shell without job control ignores it
         handlers[signal.SIGTSTP] = suspend
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         child = subprocess.Popen(command, process_group=0)
         for signum in list(received):  # those that came before there was a process
-            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+            child.send_signal(signum)
         status = child.wait()
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    return status, received[0] if received else None
+    stopping = [signum for signum in received if signum not in WARNINGS or status in (128 + signum, -signum)]
+    return status, stopping[0] if stopping else None
 
 
 def _is_finished(workdir: Path, config: ConfigDict) -> bool:
@@ -179,7 +184,9 @@ def main(argv: list[str]) -> None:
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
     if (sweep_dir / run_lib.CONFIG_FILE).exists():
         raise UserError(f"--workdir={sweep_dir}: is a run's own directory; name another one for the sweep")
-    console = Console()
+    console, own = Console(), sweep_dir.expanduser().resolve()
+    for name in ("compare", *(point.name for point in points)):
+        require_own(own, own / name, stat.S_ISDIR)
     failed: dict[str, int] = {}
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"

@@ -21,13 +21,14 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", flag_values=values
     )
-    for flag, help_text in (
-        ("coordinator", "HOST:PORT of process 0, where several processes train and no launcher tells."),
-        ("num_processes", "How many processes there are."),
-        ("process_id", "Which one this is, from 0."),
-    ):
-        define = flags.DEFINE_string if flag == "coordinator" else flags.DEFINE_integer
-        define(flag, None, help_text, flag_values=values)
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where several processes train and no launcher tells.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
     flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", flag_values=values)
 
 

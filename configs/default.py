@@ -8,6 +8,11 @@ the recipe to start with.
 
 from ml_collections import ConfigDict
 
+MOST_USED = (  # what `--help` shows
+    *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
+    *("embedding_dim", "mlp_dim", "attention_sink", "lr", "muon_lr", "use_muon", "schedule", "eval_every", "seed"),
+)
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -51,6 +56,7 @@ def get_config() -> ConfigDict:
     # a directory that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT)
     config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
     config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
+    config.unknown_characters = "refuse"  # of a text, those that init_from's vocabulary lacks: refuse | replace | drop
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
     config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document
@@ -84,12 +90,15 @@ def get_config() -> ConfigDict:
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
     config.seed = 0  # of initial weights, data order and dropout
     config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
+    # bfloat16_matmul: products of bfloat16, the rest float32; for CPUs with AMX or AVX512-BF16, where bfloat16 is slow
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
     # weights) | block (all but each block's input)
     config.scan_blocks = False  # blocks run in a loop, a smaller program; on a CPU it neither compiles nor runs faster
-    config.steps_per_dispatch = 1  # micro-steps sent to the devices at once; more can help small models on a GPU
+    config.steps_per_dispatch = (
+        1  # micro-steps sent to the devices at once, at most 64; more can help small models on GPU
+    )
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.mesh = ""  # devices by axis: "data=2,fsdp=4,sequence=1,tensor=2"; axes left out are 1, and -1 takes the
     # devices that are left. data splits the batch; fsdp the batch, parameters and optimizer; tensor heads, hidden units
@@ -116,5 +125,7 @@ def get_config() -> ConfigDict:
 
     # --- Checkpoints -------------------------------------------------------------------------------------------
     config.save_every = 250  # real steps; the last step and each best evaluation are saved too
+    config.warning_signal = "save"  # what SIGUSR1 and SIGUSR2 do, which a scheduler sends before it ends a job (SLURM's
+    # --signal): save (and go on; several processes at the next logged step) | stop (save, and end with 138 or 140)
     config.keep = 2  # newest checkpoints kept, beside the best one
     return config

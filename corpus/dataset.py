@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,14 +16,21 @@ Say = Callable[[str], None]
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 ORDERS = ("shuffle", "sequential", "random")
+UNKNOWN_CHARACTERS = ("refuse", "replace", "drop")
+
+COUNTED_AT_ONCE = 2**24  # tokens
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known."""
+    """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known.
+
+    files: the names of the shards that it is made of, below the folder common to all; none where it is text.
+    """
 
     tokens: np.ndarray | ShardedTokens
     num_bytes: int | None
+    files: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -31,6 +39,24 @@ class Split:
     def num_windows(self, context_len: int) -> int:
         """Windows that together predict each token but the first once; the last one may be short."""
         return -(-(self.num_tokens - 1) // context_len)
+
+    def holds(self, token: int) -> bool:
+        """Whether the token occurs."""
+        starts = range(0, self.num_tokens, COUNTED_AT_ONCE)
+        return any((self.tokens[start : start + COUNTED_AT_ONCE] == token).any() for start in starts)
+
+    def bytes_of(self, num_tokens: int, tokenizer: Tokenizer) -> int:
+        """The bytes of text that its first `num_tokens` tokens stand for."""
+        if num_tokens == self.num_tokens and self.num_bytes is not None:
+            return self.num_bytes
+        return count_bytes(self.tokens, num_tokens, tokenizer)
+
+
+def count_bytes(tokens: np.ndarray | ShardedTokens, num_tokens: int, tokenizer: Tokenizer) -> int:
+    """The bytes of text that the first `num_tokens` of `tokens` stand for; those of end-of-text tokens are none."""
+    lengths = np.array([len(piece) for piece in tokenizer.pieces], np.uint16)
+    ends = [*range(COUNTED_AT_ONCE, num_tokens, COUNTED_AT_ONCE), num_tokens]
+    return sum(int(lengths[tokens[start:end]].sum(dtype=np.int64)) for start, end in pairwise([0, *ends]))
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,9 @@ class Dataset:
 
 
 def check_length(split: Split, context_len: int, found: str) -> None:
-    """Raises UserError unless a window fits into the split; `found` says how long it is."""
+    """Raises UserError unless a window fits into the split, or with a context_len of 0 any; `found` is its length."""
+    if not context_len and split.num_tokens < 2:
+        raise UserError(f"config.dataset: {found}, and the first is not predicted; give two tokens or more")
     if split.num_tokens <= context_len:
         raise UserError(
             f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "

@@ -77,11 +77,11 @@ def _pieces(text_column: str, spans: list[Span]) -> Iterator[tuple[bool, bytes, 
                 yield start == 0, file.read(stop - start), Path(path), start
         else:
             for text in _row_group(path, text_column, group)[start:stop]:
-                yield True, text.encode(), Path(path), 0
+                yield True, text, Path(path), 0
 
 
 @lru_cache(maxsize=1)
-def _row_group(path: str, column: str, group: int) -> list[str]:
+def _row_group(path: str, column: str, group: int) -> list[bytes]:
     return ParquetRows(Path(path), column).texts(group)
 
 

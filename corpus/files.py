@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from corpus.containers import HEAD_BYTES, PARQUET, kind_of, require_plain
 from corpus.dataset import SPLITS, ends_of_splits
 from corpus.load_text import find_files
 from runtime.errors import UserError, one_line
@@ -152,13 +153,23 @@ def open_corpus(
       UserError: there are none, they cannot be read, are of two kinds, or all empty.
     """
     paths = find_files(dataset, data_dir, say)
-    parquet = [path for path in paths if path.suffix == ".parquet"]
+    parquet = [path for path in paths if path.suffix == ".parquet" or _holds_rows(path)]
     if parquet and len(parquet) < len(paths):
         raise UserError(f"config.dataset: {dataset} has text and Parquet files; prepare each kind by itself")
     files = ParquetFiles(parquet, settings.text_column) if parquet else TextFiles(paths, settings.tokenizer)
     if not files.size:
         raise UserError(f"config.dataset: {dataset} has 0 {files.unit}; give files with text in them")
     return files
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether it is a Parquet file. Raises UserError where its text is inside something that is not read here."""
+    with open_file(path) as file:
+        head = file.read(HEAD_BYTES)
+    if (kind := kind_of(path, head)) and kind[0] == PARQUET:
+        return True
+    require_plain(path, head)
+    return False
 
 
 class Task(NamedTuple):
@@ -179,8 +190,11 @@ def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) ->
             place = stop
 
 
+_TEXT_TYPES = {*("string", "large_string", "string_view"), *("binary", "large_binary", "binary_view")}
+
+
 class ParquetRows:
-    """One text column of a Parquet file, read by row group.
+    """One column of a Parquet file, of text or of bytes, as they are or in a dictionary, read by row group.
 
     Raises:
       UserError: pyarrow is not installed, the file is no Parquet file or damaged, or has no such column of text.
@@ -195,8 +209,8 @@ class ParquetRows:
         self._arrow, self._path, self._column = arrow, path, column
         with self._reading():
             self._file = arrow.parquet.ParquetFile(path)
-        schema = self._file.schema_arrow
-        names = [field.name for field in schema if field.type in (arrow.string(), arrow.large_string())]
+        value_type = lambda kind: kind.value_type if arrow.types.is_dictionary(kind) else kind
+        names = [field.name for field in self._file.schema_arrow if str(value_type(field.type)) in _TEXT_TYPES]
         if column not in names:
             has = f"its columns of text are {', '.join(names)}" if names else "it has none"
             raise UserError(f"{path}: has no column of text {column!r}; {has}: set --text_column")
@@ -207,15 +221,15 @@ class ParquetRows:
         metadata = self._file.metadata
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
-    def texts(self, group: int) -> list[str]:
-        """The texts of a row group; null is the empty text."""
+    def texts(self, group: int) -> list[bytes]:
+        """The texts of a row group; null is the empty text. What a column of bytes holds may be no UTF-8."""
         with self._reading():
             column = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
-        return [text or "" for text in column]
+        return [text.encode() if isinstance(text, str) else text or b"" for text in column]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, self._arrow.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, self._arrow.ArrowException) as error:
             raise UserError(f"{self._path}: cannot be read ({one_line(error)}); copy it again") from error

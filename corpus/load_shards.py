@@ -9,26 +9,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS, Dataset, Split, check_length, ends_of_splits
+from corpus.cache import cached
+from corpus.dataset import COUNTED_AT_ONCE, SPLITS, Dataset, Split, check_length, count_bytes, ends_of_splits
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
-from corpus.shards import Shard, ShardedTokens, has_header, read_shard, sample_hash
+from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
 from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
-from runtime.errors import ExpectedError, UserError, one_line
-from runtime.files import read_json, write_json
+from runtime.errors import UserError, one_line
+from runtime.files import read_json
 
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROGRESS_FILE = ".progress.json"  # in place of the index until it is whole
 FORMAT = "transformer-jax corpus 1"
-
-COUNTED_AT_ONCE = 2**24  # tokens
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
@@ -43,7 +42,7 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
         return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
     if not dataset.endswith(".bin"):
         return False
-    return tokenizer != "byte" or any(map(has_header, _glob(path)))
+    return tokenizer != "byte" or any(map(is_shard, _glob(path)))
 
 
 def load_shards(
@@ -55,14 +54,15 @@ def load_shards(
     test_fraction: float,
     context_len: int,
     train_shards: int = 1,
+    whole: bool = False,
     say: Callable[[str], None] = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
     """What `load_text` gives for text, for tokens on disk.
 
-    A prepared directory's index says which shards validate and test. Of others those do whose names say so
-    (`fineweb_val_000000.bin`, `val.bin`). Where none is for validation, it is cut off the training tokens' end, and so
-    is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
+    A prepared directory's index says which shards validate and test. Of others those do whose names or folders say so
+    (`fineweb_val_000000.bin`, `val/0.bin`). Where none is for validation, it is cut off the training tokens' end, and
+    so is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
 
     The bytes of a split's text are in the index; those of other shards' validation and test splits are counted once and
     kept in `data_dir/.cache`, those of their training split are unknown. End-of-text tokens count none.
@@ -70,6 +70,7 @@ def load_shards(
 
     Args:
       train_shards: how many training shards of a named set, which are fetched; the others are as in `load_text`.
+      whole: of all shards together, those that train first.
 
     Raises:
       UserError: a shard is damaged or missing, does not fit the tokenizer or the others, or a split is too short.
@@ -80,13 +81,18 @@ def load_shards(
         raise UserError(f"config.dataset: {dataset} is not finished; run the `prepare` command that began it again")
     index = read_index(root) if (root / INDEX_FILE).exists() else None
     if index:
+        paths = []
+    elif dataset in SHARD_SETS:
+        paths = shard_paths(dataset, train_shards, data_dir, say)
+    else:
+        paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
+    folders = {root} if index else {path.parent for path in paths}
+    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
+    size = vocabulary.vocab_size
+    if index:
         shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
     else:
-        if dataset in SHARD_SETS:
-            paths = shard_paths(dataset, train_shards, data_dir, say)
-        else:
-            paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
-        shards = _by_name(map(read_shard, paths))
+        shards = _by_name([read_shard(path, size) for path in paths])
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
         other = next(shard for shard in files if shard.dtype.name == kinds[0])
@@ -94,10 +100,12 @@ def load_shards(
             f"config.dataset: {files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}; "
             "shards of two tokenizers cannot be mixed: give one's"
         )
-    folders = {root} if index else {shard.path.parent for shard in files}
-    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
-    size = vocabulary.vocab_size
     sample = sample_hash(files, size)
+    if whole:
+        names = tuple(os.path.relpath(shard.path, _folder(files)) for shard in files)
+        split = Split(ShardedTokens(files, size), None, names)
+        check_length(split, 0, f"{dataset} has {split.num_tokens:,} in all")
+        return Dataset(split, split, split, vocabulary, _sha256(index, sample))
     tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
     if not shards["train"]:
         raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
@@ -110,11 +118,15 @@ def load_shards(
         if known is None and name != "train":
             key = f"{sample} {name} {len(part)} {val_fraction} {test_fraction} {vocabulary.fingerprint}"
             known = _num_bytes(part, vocabulary, data_dir / ".cache", key, say)
-        splits[name] = Split(part, known)
+        names = [os.path.relpath(shard.path, _folder(files)) for shard in shards[name]]
+        splits[name] = Split(part, known, tuple(names))
         check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
+    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, _sha256(index, sample))
+
+
+def _sha256(index: dict[str, Any] | None, sample: str) -> str:
     identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
-    sha256 = hashlib.sha256(identity.encode()).hexdigest()
-    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def read_index(root: Path) -> dict[str, Any]:
@@ -154,12 +166,30 @@ def _indexed(root: Path, split: dict[str, Any]) -> list[Shard]:
     return shards
 
 
-def _by_name(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
-    """Shards by the split that their names say: the word val, valid, validation or test in it, else training."""
+def _folder(shards: list[Shard]) -> str:
+    """The folder that all of them lie in or below."""
+    return os.path.commonpath([shard.path.parent.absolute() for shard in shards])
+
+
+_WORDS = re.compile(r"(?<![a-z])(?:(val|dev|eval|held.?out)(?:id(?:ation)?|uation)?|(test)(?:ing)?)(?![a-z])")
+
+
+def _by_name(shards: list[Shard]) -> dict[str, list[Shard]]:
+    """Shards by the split that their names say, or else the folders that they lie in below the one common to all.
+
+    Held out for validation are val, valid, validation, dev, eval, evaluation and heldout, for testing test; whatever
+    else is for training, as is what says train. The name says more than its folder, and that more than the one above.
+    """
     parts: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    folder = _folder(shards)
     for shard in shards:
-        word = re.search(r"(?<![a-z])(val|test)(id|idation)?(?![a-z])", shard.path.stem.lower())
-        parts[word[1] if word else "train"].append(shard)
+        name = "train"
+        for word in reversed(Path(os.path.relpath(shard.path.with_suffix(""), folder)).parts):
+            if found := _WORDS.search(word.lower()):
+                name = "val" if found[1] else "test"
+            if found or re.search("(?<![a-z])train(?![a-z])", word.lower()):
+                break
+        parts[name].append(shard)
     return parts
 
 
@@ -228,31 +258,15 @@ def _vocabulary(
 
 def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
     """Whether each id of `other` stands for the same bytes to `tokenizer`, an imported model's for example."""
-    pieces, others = _pieces(tokenizer), _pieces(other)
-    return tokenizer.eot == other.eot and pieces[: len(others)] == others
-
-
-def _pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id; nothing for one that stands for no text."""
-    pieces = [b""] * tokenizer.vocab_size
-    for i in set(range(tokenizer.vocab_size)) - {*tokenizer.unsampled, tokenizer.eot}:
-        pieces[i] = tokenizer.decode_bytes([i])
-    return pieces
+    return tokenizer.eot == other.eot and tokenizer.pieces[: other.vocab_size] == other.pieces
 
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
     """Bytes of the text that the tokens stand for; counted once."""
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.json"
-    if path.exists():
-        return read_json(path)
-    if len(tokens) > COUNTED_AT_ONCE:
-        say(f"counting the bytes of {len(tokens):,} tokens, once")
-    lengths = np.array([len(piece) for piece in _pieces(tokenizer)], np.uint16)
-    starts = range(0, len(tokens), COUNTED_AT_ONCE)
-    total = sum(int(lengths[tokens[start : start + COUNTED_AT_ONCE]].sum(dtype=np.int64)) for start in starts)
-    try:
-        os.makedirs(cache, exist_ok=True)
-        write_json(path, total)
-    except (OSError, ExpectedError) as error:
-        say(f"warning: {path} cannot be written ({one_line(error)}); the bytes are counted again next time")
-    return total
+
+    def count() -> np.ndarray:
+        if len(tokens) > COUNTED_AT_ONCE:
+            say(f"counting the bytes of {len(tokens):,} tokens, once")
+        return np.array([count_bytes(tokens, len(tokens), tokenizer)], np.int64)
+
+    return int(cached(cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.npy", np.int64, count, say)[0])

@@ -10,10 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from corpus import fetch
+from corpus.cache import cached
+from corpus.containers import HEAD_BYTES, require_plain
 from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
-from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, build_tokenizer, check_tokenizer_name
+from corpus.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    UnknownCharacters,
+    build_tokenizer,
+    check_tokenizer_name,
+)
 from runtime.errors import UserError, one_line
-from runtime.files import replacing
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
@@ -28,50 +36,70 @@ def load_text(
     val_fraction: float,
     test_fraction: float,
     context_len: int,
+    whole: bool = False,
+    unknown_characters: str = "refuse",
     say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
     """Finds the text, cuts it into splits, and encodes each apart or takes its tokens from `data_dir/.cache`.
 
-    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes any
-    file as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are.
+    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes a file
+    as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are. Files that
+    hold texts inside something else (`corpus.containers`) are refused for every tokenizer.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
         tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
         context_len: each split must hold context_len + 1 tokens.
+        whole: nothing is cut: all of the text, of two tokens or more, is each of the splits.
+        unknown_characters: what becomes of characters that `vocabulary` lacks: "refuse", "replace" or "drop".
 
     Raises:
-        UserError: the text is missing, unreadable, empty, too short, not UTF-8 or has characters that `vocabulary`
-            lacks; or the tokenizer has no such name or cannot be loaded.
+        UserError: the text is missing, unreadable, no plain text, empty, too short, not UTF-8 or has characters that
+            `vocabulary` lacks; or the tokenizer has no such name or cannot be loaded.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
     paths = find_files(dataset, data_dir, say)
     files = [_read(path) for path in paths]
+    for path, data in zip(paths, files, strict=True):
+        require_plain(path, data[:HEAD_BYTES])
     by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
         vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
-
-    ends = [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
-    names = list(SPLITS.values())[: 3 if test_fraction else 2]
+    elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
+        text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
+    ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
+    names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
     splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
     for name, (start, end) in zip(names, pairwise(ends), strict=False):
+        splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
+        found = f"{dataset} has {splits[-1].num_tokens} in the {name}" + ("" if whole else " split")
+        check_length(splits[-1], 0 if whole else context_len, found)
+    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
+    if whole:
+        return Dataset(splits[0], splits[0], splits[0], vocabulary, sha256)
+    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
+
+
+def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say) -> str:
+    """The text without the characters that the vocabulary lacks. Raises UserError if they are refused."""
+    if choice == "refuse":
         try:
-            splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
+            vocabulary.encode(text)
         except UnknownCharacters as error:
             raise UserError(
-                f"config.dataset: {dataset} has {len(set(text))} different characters and the run's vocabulary "
-                f"{vocabulary.vocab_size}, without {error.characters[0]!a} at character {start + error.positions[0]}; "
-                "give the text that the run began with, or another --workdir"
-            ) from None
-        check_length(splits[-1], context_len, f"{dataset} has {splits[-1].num_tokens} in the {name} split")
-    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
-    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
+                f"config.dataset: {dataset}: {error}; set config.unknown_characters to replace or drop, or give the "
+                "text that the run began with"
+            ) from error
+    instead = None if choice == "drop" else vocabulary.replacement
+    how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
+    say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
+    return text.translate(dict.fromkeys(map(ord, strange), instead))
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
@@ -132,36 +160,11 @@ def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tok
 def _encode(text: str | bytes, vocabulary: Tokenizer, cache: Path, say: Say) -> Split:
     """The text's tokens, memory-mapped from a file that the text and the vocabulary name, written if need be."""
     data = text if isinstance(text, bytes) else text.encode()
-    path = cache / f"{hashlib.sha256(data).hexdigest()[:32]}-{vocabulary.fingerprint[:32]}.npy"
-    tokens = _load_tokens(path, vocabulary.dtype, say)
-    if tokens is None:
+
+    def tokens() -> np.ndarray:
         if len(data) > MANY_BYTES:
             say(f"encoding {len(data):,} bytes with tokenizer {vocabulary.name}, once")
-        tokens = vocabulary.encode_bytes(data) if isinstance(vocabulary, ByteTokenizer) else vocabulary.encode(text)
-        try:
-            _store_tokens(path, tokens)
-            tokens = np.load(path, mmap_mode="r")
-        except OSError as error:
-            say(f"warning: {cache} cannot be written ({error.strerror}); the encoded text stays in memory")
-    # `asarray` keeps the map but drops the memmap class, whose slices cost several times as much.
-    return Split(np.asarray(tokens), len(data))
+        return vocabulary.encode_bytes(data) if isinstance(vocabulary, ByteTokenizer) else vocabulary.encode(text)
 
-
-def _load_tokens(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
-    """The tokens if they are there; of damage it sees length and type, as reading all would cost what the map saves."""
-    try:
-        tokens = np.load(path, mmap_mode="r")
-        if tokens.dtype != dtype or tokens.ndim != 1:
-            raise ValueError
-        return tokens
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, EOFError, ValueError):
-        say(f"warning: the encoded text {path} is damaged; encoding it again")
-        return None
-
-
-def _store_tokens(path: Path, tokens: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        np.save(unfinished, tokens)
+    path = cache / f"{hashlib.sha256(data).hexdigest()[:32]}-{vocabulary.fingerprint[:32]}.npy"
+    return Split(cached(path, vocabulary.dtype, tokens, say), len(data))

@@ -1,14 +1,18 @@
-"""Token shards on disk: the .bin files of llm.c and modded-nanogpt, and nanoGPT's, which have no header.
+"""Token shards on disk: the .bin files of llm.c and modded-nanogpt, and nanoGPT's and Megatron's, which have no header.
 
 The format is llm.c's (dev/data/data_common.py; modded-nanogpt reads the same): 256 little-endian int32, the first
 three of them magic, version and number of tokens, then the tokens: uint16 under magic 20240520 and version 1 (GPT-2's),
-uint32 under magic 20240801 and version 7 (Llama 3's). nanoGPT's train.bin and val.bin are the uint16 tokens alone.
+uint32 under magic 20240801 and version 7 (Llama 3's). nanoGPT's train.bin and val.bin are the tokens alone, uint16 for
+GPT-2's; other types are told by their content. Megatron-LM's (megatron/core/datasets/indexed_dataset.py) are so too,
+and an .idx beside each says the type: the magic, then version, type, numbers of sequences and of documents (uint64 but
+for the type, a byte), the sequences' lengths (int32) and where they begin (int64, bytes).
 """
 
 import functools
 import hashlib
 import mmap
 import os
+import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +27,9 @@ HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1  # of one shard: the header counts in int32
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, type
 HEADERLESS = ("train.bin", "val.bin", "test.bin")  # what nanoGPT calls its files
+INDEX_MAGIC, INDEX_HEADER = b"MMIDIDX\0\0", "<QBQQ"
+INDEX_TYPES = {1: "u1", 2: "u1", 3: "<u2", 4: "<u4", 5: "<u8", 8: "<u2"}  # read as unsigned: no id is below 0
+WIDER_FROM = 16  # tokens: of fewer one cannot tell that they are of more bytes than their vocabulary needs
 
 MAPPED_AT_ONCE = 64  # each map holds a file descriptor, of which a process has but some hundreds
 SAMPLES, SAMPLE_TOKENS = 5, 2048  # of each shard, for `sample_hash`
@@ -52,17 +59,28 @@ def header(num_tokens: int, dtype: np.dtype) -> bytes:
     return words.tobytes()
 
 
-def has_header(path: Path) -> bool:
-    """Whether the file begins as a shard does; false too where it cannot be read."""
+def is_shard(path: Path) -> bool:
+    """Whether the file begins as a shard does, or has an index beside it; false too where it cannot be read."""
+    return int.from_bytes(_beginning(path, 4), "little") in FORMATS or _has_index(path)
+
+
+def _beginning(path: Path, size: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return int.from_bytes(file.read(4), "little") in FORMATS
+            return file.read(size)
     except OSError:
-        return False
+        return b""
 
 
-def read_shard(path: Path) -> Shard:
-    """What a file's header says, held against its length.
+def _has_index(path: Path) -> bool:
+    return _beginning(path.with_suffix(".idx"), len(INDEX_MAGIC)) == INDEX_MAGIC
+
+
+def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
+    """What a file's header, or the index beside it, says, held against its length.
+
+    Args:
+      vocab_size: by which the type of tokens is told where nothing says it.
 
     Raises:
       UserError: it cannot be read, is no shard, is cut short or too long, or holds no token.
@@ -80,10 +98,13 @@ def read_shard(path: Path) -> Shard:
         if version != expected:
             raise UserError(f"{path}: has version {version} under magic {magic}, expected {expected}; write it again")
         shard = Shard(path, count, dtype, HEADER_BYTES, found.st_mtime_ns)
+    elif _has_index(path):
+        shard = Shard(path, *_by_index(path.with_suffix(".idx")), 0, found.st_mtime_ns)
     elif path.name in HEADERLESS:
         if size % 2:
-            raise UserError(f"{path}: {size:,} bytes, an odd number, where each token has two; copy it again")
-        shard = Shard(path, size // 2, np.dtype("<u2"), 0, found.st_mtime_ns)
+            raise UserError(f"{path}: {size:,} bytes, an odd number, where each token has two or more; copy it again")
+        dtype = _by_content(path, size, vocab_size)
+        shard = Shard(path, size // dtype.itemsize, dtype, 0, found.st_mtime_ns)
     else:
         raise UserError(
             f"{path}: begins with {magic}, not a shard's magic ({' or '.join(map(str, FORMATS))}), and only "
@@ -98,6 +119,54 @@ def read_shard(path: Path) -> Shard:
     if shard.num_tokens < 1:
         raise UserError(f"{path}: holds no tokens; leave it out")
     return shard
+
+
+def _by_index(path: Path) -> tuple[int, np.dtype]:
+    """How many tokens an index tells of, and their type: the last sequence's end is that of the file."""
+    start = len(INDEX_MAGIC) + struct.calcsize(INDEX_HEADER)
+    try:
+        version, code, sequences, _ = struct.unpack(INDEX_HEADER, _beginning(path, start)[len(INDEX_MAGIC) :])
+        if version != 1 or code not in INDEX_TYPES:
+            raise ValueError(f"version {version}, type {code}")
+        last = lambda kind, offset: int(np.fromfile(path, kind, 1, offset=offset)[0]) if sequences else 0
+        length = last("<i4", start + 4 * (sequences - 1))
+        begins = last("<i8", start + 4 * sequences + 8 * (sequences - 1))
+    except (OSError, ValueError, IndexError, OverflowError, struct.error) as error:
+        raise UserError(f"{path}: is no index that can be read ({one_line(error)}); copy it again") from error
+    dtype = np.dtype(INDEX_TYPES[code])
+    return begins // dtype.itemsize + length, dtype
+
+
+def _by_content(path: Path, size: int, vocab_size: int) -> np.dtype:
+    """The type of tokens that nothing tells: the widest as which all that are looked at lie in the vocabulary.
+
+    Ids of four bytes, read as two, would be twice as many, every second one 0.
+
+    Raises:
+      UserError: the vocabulary needs four bytes, and they cannot be of four.
+    """
+    need = 2 if vocab_size <= 2**16 else 4
+    for dtype in map(np.dtype, ("<u8", "<u4", "<u2")):
+        if dtype.itemsize < need or size % dtype.itemsize or not size:
+            continue
+        tokens = np.memmap(path, dtype, "r")
+        seen = np.concatenate([tokens[start : start + SAMPLE_TOKENS] for start in _sample_starts(len(tokens))])
+        if dtype.itemsize == 2 or (
+            seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and len(tokens) >= WIDER_FROM))
+        ):
+            return dtype
+    if need == 2:
+        return np.dtype("<u2")
+    raise UserError(
+        f"{path}: its tokens are of two bytes, which hold no vocabulary of {vocab_size:,}, or of another one; set "
+        "config.tokenizer to the one that made it, or write them as uint32"
+    )
+
+
+def _sample_starts(num_tokens: int) -> list[int]:
+    """Where `SAMPLES` blocks of SAMPLE_TOKENS tokens begin, the first and last of them at the ends."""
+    last = max(0, num_tokens - SAMPLE_TOKENS)
+    return [last * i // (SAMPLES - 1) for i in range(SAMPLES)]
 
 
 class ShardedTokens:
@@ -186,8 +255,7 @@ def sample_hash(shards: Sequence[Shard], vocab_size: int) -> str:
     digest, tokens, begin = hashlib.sha256(), ShardedTokens(shards, vocab_size, scattered=True), 0
     for shard in shards:
         digest.update(f"{shard.dtype.str} {shard.num_tokens}\n".encode())
-        last = max(0, shard.num_tokens - SAMPLE_TOKENS)
-        for start in (last * i // (SAMPLES - 1) for i in range(SAMPLES)):
+        for start in _sample_starts(shard.num_tokens):
             digest.update(tokens[begin + start : begin + min(start + SAMPLE_TOKENS, shard.num_tokens)].tobytes())
         begin += shard.num_tokens
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -45,7 +46,8 @@ class UnknownCharacters(ValueError):
 
     def __init__(self, characters: str, positions: tuple[int, ...]):
         self.characters, self.positions = characters, positions
-        shown = [f"{c!a} at {p}" for c, p in zip(characters[:8], positions[:8], strict=True)]
+        seen = [ascii(c) if unicodedata.combining(c) else repr(c) for c in characters[:8]]
+        shown = [f"{c} at {p}" for c, p in zip(seen, positions, strict=False)]
         more = f" and {len(characters) - len(shown)} more" if len(characters) > len(shown) else ""
         super().__init__(f"characters not in the vocabulary: {', '.join(shown)}{more}")
 
@@ -102,6 +104,22 @@ class Tokenizer(ABC):
     def text_stream(self) -> "TextStream":
         """What turns ids into text as they come."""
         return TextStream(self)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id; nothing for one that stands for no text."""
+        pieces = [b""] * self.vocab_size
+        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot}:
+            pieces[i] = self.decode_bytes([i])
+        return pieces
+
+    @property
+    def opening(self) -> str:
+        """What a text goes on from where nobody says it: a line break, or nothing if the vocabulary has none."""
+        try:
+            return "\n" if self.encode("\n").size else ""
+        except UnknownCharacters:
+            return ""
 
     @cached_property
     def fingerprint(self) -> str:

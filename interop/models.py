@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
@@ -281,9 +281,9 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
 
 def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """The same settings, each of the type that TransformerConfig has; `keys`: what their file calls them."""
-    typed = {}
+    typed, kinds = {}, get_type_hints(TransformerConfig)
     for name, value in settings.items():
-        kind = TransformerConfig.__annotations__[name]
+        kind = kinds[name]
         typed[name] = float(value) if kind is float and type(value) is int else value
         if type(typed[name]) is not kind:
             raise ValueError(f"{keys.get(name, name)}: must be of type {kind.__name__}, got {value!r}")

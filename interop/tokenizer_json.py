@@ -22,6 +22,7 @@ from corpus.tokenizer import (
     without_dropout,
 )
 from runtime.errors import one_line
+from runtime.files import parse_json
 
 
 def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -98,9 +99,9 @@ def from_tokenizers(
         ValueError: it is no tokenizer.json that can be read, or does not fit `vocab_size` and `eot`.
     """
     try:
-        content = json.loads(json_text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the tokenizer is not JSON: {error}") from None
+        content = parse_json(json_text)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"a tokenizer should be a JSON object, not a {type(content).__name__}")
     # Whoever saved it may have been cutting texts to a length; that is no part of the tokenizer.

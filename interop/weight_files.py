@@ -26,7 +26,7 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
         return read_safetensors(directory / WEIGHTS)[0]
     index = read_json(directory / INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+    if not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{directory / INDEX}: holds no weight_map; fetch it again")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(map(str, index["weight_map"].values()))):

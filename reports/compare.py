@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import config_lib
 import run_lib
 from config_lib import written
-from configs import default
 from reports.html import Picture, html_page
 from reports.plots import Curve, plot_curves
-from runtime.errors import UserError, one_line
-from runtime.files import MetricsFile, write_text
+from runtime.errors import UserError
+from runtime.files import read_file, write_text
 from runtime.screen.console import Console
 from runtime.screen.text import Table, human, nearest
 
@@ -54,7 +52,7 @@ class Result:
     bits_per_byte: float | None = None  # of the best evaluation
     tokens_to: float | None = None  # to the target
     seconds_to: float | None = None
-    seconds: float | None = None  # of the whole run, all its sessions
+    seconds: float | None = None  # of the whole run, all its sessions, without compilation
     tokens_per_second: float | None = None  # the median of the logged ones
     peak_mib: float | None = None
 
@@ -85,63 +83,56 @@ _MEAN_LOSS = ("steps", "val_loss", "best", "bits_per_byte")
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
-def find_runs(paths: Sequence[str | Path], skip: Path) -> list[Path]:
+def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], None]) -> list[Path]:
     """The runs that `paths` name, each once; a directory of runs, as of a sweep, stands for those in it.
 
     Args:
       skip: a directory that is left out: earlier output among the runs.
+      warn: is told of what is no run, and left out, among some that are.
 
     Raises:
-      UserError: there is no run.
+      UserError: there is no run, or something that is named does not exist.
     """
     found: list[Path] = []
+    none: list[Path] = []
     for path in map(Path, paths):
         if path.resolve() == skip.resolve():
             continue
         inside = [path] if (path / run_lib.CONFIG_FILE).exists() else []
         if not inside and path.is_dir():
             inside = sorted(file.parent for file in path.glob(f"*/{run_lib.CONFIG_FILE}"))
-        if not inside:
+        if not inside and path.exists() and len(paths) > 1:
+            none.append(path)
+        elif not inside:
             there = [entry.name for entry in path.parent.glob("*") if entry.is_dir()]
             what = f"no {run_lib.CONFIG_FILE} in it" if path.is_dir() else "no such directory"
             raise UserError(f"{path}: no run ({what}){nearest(path.name, there) or '; see runs/'}")
         found += inside
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no run among them; see runs/")
+    if none:
+        warn(f"left out, for there is no {run_lib.CONFIG_FILE} in it: {', '.join(map(str, none))}")
     return list({path.resolve(): path for path in found}.values())
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """The runs, named by their paths below the directory that they share.
+def read_runs(paths: Sequence[Path], warn: Callable[[str], None]) -> list[RunRecord]:
+    """The runs, named by their paths below the directory that they share; `warn` is told of rows that are damaged.
 
     Raises:
       UserError: a file of theirs cannot be read.
     """
     shared = os.path.commonpath([path.resolve().parent for path in paths])
-    return [_read_run(path, os.path.relpath(path.resolve(), shared)) for path in paths]
+    return [_read_run(path, os.path.relpath(path.resolve(), shared), warn) for path in paths]
 
 
-def _read_run(path: Path, name: str) -> RunRecord:
+def _read_run(path: Path, name: str, warn: Callable[[str], None]) -> RunRecord:
     saved = run_lib.read_config_file(path)
-    metrics = path / run_lib.METRICS_FILE
-    try:
-        read = MetricsFile(metrics).read()
-    except OSError as error:
-        raise UserError(f"{metrics}: cannot be read ({one_line(error)}); look at its rights") from error
-    rows = {}
-    for row in read:
-        if isinstance(row, dict):
-            row = {key: value if _is_number(value) else None for key, value in row.items()}
-            if None not in (row.get("step"), row.get("tokens"), row.get("elapsed_seconds")):
-                rows[row["step"]] = row
     return RunRecord(
         name=name,
-        config=config_lib.to_dict(default.get_config()) | saved["config"],
+        config=run_lib.known_settings(path, saved["config"]),
         environment={key: saved.get(key) for key in _ENVIRONMENT},
-        rows=[rows[step] for step in sorted(rows)],
+        rows=run_lib.read_metrics(path, warn),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
@@ -176,8 +167,8 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
         best_step=best.get("step"),
         bits_per_byte=best.get("bits_per_byte"),
         tokens_to=first.get("tokens"),
-        seconds_to=first.get("elapsed_seconds"),
-        seconds=last["elapsed_seconds"],
+        seconds_to=first.get("training_seconds"),
+        seconds=last["training_seconds"],
         tokens_per_second=statistics.median(speeds) if speeds else None,
         peak_mib=max(peaks) / 2**20 if peaks else None,
     )
@@ -273,7 +264,7 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         _table("Cost", ["run"], single, _COST, heading, metric),
     ]
     whose = ", the worst of the runs' best" if target is None and goal is not None else ""
-    notes = ["Losses in nats per token."]
+    notes = ["Losses in nats per token. Seconds without compilation, where the run tells them apart."]
     if goal is not None:
         notes.append(f"To {heading} {unit}{whose}: by the first evaluation there.")
     if metric != "val_loss":
@@ -297,7 +288,7 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
       UserError: there is no such run, or `out` cannot be made.
       StorageError: the disk did not take it.
     """
-    runs = read_runs(find_runs(paths, skip=out))
+    runs = read_runs(find_runs(paths, out, console.warn), console.warn)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -309,9 +300,9 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
         console.line(note)
     curves = [Curve(name, run.rows) for name, group in group_seeds(runs).items() for run in group]
     pictures = []
-    for x, file in ("tokens", "loss_by_tokens.png"), ("elapsed_seconds", "loss_by_seconds.png"):
+    for x, file in ("tokens", "loss_by_tokens.png"), ("training_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))
-        pictures.append(Picture((out / file).read_bytes(), f"The runs' losses against {x.split('_')[-1]}"))
+        pictures.append(Picture(read_file(out / file), f"The runs' losses against {x.split('_')[-1]}"))
     means = [table for table in tables if table.columns[:2] == ["config", "n"]]
     single = [table for table in tables if table not in means]
     title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name

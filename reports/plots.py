@@ -79,13 +79,13 @@ class Curve(NamedTuple):
 def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     """Draws the losses of several runs over each other into a PNG file, replaced in one piece.
 
-    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth, where
-    every loss falls from the same height, may lie above the picture.
+    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth of each, in
+    which every loss falls from the same height, may lie above the picture.
 
     Args:
         curves: the runs.
         path: the file.
-        x: what they are drawn against: `tokens` or `elapsed_seconds`.
+        x: what they are drawn against: `tokens` or `training_seconds`.
         metric: `val_loss` (nats per token) or `bits_per_byte`, in which the training loss is drawn too.
 
     Raises:
@@ -111,8 +111,7 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
         axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
         drawn.append(series(curve.rows, metric, x))
         (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
-    span = max((at[-1] for at, _ in drawn if len(at)), default=0)
-    seen = [values[at >= span / 10] for at, values in drawn if len(at)]
+    seen = [values[at >= at[-1] / 10] for at, values in drawn if len(at)]
     if any(len(values) for values in seen):
         low, high = (
             min(values.min() for values in seen if len(values)),
@@ -120,7 +119,7 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
         )
         axes.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9))
     axes.set_title("validation (dots) and training (faint)", loc="left", color=_INK, fontsize="small")
-    _dress(axes, {"elapsed_seconds": "seconds"}.get(x, x), _UNITS[metric])
+    _dress(axes, {"training_seconds": "seconds"}.get(x, x), _UNITS[metric])
     if labels[_MOST_LABELS:]:
         figure.suptitle(f"{len(labels)} configs, the first {_MOST_LABELS} named", fontsize="small", color=_INK)
     # As a shield against what a name may hold: matplotlib passes over labels that begin with _, and reads $...$.

@@ -1,6 +1,5 @@
 """The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from runtime.errors import one_line
 from runtime.files import read_json, write_text
 from runtime.screen.text import Table, duration, human
 from training.cost import parameter_counts
+from training.optimizer import GROUPS
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-REPORT_FILE = "report.html"
 _MAP_TOKENS = 48  # of the text whose attention is shown
 _LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
 _MOST_MAPS = 8  # layers, and heads of each, that are drawn
@@ -34,20 +33,26 @@ _VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
     """`write_report` at the end of a run, which must not fail for a page: whatever goes wrong becomes one warning."""
     try:
-        write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}")
+        write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}", warn)
     except Exception as error:  # the run is saved; the report command shows what it was
-        path = run.workdir / REPORT_FILE
+        path = run.workdir / run_lib.REPORT_FILE
         warn(f"{path}: not written: {one_line(error)}; python main.py report --workdir={run.workdir}")
 
 
 def write_report(
-    workdir: Path, model: Transformer | str, tokenizer: Tokenizer, which: str, text: str | None = None
+    workdir: Path,
+    model: Transformer | str,
+    tokenizer: Tokenizer,
+    which: str,
+    warn: Callable[[str], None],
+    text: str | None = None,
 ) -> Path:
     """Write `report.html` from what the run's directory holds, and from its model.
 
     Args:
       model: on one device; or a string that says why there is none.
       which: what the page calls this state of the model.
+      warn: is told of damaged rows of the run's files.
       text: whose attention is shown; None takes the last sample's beginning.
 
     Returns:
@@ -58,10 +63,10 @@ def write_report(
       UnknownCharacters: `text` holds some that the tokenizer does not know.
       StorageError: the disk did not take it.
     """
-    run, saved = read_runs([workdir])[0], read_json(workdir / run_lib.CONFIG_FILE)
+    run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
     samples = run_lib.read_samples(workdir)
-    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config)
+    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config, warn)
     blocks = [
         _summary(run, model_config),
         *_curves(run),
@@ -72,8 +77,8 @@ def write_report(
         _environment(saved),
         _parameters(model_config),
     ]
-    write_text(workdir / REPORT_FILE, html_page(run.name, blocks))
-    return workdir / REPORT_FILE
+    write_text(workdir / run_lib.REPORT_FILE, html_page(run.name, blocks))
+    return workdir / run_lib.REPORT_FILE
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
         "bits per byte": number(result.bits_per_byte, ".4f"),
         "steps": number(result.steps, ",.0f"),
         "tokens": None if result.tokens is None else human(result.tokens),
-        "time": None if result.seconds is None else duration(result.seconds),
+        "time, without compilation": None if result.seconds is None else duration(result.seconds),
         "tokens per second": None if result.tokens_per_second is None else human(result.tokens_per_second),
         "peak memory": None if result.peak_mib is None else f"{result.peak_mib:,.0f} MiB",
         "parameters": f"{sum(parameter_counts(model_config).values()):,}",
@@ -120,7 +125,7 @@ def _curves(run: RunRecord) -> list[Block]:
     wanted = [
         ({"loss": "training", "val_loss": "validation"}, "loss, nats per token", False),
         ({"grad_norm": "gradient norm"}, "gradient norm before clipping", True),
-        ({"muon_lr": "Muon", "lr": "AdamW"}, "learning rates", False),
+        ({group.rate: group.title for group in reversed(GROUPS.values())}, "learning rates", False),
         ({"tokens_per_second": "tokens per second"}, "tokens per second", False),
     ]
     pictures = [
@@ -212,7 +217,7 @@ def _samples(samples: list[tuple[int, str]]) -> list[Block]:
 
 def _config(run: RunRecord) -> list[Block]:
     docs = key_docs()
-    plain = lambda value: json.loads(json.dumps(value))  # tuples are lists in a file
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # as in a file
     differs = [key for key, doc in docs.items() if plain(run.config[key]) != plain(doc.default)]
     rows = [[key, written(run.config[key]), written(docs[key].default)] for key in differs]
     every = [[key, written(run.config[key]), doc.comment] for key, doc in docs.items()]

@@ -5,6 +5,7 @@ Shapes: L layers, B batch, T query time, S key time, N query heads, K key/value 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from corpus.dataset import Split
 from runtime.files import MetricsFile
 from transformer.attention import MASKED, visible
-from transformer.config import TransformerConfig
+from transformer.config import Execution, TransformerConfig
 from transformer.model import Attention, Params, Transformer, model_of, params_of
 
 
@@ -53,7 +54,7 @@ def _maps(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax
 
 def _unrolled(config: TransformerConfig) -> TransformerConfig:
     """The same model, in the form that can be looked into, with a kernel that runs for texts of any length."""
-    return dataclasses.replace(config, attention_kernel="auto", remat="none", scan_blocks=False)
+    return dataclasses.replace(config, **dataclasses.asdict(Execution(dtype=config.dtype)))
 
 
 def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
@@ -112,11 +113,13 @@ def stretch(split: Split, context_len: int) -> np.ndarray:
     return np.asarray(split.tokens[: B * T], np.int32).reshape(B, T)
 
 
-def read_shares(path: Path, model_config: TransformerConfig) -> tuple[list[int], np.ndarray]:
+def read_shares(
+    path: Path, model_config: TransformerConfig, warn: Callable[[str], None] = lambda text: None
+) -> tuple[list[int], np.ndarray]:
     """The steps and shares [E, L, N] of `sinks.jsonl`; rows that are not this model's are left out."""
     shape = (model_config.num_blocks, model_config.num_heads)
     steps, shares = [], []
-    for row in MetricsFile(path).read():
+    for row in MetricsFile(path).read(warn):
         try:
             shares_LN = np.array(row["shares"], np.float64)
             step = int(row["step"])

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,35 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from corpus.dataset import Dataset
+import config_lib
+from corpus.dataset import SPLITS, Dataset
 from runtime.screen.text import Table, duration, human
 from training.cost import held_bytes, parameter_counts
+from training.optimizer import GROUPS, groups_of
 from training.step import Step
 from transformer.config import TransformerConfig
 from transformer.model import Params
 from transformer.sharding import held_whole, is_data_parallel
 
+Facts = dict[str, dict[str, str]]  # by group and name
 
-def header(
+# A line's name -> the facts that it shows, with a colon between them.
+_LINES = {
+    "run": ["run"],
+    "device": ["devices"],
+    "mesh": ["mesh"],
+    "parameters": ["parameters"],
+    "data": ["text", "split"],
+    "shards": ["shards"],
+    "optimizer": ["parts"],
+    "memory": ["memory"],
+    "steps": ["steps"],
+    "first loss": ["first loss"],
+}
+_LINES_ALONE = {"mesh", "first loss"}  # no panel shows them
+
+
+def facts(
     workdir: Path,
     config: ConfigDict,
     model_config: TransformerConfig,
@@ -26,34 +46,57 @@ def header(
     step: Step,
     mesh: Mesh,
     steps: int,
-) -> list[tuple[str, str]]:
-    """What a person wants to know before a run starts, as names and values."""
-    device, vocab_size = jax.devices()[0], model_config.vocab_size
-    counts = parameter_counts(model_config)
+) -> Facts:
+    """What a person wants to know before a run starts; `lines` and `panels` show it."""
+    model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
+    counts = parameter_counts(model)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    memory = held_bytes(config, model_config, step.state, mesh)
-    muon = sum(label == "muon" for label in step.labels.values())
+    heads = f"{model.num_heads} heads of {model.head_dim}"
+    if model.num_kv_heads != model.num_heads:
+        heads += f", {model.num_kv_heads} of keys and values"
+    mlp = f"MLP {model.mlp_dim} {model.mlp}"
+    sinks = "with sinks" if model.attention_sink else "without sinks"
     tokens = config.batch_size * config.context_len * config.accumulation_steps
-    epochs = steps * tokens / data.train.num_tokens
-    return [
-        ("run", str(workdir)),
-        ("device", f"{mesh.size} x {device.device_kind} ({device.platform}), {model_config.dtype}"),
-        *([] if is_data_parallel(mesh) else [("mesh", _mesh(model_config, step.state.params, mesh))]),
-        ("parameters", f"{sum(counts.values()):,} ({by_part})"),
-        (
-            "data",
-            f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens): "
-            f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
-        ),
-        ("optimizer", f"Muon for {muon} matrices, AdamW for {len(step.labels) - muon} other arrays"),
-        (
-            "memory",
-            f"about {sum(memory.values()) / 1e6:,.0f} MB a device "
-            f"({', '.join(f'{part} {size / 1e6:,.0f}' for part, size in memory.items())})",
-        ),
-        ("steps", f"{steps:,} of {tokens:,} tokens, {epochs:.2f} epochs"),
-        ("first loss", f"ln {vocab_size} = {math.log(vocab_size):.3f} expected"),
-    ]
+    members = Counter(step.labels.values())
+    parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(GROUPS.items())]
+    rates = [f"{group.title} {config[group.rate]:g}" for group in groups_of(step.labels).values()]
+    batch = f"{config.batch_size} sequences of {config.context_len} tokens"
+    if config.accumulation_steps > 1:
+        batch += f", {config.accumulation_steps} a step"
+    memory = held_bytes(config_lib.optimizer_config(config), model, config.batch_size, step.state, mesh)
+    by_use = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in memory.items())
+    return {
+        "Model": {
+            "parameters": f"{sum(counts.values()):,} ({by_part})",
+            "layers": f"{model.num_blocks} of width {model.embedding_dim}, {mlp}, {model.norm}",
+            "attention": f"{heads}, {model.position} positions, {sinks}",
+        },
+        "Data": {
+            "text": f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens)",
+            **({"shards": _shards(data)} if data.train.files else {}),
+            "split": f"{data.train.num_tokens:,} to train on, {data.val.num_tokens:,} to validate",
+            "steps": f"{steps:,} of {tokens:,} tokens, {steps * tokens / data.train.num_tokens:.2f} epochs",
+            "first loss": f"ln {vocab_size} = {math.log(vocab_size):.3f} expected",
+        },
+        "Optimizer": {"parts": ", ".join(parts), "rates": ", ".join([*rates, config.schedule]), "batch": batch},
+        "Devices": {
+            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}",
+            **({} if is_data_parallel(mesh) else {"mesh": _mesh(model, step.state.params, mesh)}),
+            "memory": f"about {sum(memory.values()) / 1e6:,.0f} MB a device ({by_use})",
+            "run": str(workdir),
+        },
+    }
+
+
+def _shards(data: Dataset) -> str:
+    """Which files each split is made of."""
+    told = []
+    for name, word in SPLITS.items():
+        if split := getattr(data, name):
+            files = split.files
+            several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
+            told.append(f"{word} {files[0] + several if files else 'at their end'}")
+    return ", ".join(told)
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
@@ -66,33 +109,16 @@ def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
     )
 
 
-def opening(header: dict[str, str], config: ConfigDict, model: TransformerConfig) -> list[Table]:
-    """Model, data, optimizer, devices; `header` is `header`'s, as a dictionary."""
-    data, _, split = header["data"].rpartition(": ")
-    heads = f"{model.num_heads} heads of {model.head_dim}"
-    if model.num_kv_heads != model.num_heads:
-        heads += f", {model.num_kv_heads} of keys and values"
-    rates = f"AdamW {config.lr:g}" + (f", Muon {config.muon_lr:g}" if config.use_muon else "")
-    batch = f"{config.batch_size} sequences of {config.context_len} tokens"
-    if config.accumulation_steps > 1:
-        batch += f", {config.accumulation_steps} a step"
-    layers = f"{model.num_blocks} of width {model.embedding_dim}, MLP {model.mlp_dim} {model.mlp}, {model.norm}"
-    sinks = "with sinks" if model.attention_sink else "without sinks"
-    groups = {
-        "Model": [
-            ["parameters", header["parameters"]],
-            ["layers", layers],
-            ["attention", f"{heads}, {model.position} positions, {sinks}"],
-        ],
-        "Data": [["text", data], ["split", split], ["steps", header["steps"]]],
-        "Optimizer": [
-            ["parts", header["optimizer"]],
-            ["rates", f"{rates}, {config.schedule}"],
-            ["batch", batch],
-        ],
-        "Devices": [["devices", header["device"]], ["memory", header["memory"]], ["run", header["run"]]],
-    }
-    return [Table(title, ["", ""], rows, left=2) for title, rows in groups.items()]
+def lines(groups: Facts) -> list[tuple[str, str]]:
+    """A line's name and what it says, where nobody watches."""
+    by_name = {name: value for group in groups.values() for name, value in group.items()}
+    return [(line, ": ".join(by_name[name] for name in names)) for line, names in _LINES.items() if names[0] in by_name]
+
+
+def panels(groups: Facts) -> list[Table]:
+    """A table for each group, for a terminal."""
+    rows = lambda group: [[name, value] for name, value in group.items() if name not in _LINES_ALONE]
+    return [Table(title, ["", ""], rows(group), left=2) for title, group in groups.items()]
 
 
 def closing(run: Any, seconds: float) -> tuple[Table, str]:

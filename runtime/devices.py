@@ -4,6 +4,7 @@ The first two are settled before JAX wakes up.
 """
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -13,11 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 
 from runtime.errors import UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, user_cache
@@ -83,19 +86,94 @@ def _show(count: int, *more: str) -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
-def set_up_compile_cache() -> None:
+def set_up_compile_cache(warn: Callable[[str], None]) -> None:
     """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache.
+    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache. Nobody
+    is warned of one program after the other: a damaged one is compiled again and kept.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         try:
-            user_cache().mkdir(parents=True, exist_ok=True)
-        except OSError:  # JAX itself would warn of every program
+            (cache := user_cache()).mkdir(parents=True, exist_ok=True)
+        except (OSError, UserError) as error:
+            warn(f"compiled programs are not kept: {one_line(error)}")
             return
-        jax.config.update("jax_compilation_cache_dir", str(user_cache()))
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    with contextlib.suppress(ImportError, AttributeError):  # private to JAX: a version without it has its own cache
+        from jax._src import compilation_cache
+
+        plain = getattr(compilation_cache.get_file_cache, "plain", compilation_cache.get_file_cache)
+
+        def get_file_cache(path: str) -> Any:
+            found = plain(path)
+            return found and (_SealedCache(found[0], Path(path), warn), found[1])
+
+        get_file_cache.plain = plain  # type: ignore[attr-defined]
+        compilation_cache.get_file_cache = get_file_cache
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_seconds() -> float:
+    """How long XLA has compiled in this process, or looked up what it had compiled, since this was first asked for."""
+    return _listened_to()[0]
+
+
+@cache
+def _listened_to() -> list[float]:
+    seconds = [0.0]
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    return seconds
+
+
+class _SealedCache:
+    """JAX's cache of compiled programs, each behind the hash of its name and its bytes.
+
+    JAX runs whatever it finds under a name, and never replaces it: what a full disk has cut short or somebody has
+    exchanged would be tried at every start.
+    """
+
+    def __init__(self, cache: Any, folder: Path, warn: Callable[[str], None]) -> None:
+        self._cache, self._folder, self._warn = cache, folder, warn
+        self._path = cache._path  # JAX's own log reads it
+        self._told = False
+
+    def get(self, key: str) -> bytes | None:
+        name = f"{key}-sealed"
+        with self._noted("read"):
+            if (found := self._cache.get(name)) is None:
+                return None
+            if found[:32] == _seal(name, found[32:]):
+                return found[32:]
+            for file in self._folder.glob(f"{name}-*"):
+                file.unlink()
+            self._tell("damaged ones were removed")
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        with self._noted("written"):
+            self._cache.put(name := f"{key}-sealed", _seal(name, value) + value)
+
+    @contextlib.contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tell(f"cannot be {what}: {error.strerror}")
+
+    def _tell(self, problem: str) -> None:
+        if not self._told:
+            self._warn(f"compiled programs in {self._folder}: {problem}")
+        self._told = True
+
+
+def _seal(name: str, value: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + value).digest()
 
 
 def wake_up() -> list[jax.Device]:

@@ -1,4 +1,7 @@
-"""Writing and reading the small files of a run's directory. Of several processes only the first writes them."""
+"""Writing and reading the small files of a run's directory. Of several processes only the first writes them.
+
+What is read here may come from anybody: only regular files of sane size are opened, and JSON is taken to a sane depth.
+"""
 
 import contextlib
 import errno
@@ -6,10 +9,11 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from runtime.errors import StorageError, UserError, one_line
 from runtime.processes import is_first
@@ -17,11 +21,31 @@ from runtime.processes import is_first
 PROGRAM = Path(__file__).parent.parent  # where main.py lies: a clone, or the folder of an installed package
 INSTALLED = not (PROGRAM / "pyproject.toml").exists()
 MAKE_ROOM = "make room, then run the same command again"
+LARGEST = 2**28  # bytes of a file that is read whole
+LARGEST_LOG = 2**30  # of one that grows with every logged step
+_DEEPEST = 64  # objects and lists within each other
+_MOST_DIGITS = 40  # of a whole number: more than any of ours has, and few enough for a float
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be made again: compiled programs and, for an installed copy, data sets."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-jax"
+    """The user's folder for what can be made again: compiled programs and, for an installed copy, data sets.
+
+    Raises:
+      UserError: the user has none.
+    """
+    return _home("XDG_CACHE_HOME", ".cache") / "transformer-jax"
+
+
+def user_state() -> Path:
+    """The user's folder for what is worth keeping, as the lines that were typed. Raises as `user_cache`."""
+    return _home("XDG_STATE_HOME", ".local/state") / "transformer-jax"
+
+
+def _home(variable: str, usual: str) -> Path:
+    try:
+        return Path(os.environ.get(variable) or Path.home() / usual)
+    except RuntimeError as error:  # as of a user without a name, in a container
+        raise UserError(f"HOME: not set, and the system knows no home of this user; set it, or {variable}") from error
 
 
 def room(directory: Path, need: int | None = None) -> str:
@@ -60,16 +84,80 @@ def disk_error(error: OSError) -> StorageError | None:
     return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
+def read_file(path: Path, largest: int = LARGEST) -> bytes:
+    """The content of a regular file. Nothing else is opened: a pipe would be waited for, and a device may never end.
+
+    Raises:
+      ValueError: it is something else, or larger; says which.
+      OSError: it cannot be read.
+    """
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind):
+        raise ValueError("is a directory" if stat.S_ISDIR(kind) else "is no regular file")
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
+            raise ValueError(f"is too large: more than {largest:,} bytes")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, which may come from anybody.
+
+    Raises:
+      ValueError: it is none, is nested too deeply, or holds a whole number of too many digits; says which.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON ({one_line(error, 80)})") from None
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST):
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise ValueError("is nested too deeply")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"holds a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError, without the path, or OSError: what is wrong with it."""
+    value = parse_json(read_file(path, largest))
+    if not isinstance(value, dict):
+        raise ValueError("holds no JSON object")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
 
     Raises:
       UserError: it is missing or damaged.
     """
+    with _readable(path):
+        return read_object(path)
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; bytes that are no UTF-8 are replaced. Raises as `read_json`."""
+    with _readable(path):
+        return read_file(path).decode("utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); is {path.parent} the right directory?") from error
+        yield
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); is {path.parent} the right directory?") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -102,6 +190,27 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished = Path(scratch) / path.name
         yield unfinished
         os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, flag: str) -> Iterator[TextIO]:
+    """A text file to write what a person asked for by `flag`; each line is there as soon as it is whole.
+
+    Raises:
+      UserError: it is there already, or cannot be made.
+      StorageError: the disk did not take it.
+    """
+    try:
+        file = path.open("x", encoding="utf-8", buffering=1)
+    except FileExistsError as error:
+        raise UserError(f"{flag}={path}: is there already; name a new file") from error
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be made ({error.strerror}); name a file that can") from error
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def append_text(path: Path, text: str) -> None:
@@ -161,13 +270,29 @@ class MetricsFile:
         """
         append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
-        """All rows but a line that a crash cut short; none when there is no file."""
-        rows = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    rows.append(json.loads(line))
+    def read(self, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+        """All rows but a last one that is not complete; none when there is no file. `warn` is told of those left out.
+
+        Raises:
+            UserError: it is no file that can be read.
+        """
+        with _readable(self.path):
+            try:
+                *lines, last = read_file(self.path, LARGEST_LOG).split(b"\n")
+            except FileNotFoundError:
+                return []
+        rows, bad = [], 0
+        for line in [*lines, *([last] if last.endswith(b"}") else [])]:
+            try:
+                row = parse_json(line)
+            except ValueError:  # of bytes that are no UTF-8 too
+                row = None
+            if isinstance(row, dict):
+                rows.append(_plain(row))
+            else:
+                bad += 1
+        if bad:
+            warn(f"{self.path}: {bad:,} damaged rows left out")
         return rows
 
 

@@ -37,6 +37,11 @@ def seen_by_first(look: Callable[[], object]) -> bool:
     return num_processes() > 1 and bool(from_all(np.asarray(is_first() and bool(look())))[0])
 
 
+def asked_of_any(asked: bool) -> bool:
+    """Whether one of all processes says yes."""
+    return bool(from_all(np.asarray(asked)).any())
+
+
 def require_same(value: object, what: str) -> None:
     """Refuse to go on where processes differ in a value, told by what `repr` writes of it.
 

@@ -12,16 +12,25 @@ from types import FrameType
 from typing import NoReturn, Self
 
 from runtime.errors import ExpectedError, Interrupted
-from runtime.multihost import reached_stop
+from runtime.multihost import asked_of_any, reached_stop
 from runtime.processes import num_processes
 from runtime.screen import live
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # as a scheduler sends some time before it ends a job
 _STOPPING = "stopping: this step is finished and saved first; once more stops at once and saves nothing"
 
 
+def hangup_ignored() -> bool:
+    """Whether a closed terminal is to stop nothing, as nohup asks for."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop, and the second into an exit at once.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop, and the second into an exit at once.
+
+    SIGUSR1 and SIGUSR2 are requests to save, or, as `on_warning` says, to stop. A SIGHUP that is ignored, as under
+    nohup, stays so.
 
     `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
     handler only when the main thread is back from C code, which a compilation can keep for minutes. So the second
@@ -37,10 +46,13 @@ class StopSignals:
 
     Args:
         say: takes one line when the first signal arrives, called from a thread of its own.
+        on_warning: "save" or "stop".
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda text: None, on_warning: str = "save") -> None:
         self.signum: int | None = None
+        self._stopping = SIGNALS + (WARNINGS if on_warning == "stop" else ())
+        self._save_asked = False
         self._say = say
         self._together = num_processes() > 1
         self._calls = 0  # of `raise_if_set`
@@ -52,7 +64,8 @@ class StopSignals:
             os.set_blocking(self._pipe_in, False)  # a signal must not wait for a full pipe
             self._old_fd = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
             self._tell_jax = _c_handler(signal.SIGTERM) if self._together else lambda signum: None
-            self._old_handlers = {signum: signal.signal(signum, self._request) for signum in _SIGNALS}
+            ours = [signum for signum in (*SIGNALS, *WARNINGS) if signum != signal.SIGHUP or not hangup_ignored()]
+            self._old_handlers = {signum: signal.signal(signum, self._request) for signum in ours}
             if sys.stdout and sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 self._old_handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
             self._reader = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
@@ -77,8 +90,16 @@ class StopSignals:
         elif self.signum is not None:
             raise Interrupted(self.signum)
 
+    def take_save_request(self) -> bool:
+        """Whether a save was asked for since the last call; of several processes, all call it, and one is enough."""
+        asked, self._save_asked = self._save_asked, False
+        return asked_of_any(asked)
+
     def _request(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = self.signum or signum
+        if signum in self._stopping:
+            self.signum = self.signum or signum
+        else:
+            self._save_asked = True
 
     def _watch(self) -> None:
         """The reader thread: says that the first signal was heard, ends the process at the second."""
@@ -87,7 +108,7 @@ class StopSignals:
             signum = number[0]
             if signum == signal.SIGTSTP:
                 attempt(live.suspend)
-            if signum not in _SIGNALS:
+            if signum not in self._stopping:
                 continue
             if heard:
                 exit_at_once(128 + signum)

@@ -23,7 +23,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.errors import one_line
+from runtime.files import read_text, write_text
 
+ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
 _MOST_SAMPLES = 100  # in a table: W&B keeps each of a run's tables whole
 _DEFAULTS = {  # for what the environment leaves open
@@ -137,11 +139,11 @@ def _load_settings() -> None:
 
 def _run_id(workdir: Path) -> str:
     """The id by which a resumed run continues the same W&B run."""
-    path = workdir / "wandb_id.txt"
-    found = path.read_text() if path.exists() else ""
+    path = workdir / ID_FILE
+    found = read_text(path) if path.exists() else ""
     if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes a part of W&B's paths and addresses
         found = secrets.token_hex(4) + "\n"
-        path.write_text(found)
+        write_text(path, found)
     return found.strip()
 
 

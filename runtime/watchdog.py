@@ -65,7 +65,7 @@ class Watchdog:
         path = self._workdir / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
 
         def write() -> None:
-            with suppress(OSError), path.open("w") as file:
+            with suppress(OSError), path.open("x") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
         attempt(write, seconds=5)  # the disk may be what hangs

@@ -1,16 +1,27 @@
 """A run's directory as a whole: made and proved, locked, put aside."""
 
+import contextlib
 import fcntl
+import itertools
 import os
+import re
 import socket
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 from runtime.errors import UserError, one_line
 from runtime.processes import by_first, is_first, wait_for_all
+
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+DIRECTORIES = CHECKPOINTS, "wandb", "profile"  # that a run writes to
+LAST_MOVED = "metrics.jsonl"
+_OLD = re.compile(r"old-\d+")
+UNSAVED = ".unsaved"  # in that directory: a run has begun, and no checkpoint of it was completed yet
 
 
 class WorkdirLock:
@@ -29,7 +40,7 @@ class WorkdirLock:
     """
 
     def __init__(self, workdir: Path, warn: Callable[[str], None]) -> None:
-        self._path = workdir / ".lock"
+        self._path = workdir / LOCK
         self._warn = warn
 
     def __enter__(self) -> Self:
@@ -39,7 +50,7 @@ class WorkdirLock:
             wait_for_all("lock")
             return self
         try:
-            self._file = self._path.open("a+", encoding="utf-8")
+            self._file = open(self._path, "a+", encoding="utf-8", opener=_itself)
         except OSError as error:
             raise UserError(f"{where}: cannot open .lock ({error.strerror}); use another --workdir") from None
         try:
@@ -51,6 +62,9 @@ class WorkdirLock:
             raise UserError(f"{where}: in use by {holder}; wait for it to end, or use another --workdir") from None
         except OSError as error:
             self._warn(f"{where}: cannot be locked ({one_line(error)}); start no second run in it")
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            self._file.close()
+            raise UserError(f"{where}: another run was refused here just now, and the directory is gone; try again")
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
@@ -61,15 +75,30 @@ class WorkdirLock:
         self._file.close()
 
 
-def prepare_workdir(path: str | os.PathLike[str]) -> Path:
+def _itself(path: str, flags: int) -> int:
+    """Opens a file, and not what a link in its place leads to; a pipe is not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = ()) -> Path:
     """Creates a run's directory, proves that it can be written, and returns its absolute path.
 
+    Args:
+        files: names of what the run writes there, directories apart.
+
     Raises:
-        UserError: it cannot be created or written, or is a file.
+        UserError: it cannot be created or written, is a file, or holds a link that leads out of it, or something else
+            than a file, under a name that the run writes to.
     """
     try:
         workdir = Path(path).expanduser().resolve()
         workdir.mkdir(parents=True, exist_ok=True)
+        for name in (*files, LOCK):
+            require_own(workdir, workdir / name, stat.S_ISREG)
+        for name in DIRECTORIES:
+            require_own(workdir, workdir / name, stat.S_ISDIR)
+        for entry in (workdir / CHECKPOINTS).glob("*"):
+            require_own(workdir, entry)
         with tempfile.TemporaryFile(dir=workdir) as probe:
             probe.write(b"probe")
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle, or a ~ without a home
@@ -78,19 +107,75 @@ def prepare_workdir(path: str | os.PathLike[str]) -> Path:
     return workdir
 
 
+def require_own(workdir: Path, path: Path, is_kind: Callable[[int], bool] = lambda mode: True) -> None:
+    """Refuse a link that leads out of `workdir`, an absolute path without links, and a thing of another kind.
+
+    Raises:
+        UserError: `path` is one; nothing was written.
+    """
+    if path.is_symlink() and not path.resolve().is_relative_to(workdir):
+        raise UserError(f"{path}: a link that leads out of the run's directory; put what it should be in its place")
+    if path.exists() and not is_kind(path.stat().st_mode):
+        raise UserError(f"{path}: not what a run keeps under this name; move it away")
+
+
+@contextlib.contextmanager
+def leaving_nothing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A directory that was not there before goes again when a run is refused before it has left anything in it."""
+    workdir = Path(os.path.expanduser(path))
+    was_there = os.path.lexists(workdir)
+    try:
+        yield
+    except BaseException:
+        if not was_there and is_first():
+            with contextlib.suppress(OSError):  # there is none, there is something in it, or another run is
+                _remove_unused(workdir)
+        raise
+
+
+def _remove_unused(workdir: Path) -> None:
+    lock, checkpoints = workdir / LOCK, workdir / CHECKPOINTS
+    if {entry.name for entry in workdir.iterdir()} <= {LOCK, CHECKPOINTS}:
+        with open(lock, "a", opener=_itself) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if checkpoints.exists():
+                (checkpoints / UNSAVED).unlink(missing_ok=True)
+                checkpoints.rmdir()
+            lock.unlink()
+            workdir.rmdir()
+
+
 def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
-    """Move what an earlier run left in `workdir` to `workdir.old-N` beside it. Its lock stays, for we hold it."""
+    """Move what an earlier run left in `workdir` to `workdir.old-N` beside it. Its lock stays, for we hold it.
+
+    Where the directory is a disk of its own, to `workdir/old-N`. The checkpoints go first and the log of the steps goes
+    last: what a kill leaves in between is known by steps without checkpoints.
+    """
     by_first(partial(_move_aside, workdir, say))
 
 
 def _move_aside(workdir: Path, say: Callable[[str], None]) -> None:
-    left = [entry for entry in workdir.iterdir() if entry.name != ".lock"]
+    left = [entry for entry in workdir.iterdir() if entry.name != LOCK and not _OLD.fullmatch(entry.name)]
+    left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == LAST_MOVED))
     if not left:
         return
-    number = 1
-    while (target := workdir.with_name(f"{workdir.name}.old-{number}")).exists():
-        number += 1
-    target.mkdir()
-    for entry in left:
-        entry.rename(target / entry.name)
-    say(f"moved the earlier run to {target}")
+    for free in (f"{workdir}.old-", f"{workdir}/old-"):
+        target = next(path for number in itertools.count(1) if not (path := Path(f"{free}{number}")).exists())
+        try:
+            target.mkdir()
+            for entry in left:
+                entry.rename(target / entry.name)
+        except OSError as error:
+            problem = error
+            try:
+                target.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:  # something was moved
+                break
+        else:
+            say(f"moved the earlier run to {target}")
+            return
+    raise UserError(
+        f"workdir {workdir}: {problem.filename} cannot be moved aside ({problem.strerror}); move it yourself"
+    )

@@ -1,6 +1,10 @@
 """What several test files share."""
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +18,15 @@ from transformer.model import Params, init_params
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if (
+    "TESTS_CACHE" not in os.environ
+):  # one cache of compiled programs for pytest's workers and the processes of the tests
+    os.environ["TESTS_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ["TESTS_CACHE"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # How long an example takes, to make or to run, is up to the machine and what else it does.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,6 +16,7 @@ from helpers import ROOT, make_text, rows, tiny_config
 import train_lib
 
 CHANGES = {"num_blocks": 1, "num_heads": 1, "embedding_dim": 8, "mlp_dim": 12, "context_len": 8, "keep": 1}
+CHANGES |= {"newton_schulz_steps": 5}
 CHANGES |= {"dataset": "text.txt", "eval_every": 1000, "save_every": 4, "sample_every": 0}
 STEP, MORE = 4, 6
 

@@ -73,10 +73,10 @@ class Trained:
     def __init__(self, mesh: str, **changes: Any):
         config = tiny_config(**{**MODEL, **changes}, mesh=mesh)
         self.config, sizes = config, parse_mesh(mesh).values()
-        self.mesh = make_mesh(mesh, jax.devices()[: math.prod(sizes)])
+        self.mesh = make_mesh(mesh, devices=jax.devices()[: math.prod(sizes)])
         self.model = config_lib.model_config_of(config, VOCABULARY, eot=3)
-        settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
-        self.step = make_step(settings, self.model, config.max_steps, jax.random.key(5), self.mesh, *spikes)
+        self.settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        self.step = make_step(self.settings, self.model, config.max_steps, jax.random.key(5), self.mesh, *spikes)
         self.state = self.step.init(jax.random.key(3))
         self.born = bits_of(self.state)
         self.program = self.step.run.lower(self.state, self.batch(0)).compile()
@@ -107,7 +107,7 @@ class Trained:
                 for c in collectives(self.program.as_text(), self.mesh.size)
             ],
             "whole": held_whole(params, sizes | {"key_heads": self.model.num_kv_heads}, self.mesh),
-            "held": held_bytes(self.config, self.model, self.step.state, self.mesh),
+            "held": held_bytes(self.settings, self.model, self.config.batch_size, self.step.state, self.mesh),
             "compiled": held.argument_size_in_bytes + held.temp_size_in_bytes,
         }
 
@@ -122,7 +122,7 @@ def elsewhere(saved: Trained, directory: Path) -> dict[str, bool]:
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(1, saved.state.params, saved.state[1:], {}, None)
     for text in ("fsdp=8", "data=1"):
-        mesh = make_mesh(text, jax.devices()[: math.prod(parse_mesh(text).values())])
+        mesh = make_mesh(text, devices=jax.devices()[: math.prod(parse_mesh(text).values())])
         place = partial(shardings_of, mesh=mesh)
         with Checkpoints(directory, read_only=True) as checkpoints:
             restored = checkpoints.restore(1, saved.step.state.params, saved.step.state[1:], place)
@@ -133,7 +133,7 @@ def elsewhere(saved: Trained, directory: Path) -> dict[str, bool]:
 
 def shared_out() -> dict[str, Any]:
     """What each device gets to do of 5 and 9 matrices that are split, or not, and whether all is done."""
-    mesh, rng, found = make_mesh("data=2,fsdp=2,tensor=2"), np.random.default_rng(0), {}
+    mesh, rng, found = make_mesh("data=2,fsdp=2,tensor=2", devices=jax.devices()), np.random.default_rng(0), {}
     stacks = [rng.integers(0, 9, shape).astype(np.float32) for shape in ((5, 6, 4), (9, 2, 8))]
     for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", None), PartitionSpec(None, None)):
         done: list[tuple[int, ...]] = []

@@ -1,5 +1,6 @@
 """The command line: what is wrong is one line on stderr and an exit status, never a traceback."""
 
+import importlib
 import json
 import math
 import shutil
@@ -8,14 +9,17 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line, finished_run, run_main, tiny_config
+from absl import flags as absl_flags
+from helpers import ROOT, assert_one_line, finished_run, make_text, run_main, tiny_config
 
+import commands.flags
 import config_lib
 import main
 import run_lib
 import train_lib
-from commands.flags import MOST_USED
+from commands import typos
 from configs import default
 from runtime import devices
 from runtime.errors import StorageError, UserError
@@ -90,11 +94,18 @@ def test_any_number_is_taken_or_refused_in_one_line(key, capsys, trained):
         (["--config=configs/nowhere.py"], "--config=configs/nowhere.py: no such file", "configs/"),
         (["--config=configs"], "--config=configs: no such file", "configs/"),
         (["--wrkdir=a"], "--wrkdir: unknown flag", "did you mean workdir?"),
-        (["--lr=0.1"], "--lr: unknown flag", ""),
+        (["--lr=0.1"], "--lr: unknown flag", "did you mean --config.lr?"),
+        (["--dataset=F"], "--dataset: unknown flag", "did you mean --config.dataset?"),
+        (["--learning_rate", "1"], "--learning_rate: unknown flag", "did you mean --config.lr?"),
+        (["--config.learning_rate=1"], "config.learning_rate: unknown key", "did you mean lr?"),
+        (["--noconfig.use_moun"], "config.use_moun: unknown key", "did you mean use_muon?"),
+        (["eval", "--stop=3"], "--stop: unknown flag\n", ""),
+        (["plan", "--config.num_blocks=2147483647"], "config.num_blocks: 2147483647 would take", "at most 1000"),
+        (["generate"], "generate: unknown command; did you mean sample?", "use one of train, sample, eval"),
         (["--fresh=maybe"], "--fresh=maybe: ", ""),
         (["train", "quickly"], "quickly: not a flag", "--name=value"),
         (["--config.use_muon", "False"], "False: not a flag", "--name=value"),
-        (["trian"], "trian: unknown command", "use one of train, sample, eval"),
+        (["trian"], "trian: unknown command; did you mean train?", "use one of train, sample, eval"),
         (["--profile_steps=10"], "--profile_steps: ", "FIRST:LAST"),
         (["--profile_steps=15:10"], "--profile_steps: ", "'15:10'"),
         (["--profile_steps=a:b"], "--profile_steps: ", "'a:b'"),
@@ -139,6 +150,65 @@ def test_a_broken_config_file_is_named(source, words, tmp_path, refused, trained
     refused([f"--config={path}"], f"--config={path}: ", words)
 
 
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import sys; sys.exit()", "SystemExit"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("exec('while True: pass')", "not done after 0.3 s; does it loop?"),
+        ("get_config()", "RecursionError"),
+    ],
+)
+def test_a_config_file_that_ends_the_program_or_never_ends_is_named(line, words, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(commands.flags, "_CONFIG_SECONDS", 0.3)
+    path = tmp_path / "odd.py"
+    for source in (f"{line}\n", f"def get_config():\n    {line}\n"):
+        if line != "get_config()" or source != f"{line}\n":
+            path.write_text(source)
+            refused([f"--config={path}"], f"--config={path}: ", words)
+
+
+def test_ctrl_c_while_a_config_file_runs_is_the_user_s(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    assert main.main([f"--config={path}"]) == 130
+
+
+def test_mistakes_are_told_without_jax():
+    program = "import main, sys; print(main.main(sys.argv[1:])); sys.exit('jax' in sys.modules)"
+    for argv in (["--lr=1"], ["generate"], ["--config.learning_rate=1"], ["sample", "--stop=x"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "2\n" and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_the_flags_read_from_the_source_are_those_that_are_there(command):
+    values = absl_flags.FlagValues()
+    importlib.import_module(f"commands.{command}")._define(values)
+    found, keys = typos.flags_of(command)
+    assert set(values) == {name for name in found if not name.startswith("config")} - typos._OF_ALL.keys()
+    assert all((values[name].boolean == (found[name] == "bool")) for name in values)
+    if keys:
+        assert set(keys) == set(DEFAULTS)
+        assert all((found[f"config.{key}"] == "bool") == isinstance(DEFAULTS[key], bool) for key in keys)
+
+
+def test_a_value_that_looks_like_a_flag_is_none():
+    typos.check_words("sample", ["--prompt", "--lr", "--noreplace_unknown", "--", "--x"], ["sample"])
+    with pytest.raises(UserError, match="--lr"):
+        typos.check_words("sample", ["--replace_unknown", "--lr"], ["sample"])
+
+
+def test_without_its_packages_the_program_says_what_to_do():
+    command = [sys.executable, "-S", str(ROOT / "main.py"), "verify"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": ""}, check=False)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, f": not installed for {sys.executable}; activate the environment", "pip install -r")
+
+
 def test_a_config_file_with_an_unknown_key_names_the_key(tmp_path, refused, trained):
     path = tmp_path / "odd.py"
     path.write_text(
@@ -176,7 +246,7 @@ def test_help_is_no_error_and_fits_a_screen(capsys):
         with_keys = "--config=FILE" in text
         assert_fits_a_screen(text, 39 if with_keys else 23)
         if with_keys:
-            values = {key: config_lib.written(DEFAULTS[key]) for key in MOST_USED}
+            values = {key: config_lib.written(DEFAULTS[key]) for key in default.MOST_USED}
             assert all(f"    {key}={value} " in text for key, value in values.items())
         assert with_keys == (command in ("train", "sweep", "config", "plan"))
 
@@ -230,7 +300,7 @@ def test_sample_writes_so_many_tokens_and_the_same_for_a_seed(capsys):
 
 def test_sample_needs_known_characters_unless_told_to_replace_them(capsys, refused):
     workdir = f"--workdir={finished_run().workdir}"
-    refused(["sample", workdir, "--prompt=A µ!"], "--prompt: ", "'\\xb5' at 2", "--replace_unknown")
+    refused(["sample", workdir, "--prompt=A µ!"], "--prompt: ", "'µ' at 2", "--replace_unknown")
     assert sample(capsys, "--prompt=A µ!", "--replace_unknown", "--num_tokens=0") == "A   \n"
 
 
@@ -282,6 +352,65 @@ def test_eval_of_each_split_and_checkpoint(capsys, refused):
     assert (results["earlier"]["step"], results["val"]["step"]) == (28, run.best_step)
     assert results["earlier"]["loss"] > results["val"]["loss"]
     refused(["eval", f"--workdir={run.workdir}", "--split=test"], "--split=test: ", "test_fraction")
+
+
+def evaluate(capsys, *flags: str, workdir: Path | None = None) -> dict:
+    finished_run()
+    capsys.readouterr()
+    assert main.main(["eval", f"--workdir={workdir or finished_run().workdir}", *flags]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_eval_scores_any_text_whole(tmp_path, capsys, refused):
+    """The exact loss of a text of its own, shorter than a window or longer, by a sum over its tokens."""
+    model, tokenizer, _, _ = run_lib.load_model(finished_run().workdir)
+    for text in ("My aunt", "The miller forgets two eels at 7.\nA heron finds it at 2.\n"):
+        (tmp_path / "other.txt").write_text(text)
+        (tmp_path / "tokens.jsonl").unlink(missing_ok=True)
+        tokens = f"--tokens={tmp_path / 'tokens.jsonl'}"
+        result = evaluate(capsys, f"--dataset={tmp_path / 'other.txt'}", tokens)
+        assert (result["split"], result["tokens"]) == ("all", len(text) - 1)
+        ids, losses = tokenizer.encode(text).tolist(), []
+        for start in range(0, len(ids) - 1, 16):
+            window = np.array([ids[start : start + 17]])
+            log_probs = np.asarray(jax.nn.log_softmax(model(window[:, :-1])))[0]
+            losses += [float(-row[target]) for row, target in zip(log_probs, window[0, 1:], strict=True)]
+        assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(np.mean(losses) / np.log(2), rel=1e-5)  # ASCII by characters
+        rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+        assert "".join(row["text"] for row in rows) == text and [row["id"] for row in rows] == ids
+        assert [row["token"] for row in rows] == list(range(len(text))) and rows[0]["log_prob"] is None
+        np.testing.assert_allclose([-row["log_prob"] for row in rows[1:]], losses, rtol=0, atol=1e-5)
+    flags = ["eval", f"--workdir={finished_run().workdir}", f"--dataset={tmp_path / 'other.txt'}"]
+    refused([*flags, tokens], f"{tokens}: is there already; name a new file")
+    (tmp_path / "other.txt").write_text("A µ heron")
+    refused(flags, f"--dataset: {tmp_path}/other.txt: ", "'µ' at 2", "set --unknown_characters to replace or drop")
+    assert evaluate(capsys, flags[2], "--unknown_characters=drop")["tokens"] == len("A  heron") - 1
+    assert evaluate(capsys, flags[2], "--unknown_characters=replace")["tokens"] == len("A   heron") - 1
+    (tmp_path / "other.txt").write_text("A")
+    refused(flags, "--dataset: ", "other.txt has 1 in the whole text", "give two tokens or more")
+    refused([*flags[:2], "--dataset=gone.txt"], "--dataset: no file 'gone.txt'")
+
+
+def test_eval_wants_the_runs_own_text_wherever_it_lies(copy, tmp_path, capsys, refused):
+    """The bytes decide: the same elsewhere are the run's, others in their place are not."""
+    own = evaluate(capsys)
+    (tmp_path / "moved.txt").write_text(make_text())
+    assert evaluate(capsys, f"--dataset={tmp_path / 'moved.txt'}") == own
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["dataset"] = str(tmp_path / "moved.txt")
+    (copy / "config.json").write_text(json.dumps(saved))
+    assert evaluate(capsys, workdir=copy) == own
+    assert evaluate(capsys, "--split=all", workdir=copy)["tokens"] == len(make_text()) - 1
+    (tmp_path / "moved.txt").write_text(make_text(seed=1))
+    refused(
+        ["eval", f"--workdir={copy}"], "--dataset: the text has changed since this run began", "name it as --dataset"
+    )
+    changed = evaluate(capsys, f"--dataset={tmp_path / 'moved.txt'}", "--split=val", workdir=copy)
+    assert changed["split"] == "val" and changed["loss"] != own["loss"]
+    (tmp_path / "moved.txt").unlink()
+    refused(["eval", f"--workdir={copy}"], "--dataset: no file", "moved.txt")
 
 
 # --- Devices --------------------------------------------------------------------------------------------------------

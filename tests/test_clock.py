@@ -53,7 +53,11 @@ def times_left(now, config, val_tokens, step, compiling, costs) -> list[tuple[in
     total, k, beside, clock, said = (
         config.max_steps,
         config.accumulation_steps,
-        work_beside(config, val_tokens),
+        work_beside(
+            config.batch_size * config.context_len * config.accumulation_steps,
+            *(val_tokens, config.eval_tokens),
+            **{key: config[key] for key in ("eval_every", "sample_every", "save_every")},
+        ),
         Clock(),
         [],
     )

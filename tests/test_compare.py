@@ -13,10 +13,9 @@ from screen import Watched
 
 import config_lib
 import main
-from commands import flags
 from config_lib import key_docs, written
 from configs import default, shakespeare
-from reports import compare
+from reports import compare, plots
 from runtime.files import MetricsFile, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import Table
@@ -210,7 +209,8 @@ def test_what_cannot_be_compared_is_one_line(three, tmp_path, capsys):
     refused(capsys, [], "compare: names no run")
     refused(capsys, [tmp_path / "adma"], f"{tmp_path / 'adma'}: no run", "did you mean adam?")
     (tmp_path / "empty").mkdir()
-    refused(capsys, [three[0], tmp_path / "empty"], "empty: no run", "no config.json in it")
+    refused(capsys, [tmp_path / "empty"], "empty: no run", "no config.json in it")
+    refused(capsys, [tmp_path / "empty", tmp_path / "empty"], "no run among them")
     refused(capsys, [*three, f"--out={three[0] / 'config.json'}"], "--out=", "name a directory")
     refused(capsys, [*three, "--target=low"], "--target=low")
     (three[1] / "metrics.jsonl").unlink()
@@ -219,6 +219,57 @@ def test_what_cannot_be_compared_is_one_line(three, tmp_path, capsys):
     for content in ("{", "[]", '{"config": 3}'):
         (three[0] / "config.json").write_text(content)
         refused(capsys, three, "config.json: ")
+    for key, value in ("batch_size", "four"), ("betas", [[]]), ("tokenizer", {}), ("num_blocks", 0):
+        write_json(three[0] / "config.json", {"config": {key: value}})
+        refused(capsys, three, f"{three[0] / 'config.json'}: config.{key}: ")
+
+
+def test_what_is_no_run_is_left_out_with_a_word(three, tmp_path, capsys):
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    out = f"--out={tmp_path / 'out'}"
+    assert main.main(["compare", *map(str, sorted(tmp_path.iterdir())), out]) == 0
+    output = capsys.readouterr()
+    assert "muon-seed0" in output.out and output.err.count("\n") == 1
+    assert (
+        f"left out, for there is no config.json in it: {tmp_path / 'notes.txt'}, {tmp_path / 'refused'}" in output.err
+    )
+
+
+def test_a_damaged_row_is_left_out_with_one_warning(three, tmp_path, capsys):
+    argv = ["compare", *map(str, three), f"--out={tmp_path / 'out'}"]
+    assert main.main(argv) == 0
+    before = capsys.readouterr()
+    with (three[1] / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"step": ' + "9" * 400 + "}\n" + "[" * 10**5 + '\n{"step": 50, "tokens": "many"}\n')
+    assert main.main(argv) == 0
+    after = capsys.readouterr()
+    assert after.out == before.out and after.err == f"warning: {three[1] / 'metrics.jsonl'}: 3 damaged rows left out\n"
+
+
+def test_seconds_leave_out_what_was_compiled(tmp_path, capsys):
+    """The first of two seeds compiled for twenty seconds, the second found it in the cache."""
+    both = [fabricate(tmp_path / f"seed{seed}", {20: 2.5, 40: 2.0}, seed=seed) for seed in (0, 1)]
+    for path, compiled in zip(both, (20.0, 0.5), strict=True):
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        slower = [
+            row | {"elapsed_seconds": row["elapsed_seconds"] + compiled, "compile_seconds": compiled} for row in lines
+        ]
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in slower))
+    text = compared(capsys, *both, f"--out={tmp_path / 'out'}")
+    assert [row[3] for row in cells(text, "Cost")] == ["20.0", "20.0"] and "20.0 ± 0.0" in text
+
+
+def test_every_run_is_in_the_picture(monkeypatch, tmp_path):
+    """One that ended early, far above the others too."""
+    long = [{"tokens": 100 * step, "val_loss": 2 - step / 100} for step in range(10, 101)]
+    short = [{"tokens": 100 * step, "val_loss": 9.0} for step in range(1, 9)]
+    limits = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: limits.append(figure.axes[0].get_ylim()))
+    plots.plot_curves(
+        [plots.Curve("long", long), plots.Curve("short", short)], tmp_path / "a.png", "tokens", "val_loss"
+    )
+    assert limits[0][0] < 1.0 and limits[0][1] > 9.0
 
 
 def test_no_device_is_needed(three, tmp_path):
@@ -271,5 +322,5 @@ def test_help_fits_on_a_screen(command, capsys):
     assert max(map(len, lines)) <= 80 and len(lines) <= (40 if command else 24)
     if command == "train":
         text = "\n".join(lines)
-        for key in flags.MOST_USED:
+        for key in default.MOST_USED:
             assert f"    {key}={written(key_docs()[key].default)} " in text

@@ -1,29 +1,30 @@
 """Every key is documented and read, every config is possible, and what is impossible is one clear line."""
 
 import ast
-import copy
 import importlib
 import json
 import math
 import re
 import tokenize
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import finished_run, tiny_config
+from helpers import assert_possible_or_refused, finished_run, tiny_config
 
 import config_lib
 from commands import flags
 from configs import default, finetune
 from runtime.errors import UserError
 from runtime.trackers import TRACKERS
-from training.optimizer import OptimizerConfig
+from training.optimizer import GROUPS, OptimizerConfig
 from transformer.config import TransformerConfig
 from transformer.sharding import mesh_sizes
 
 ROOT = Path(__file__).parent.parent
 KEYS = list(default.get_config())
+MODEL = partial(TransformerConfig, 7)
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 ORIGINAL = (
     *("num_blocks", "num_heads", "embedding_dim", "mlp_dim", "context_len", "batch_size", "epochs", "max_steps", "lr"),
@@ -90,7 +91,7 @@ def test_every_key_is_read():
     }
     sources = {path: path.read_text() for path in product_files()}
     read = set().union(*(reads(ast.parse(text)) for text in sources.values()))
-    read |= {f"{name}_enabled" for name in TRACKERS}
+    read |= {f"{name}_enabled" for name in TRACKERS} | {group.rate for group in GROUPS.values()}
     # The classes hand some fields out under their own names.
     for config_class in (TransformerConfig, OptimizerConfig):
         body = (ROOT / Path(*config_class.__module__.split("."))).with_suffix(".py").read_text()
@@ -106,13 +107,46 @@ def test_the_originals_flags_are_keys():
 
 
 def test_the_tables_name_only_keys_and_every_number_has_a_range():
-    ranged = [key for _, _, keys in config_lib.RANGES for key in keys.split()]
+    of_fields = [{field.name: field.type for field in fields(part)} for part in (TransformerConfig, OptimizerConfig)]
+    types = [config_lib.RANGES, *of_fields]
+    ranged = [key for part in types for key, kind in part.items() if hasattr(kind, "__metadata__")]
     assert len(ranged) == len(set(ranged))
     numbers = {key for key, value in default.get_config().items() if type(value) in (int, float)}
-    assert set(ranged) == numbers
+    assert set(ranged) == numbers | {"vocab_size"}
     assert set(KEYS) >= config_lib.FREE_ON_RESUME | set(config_lib.CHOICES)
-    dataclass_fields = {field.name for part in (TransformerConfig, OptimizerConfig) for field in fields(part)}
-    assert dataclass_fields - {"vocab_size", "document_start"} <= set(KEYS)
+
+
+def test_the_defaults_of_the_classes_are_those_of_the_config():
+    """But for the dtype, which a config may leave to the device."""
+    own = {field.name: field.default for part in (TransformerConfig, OptimizerConfig) for field in fields(part)}
+    assert own.keys() - set(KEYS) == {"vocab_size", "document_start"}
+    differ = {name: (own[name], value) for name, value in default.get_config().items() if own.get(name, value) != value}
+    assert differ == {"dtype": ("float32", "auto")}
+
+
+@pytest.mark.parametrize(
+    "make, name, value",
+    [
+        *(
+            (partial(TransformerConfig, 7), *bad)
+            for bad in [("num_blocks", 0), ("sliding_window", -1), ("dropout", 1.0)]
+        ),
+        *(
+            (partial(TransformerConfig, 7), *bad)
+            for bad in [("norm_eps", 0.0), ("rope_theta", 1.0), ("head_dim", 2**31)]
+        ),
+        *((OptimizerConfig, *bad) for bad in [("lr", math.nan), ("newton_schulz_steps", 0), ("betas", (0.9, 1.0))]),
+        *((OptimizerConfig, *bad) for bad in [("grad_clip", math.inf), ("min_lr_ratio", 1.5), ("muon_momentum", -0.5)]),
+    ],
+)
+def test_a_class_refuses_what_its_config_does_in_the_same_words(make, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: must be [^\n]*$") as refused:
+        make(**{name: value})
+    config = default.get_config()
+    config[name] = value
+    with pytest.raises(UserError) as by_config:
+        config_lib.check(config)
+    assert str(by_config.value) == f"config.{refused.value}"
 
 
 # --- The configs ----------------------------------------------------------------------------------------------------
@@ -180,18 +214,8 @@ def test_a_mesh_is_checked_against_the_devices():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_any_number_in_any_key_is_possible_or_refused_in_one_line(key):
-    """Set past ml_collections' own type check, as a config file can."""
     for value in (-1, 0, 10**30, -1.0, 0.0, math.nan, math.inf, 1e300, True, None, "", "?", (), (1.0, math.nan)):
-        config = copy.deepcopy(default.get_config())
-        with config.ignore_type():
-            config[key] = value
-        try:
-            config_lib.check(config)
-        except UserError as error:
-            # Two keys can be impossible together, and then the message may name the other one.
-            assert re.match(r"config\.\w+: [^\n]+$", str(error)) and key in str(error)
-        else:
-            assert type(config[key]) is type(default.get_config()[key])
+        assert_possible_or_refused(key, value)
 
 
 @pytest.mark.parametrize(

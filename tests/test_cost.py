@@ -1,17 +1,15 @@
 """What the memory of a step is said to be, against the state as built and the step as compiled."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from training import optimizer
-from training.cost import memory_bytes
-from training.step import init_state, make_train_step
+from training.cost import activation_bytes, held_bytes, parameter_counts
+from training.optimizer import OptimizerConfig
+from training.step import make_step
 from transformer.config import TransformerConfig
-from transformer.model import init_params
 from transformer.sharding import make_mesh
 
 ROWS = 8
@@ -22,24 +20,22 @@ LARGE = {"vocab_size": 20_011, "loss_chunk": 32}
 
 
 def make(config, use_muon, k):
-    """The optimizer, its labels, its settings and the state before the first step, without any array."""
-    settings = optimizer.OptimizerConfig(use_muon=use_muon, accumulation_steps=k)
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    labels = optimizer.labels_of(params, use_muon)
-    opt = optimizer.make_optimizer(settings, params, 9)
-    state = jax.eval_shape(partial(init_state, config, opt, labels), jax.random.key(0))
-    return opt, labels, settings, state
+    """The step on one device, without any array, and what it is said to hold."""
+    settings, mesh = OptimizerConfig(use_muon=use_muon, accumulation_steps=k), make_mesh(devices=jax.devices()[:1])
+    step = make_step(settings, config, 9, jax.random.key(0), mesh)
+    return step, held_bytes(settings, config, ROWS, step.state, mesh)
 
 
 @pytest.mark.parametrize("use_muon, k", [(True, 1), (False, 1), (True, 4), (False, 4)])
 @pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "num_kv_heads": 2, "tie_embeddings": False}])
 def test_parameters_and_optimizer_are_counted_exactly(changes, use_muon, k):
     config = dataclasses.replace(MODEL, **changes)
-    _, _, _, state = make(config, use_muon, k)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.ndim)
-    said = memory_bytes(config, ROWS, use_muon, k)
-    assert said["parameters"] == size(state.params)
-    assert said["optimizer"] == size(state.opt_state)
+    step, said = make(config, use_muon, k)
+    size = {name: leaf.size for name, leaf in step.state.params.items()}
+    arrays = lambda name: 1 if step.labels[name] == "muon" else 2
+    assert said["parameters"] == 4 * sum(size.values()) == 4 * sum(parameter_counts(config).values())
+    counters = said["optimizer"] - 4 * sum(size[name] * (arrays(name) + (k > 1)) for name in size)
+    assert 0 < counters < 100
 
 
 @pytest.mark.parametrize(
@@ -53,18 +49,15 @@ def test_parameters_and_optimizer_are_counted_exactly(changes, use_muon, k):
 )
 def test_the_sum_is_about_what_the_compiled_step_needs(changes, use_muon, k):
     config = dataclasses.replace(MODEL, **changes)
-    opt, labels, settings, state = make(config, use_muon, k)
-    schedule = optimizer.schedule_shape(settings, 9)
-    step = make_train_step(config, opt, schedule, labels, k, jax.random.key(0), make_mesh(devices=jax.devices()[:1]))
+    step, said = make(config, use_muon, k)
     batch_BT1 = jax.ShapeDtypeStruct((ROWS, config.context_len + 1), jnp.int32)
-    need = step.lower(state, batch_BT1).compile().memory_analysis()
-    said = memory_bytes(config, ROWS, use_muon, k)
+    need = step.run.lower(step.state, batch_BT1).compile().memory_analysis()
     assert said["parameters"] + said["optimizer"] == pytest.approx(need.argument_size_in_bytes, rel=0.02)
     assert sum(said.values()) == pytest.approx(need.argument_size_in_bytes + need.temp_size_in_bytes, rel=0.3)
 
 
 def test_what_saves_memory_is_said_to():
-    said = lambda **changes: memory_bytes(dataclasses.replace(MODEL, **changes), ROWS, True, 1)
+    said = lambda **changes: activation_bytes(dataclasses.replace(MODEL, **changes), ROWS)
     whole, chunked = said(vocab_size=9_999), said(vocab_size=9_999, loss_chunk=16)
     assert whole["logits"] == 2 * 4 * ROWS * 64 * 9_999 == chunked["logits"] * ROWS * 64 / 16
     everything, dots, block = (said(remat=remat, num_blocks=12)["activations"] for remat in ("none", "dots", "block"))

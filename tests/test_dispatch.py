@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
 
+import input_pipeline
 import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from training import dispatch
-from training.dispatch import held_back, spans
+from training.dispatch import MOST, held_back, longest, spans
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
 
@@ -27,13 +28,16 @@ QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every":
     ],
 )
 def test_a_dispatch_ends_where_something_is_due(changes, start, ends, want):
-    done = list(spans(tiny_config(**(QUIET | changes)), start, 8, ends))
+    config = tiny_config(**(QUIET | changes))
+    every = [config[key] for key in config if key.endswith("_every")]
+    done = list(spans(start, 8, config.steps_per_dispatch, config.accumulation_steps, every, ends))
     assert [list(span) for span in done] == [list(range(a, b)) for a, b in pairwise(want)]
 
 
 def test_a_run_is_the_same_in_large_dispatches_and_cut_in_between(tmp_path, monkeypatch):
     """5 at once, then 4 when a signal has moved the cuts, and 1: the same log, samples and last checkpoint."""
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20, log_every=4)
+    small = {"num_blocks": 1, "use_muon": False}  # a program for each number of steps: less to compile
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20, log_every=4, **small)
     reference = train_lib.train(config, tmp_path / "reference")
     config.steps_per_dispatch = 5
     cut = tmp_path / "cut"
@@ -48,7 +52,7 @@ def test_a_run_is_the_same_in_large_dispatches_and_cut_in_between(tmp_path, monk
 
 
 def test_large_dispatches_on_two_devices(tmp_path):
-    config = tiny_config(max_steps=9, log_every=4, eval_every=9, steps_per_dispatch=3)
+    config = tiny_config(max_steps=9, log_every=4, eval_every=9, steps_per_dispatch=3, num_blocks=1, sample_every=0)
     want = losses(train_lib.train(config, tmp_path / "one").workdir)
     done = run_main(*arguments(tiny_config(**(dict(config) | {"cpu_devices": "2"})), tmp_path / "two"))
     assert done.returncode == 0, done.stderr
@@ -68,16 +72,33 @@ def test_the_devices_are_never_far_behind(monkeypatch):
     assert waited == ["metrics 0", "metrics 1"]
 
 
+def test_room_is_made_for_the_batches_that_are_left(tmp_path, monkeypatch):
+    """Not for two thousand million of them; and what is under way ends before somebody loses patience."""
+    sizes = []
+
+    def place(batches, mesh, most, span):
+        sizes.append((most, len(span)))
+        return input_pipeline.place(batches, mesh, most, span)
+
+    monkeypatch.setattr(train_lib, "place", place)
+    run = train_lib.train(tiny_config(max_steps=3, steps_per_dispatch=2**31 - 1, **QUIET), tmp_path)
+    assert sizes == [(3, 3)] and run.step == 3
+    assert longest(0, 2**31 - 1, 2**31 - 1, 1, [2_000_000_000]) == MOST
+    assert longest(4, 2**31 - 1, 2**31 - 1, 3, [0, 7]) == 21 and longest(5, 5, 9, 1, []) == 1
+
+
 def test_nothing_to_wait_for_in_three_hundred_steps_of_two_devices(tmp_path):
     """With 33 under way XLA's two devices wait for each other, and the process is aborted."""
     never = dict.fromkeys(["log_every", "eval_every", "save_every"], 300)
-    done = run_main(*arguments(tiny_config(max_steps=300, cpu_devices="2", sample_every=0, **never), tmp_path))
+    done = run_main(
+        *arguments(tiny_config(max_steps=300, cpu_devices="2", num_blocks=1, sample_every=0, **never), tmp_path)
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
     begun, ended = [], []
-    config = tiny_config(max_steps=8, steps_per_dispatch=8, **QUIET)
+    config = tiny_config(max_steps=8, steps_per_dispatch=8, num_blocks=1, use_muon=False, **QUIET)
 
     class Profiler:
         start_trace = lambda path: begun.append(len(made))

@@ -206,7 +206,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         "python main.py sample --work_dir=runs/a",
         "python main.py sweep --set attention_sinks=True,False",
         "python main.py --config=configs/gone.py",
-        "python -m benchmarks.optimizer --goals 2.0",
+        "python -m benchmarks.recipe --goals 2.0",
         "pytest tests/gone.py",
         "rm runs",
     ],

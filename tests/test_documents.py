@@ -1,14 +1,19 @@
 """Documents packed into one sequence: with `mask_documents` none sees another."""
 
 import dataclasses
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import finished_run, tiny_config
 
 import config_lib
+import run_lib
+import train_lib
+from corpus.dataset import Dataset, Split
 from runtime.errors import UserError
 from training.loss import batch_loss
 from transformer import TransformerConfig
@@ -62,6 +67,28 @@ def test_the_gradient_of_packed_documents_is_the_sum_of_theirs(random_params):
     want, have = grads(unmasked, apart), grads(SMALL, batch_1T1)
     for name, gradient in want.items():
         assert float(jnp.linalg.norm(have[name] - gradient)) <= 3e-6 * float(jnp.linalg.norm(gradient)), name
+
+
+def test_a_text_without_separators_is_refused_and_an_earlier_run_is_warned():
+    data = Dataset(*(Split(np.arange(9), 9) for _ in range(3)), SimpleNamespace(eot=9), "")
+    config = tiny_config(mask_documents=True)
+    with pytest.raises(UserError, match=r"^config\.mask_documents: .* has no end-of-text token .*; set it to False"):
+        run_lib.require_documents(config, data, None)
+    warned: list[str] = []
+    run_lib.require_documents(config, data, warned.append)
+    assert len(warned) == 1 and "so nothing is masked" in warned[0]
+    run_lib.require_documents(config, dataclasses.replace(data, tokenizer=SimpleNamespace(eot=8)), None)
+    run_lib.require_documents(tiny_config(), data, None)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_training_asks_for_separators(tmp_path, monkeypatch, begun):
+    asked, source = [], finished_run().workdir
+    monkeypatch.setattr(run_lib, "require_documents", lambda config, data, warn: asked.append(warn is not None))
+    if begun:
+        shutil.copytree(source, tmp_path / "run")
+    train_lib.train(tiny_config(max_steps=30 if begun else 1, sample_tokens=1), tmp_path / "run")
+    assert asked == [begun]
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused():

@@ -244,6 +244,11 @@ def wrong_type(path: Path) -> None:
     np.save(path, np.load(path).astype(np.int32))
 
 
+def all_zero(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:128] + bytes(len(data) - 128 - 32) + data[-32:])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -252,22 +257,33 @@ def wrong_type(path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes()[:40]),
         lambda path: path.write_bytes(bytes(200) + path.read_bytes()[200:]),
         wrong_type,
+        all_zero,
+        lambda path: path.write_bytes(path.read_bytes() + b"!"),
     ],
-    ids=["empty", "one byte short", "half a header", "zeroed header", "another type"],
+    ids=["empty", "one byte short", "half a header", "zeroed header", "another type", "all tokens 0", "longer"],
 )
 def test_a_damaged_cache_is_noticed_and_rebuilt(load, tmp_path, damage):
-    first = load(TEXT)
-    wanted = first.train.tokens.copy()
+    wanted = load(TEXT).train.tokens.copy()
     largest = max((tmp_path / "data" / ".cache").iterdir(), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
     largest.unlink()  # damage another file than the mapped one: cutting that short would end this process
-    np.save(largest, wanted)
+    largest.write_bytes(content)
     damage(largest)
-    again = load(TEXT)
-    np.testing.assert_array_equal(again.train.tokens, wanted)
+    np.testing.assert_array_equal(load(TEXT).train.tokens, wanted)
     (line,) = load.lines
     assert "damaged" in line and str(largest) in line
+    assert largest.read_bytes() == content
     load(TEXT)
     assert len(load.lines) == 1 and not list(largest.parent.glob("*.*.npy"))
+
+
+def test_a_cache_without_a_hash_is_an_earlier_versions_and_is_made_again(load, tmp_path):
+    wanted = load(TEXT).train.tokens.copy()
+    largest = max((tmp_path / "data" / ".cache").iterdir(), key=lambda path: path.stat().st_size)
+    largest.unlink()
+    np.save(largest, wanted * 0)
+    np.testing.assert_array_equal(load(TEXT).train.tokens, wanted)
+    assert not load.lines
 
 
 def test_without_a_place_to_write_the_tokens_stay_in_memory(load, tmp_path):
@@ -304,8 +320,24 @@ def test_another_vocabulary_than_the_texts(load):
     data = load(TEXT, vocabulary=vocabulary)
     assert data.tokenizer is vocabulary
     assert data.tokenizer.decode(data.val.tokens) == TEXT[len(TEXT) * 9 // 10 :]
-    message = refusal(load, "abc" * 50 + "é" + "abc", vocabulary=CharTokenizer("cbax"))
-    assert r"has 4 different characters and the run's vocabulary 4, without '\xe9' at character 150" in message
+    strange = "é" + "abc" * 50 + "☃é" + "cab"
+    known = CharTokenizer("cba x")
+    message = refusal(load, strange, vocabulary=known)
+    assert (
+        "characters not in the vocabulary: 'é' at 0, '☃' at 151; set config.unknown_characters to replace or" in message
+    )
+    assert not load.lines
+    for choice, want in {"replace": " " + "abc" * 50 + "  " + "cab", "drop": "abc" * 50 + "cab"}.items():
+        data = load(strange, vocabulary=known, unknown_characters=choice)
+        assert known.decode(np.concatenate([data.train.tokens, data.val.tokens])) == want
+        assert data.train.num_bytes + data.val.num_bytes == len(want)
+        assert "2 different characters, which the vocabulary lacks, are" in load.lines.pop()
+
+
+def test_a_whole_text_is_not_cut_and_may_be_short(load, tmp_path):
+    data = load("abc", context_len=50, whole=True)
+    assert data.tokenizer.decode(data.val.tokens) == "abc" and data.train is data.val is data.test
+    assert "has 1 in the whole text, and the first is not predicted; give two" in refusal(load, "a", whole=True)
 
 
 def test_files_that_cannot_be_read_are_named(load, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from transformer.kernels import choose as choice
 from transformer.kernels import chunked, vendor
 from transformer.kernels.choose import KERNELS, Kernel, attend_by, causal_attention, choose
 from transformer.model import model_of
+from transformer.xla import Target, aimed_at
 
 B, N, K, H = 2, 6, 3, 8
 
@@ -172,14 +173,12 @@ def test_splash_equals_attend(monkeypatch, window, with_sinks):
 
 @pytest.fixture
 def looks_like_cuda(monkeypatch):
-    """A GPU of the capability that is returned's "capability", with cuDNN."""
-    monkeypatch.setattr(choice, "platform", lambda: "cuda")
+    """With cuDNN; aimed at a GPU of capability 8.0."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    gpu = type("Gpu", (), {"compute_capability": "8.0"})
-    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
     choice._misfit.cache_clear()
     choice._warn_once.cache_clear()
-    yield gpu
+    with aimed_at(Target("cuda", "8.0")):
+        yield
     choice._misfit.cache_clear()
 
 
@@ -211,15 +210,15 @@ def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(looks_lik
 # --- The choice ---------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_what_is_fastest_here(monkeypatch, looks_like_cuda):
+def test_auto_takes_what_is_fastest_there(looks_like_cuda):
     warnings.simplefilter("error")  # float32 was asked for: nothing to warn of
     chosen = lambda T, dtype: choose("auto", T, N, K, H, jnp.dtype(dtype))
     assert chosen(256, "bfloat16") == "cudnn"
     assert [chosen(T, "float32") for T in (choice.LONG - 1, choice.LONG)] == ["plain", "chunked"]
-    monkeypatch.setattr(choice, "platform", lambda: "tpu")
-    assert chosen(256, "bfloat16") == "splash"
-    monkeypatch.setattr(choice, "platform", lambda: "cpu")
-    assert [chosen(T, "bfloat16") for T in (choice.LONG_ON_CPU - 1, choice.LONG_ON_CPU)] == ["plain", "chunked"]
+    with aimed_at(Target("tpu")):
+        assert chosen(256, "bfloat16") == "splash"
+    with aimed_at(Target("cpu")):
+        assert [chosen(T, "bfloat16") for T in (choice.LONG_ON_CPU - 1, choice.LONG_ON_CPU)] == ["plain", "chunked"]
 
 
 def test_auto_warns_once_when_the_fast_kernel_cannot_be_had(monkeypatch, looks_like_cuda):
@@ -232,8 +231,7 @@ def test_auto_warns_once_when_the_fast_kernel_cannot_be_had(monkeypatch, looks_l
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose("auto", 64, N, K, H, jnp.bfloat16) == "plain"
-    with pytest.warns(UserWarning, match="multiple of 128 tokens, not 1100"):
-        monkeypatch.setattr(choice, "platform", lambda: "tpu")
+    with pytest.warns(UserWarning, match="multiple of 128 tokens, not 1100"), aimed_at(Target("tpu")):
         assert choose("auto", 1100, N, K, H, jnp.bfloat16) == "chunked"
 
 
@@ -247,16 +245,15 @@ def test_auto_warns_once_when_the_fast_kernel_cannot_be_had(monkeypatch, looks_l
     ],
 )
 def test_cudnn_by_name_is_taken_or_refused_with_the_reason(looks_like_cuda, capability, head_dim, dtype, words):
-    looks_like_cuda.compute_capability = capability
-    if words is None:
-        assert choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype)) == "cudnn"
-    else:
-        with pytest.raises(ValueError, match=f"^attention_kernel: cudnn .*{words}"):
-            choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype))
+    with aimed_at(Target("cuda", capability)):
+        if words is None:
+            assert choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype)) == "cudnn"
+        else:
+            with pytest.raises(ValueError, match=f"^attention_kernel: cudnn .*{words}"):
+                choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype))
 
 
 def test_cudnn_does_not_keep_documents_apart(looks_like_cuda):
-    looks_like_cuda.compute_capability = "9.0"
     with pytest.raises(ValueError, match=r"^attention_kernel: cudnn does not keep documents apart here; use auto, or "):
         choose("cudnn", 64, N, K, H, jnp.bfloat16, documents=True)
     with pytest.warns(UserWarning, match="taken instead: chunked"):

@@ -45,17 +45,17 @@ def normal(*shape, seed=0):
 
 def test_muon_gets_the_hidden_matrices_and_adamw_all_else(random_params):
     params = random_params(EVERYTHING)
-    labels = labels_of(params, use_muon=True)
+    labels = labels_of(params, OptimizerConfig())
     assert labels.keys() == params.keys()
     assert {name for name, label in labels.items() if label == "muon"} == HIDDEN
     assert set(labels.values()) == {"muon", "adamw"}
-    assert set(labels_of(params, use_muon=False).values()) == {"adamw"}
+    assert set(labels_of(params, OptimizerConfig(use_muon=False)).values()) == {"adamw"}
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attention.mixer.kernel", "blocks.1.mlp.table", "head.kernel.bias.kernel"])
 def test_a_parameter_that_no_rule_knows_is_refused(name):
     with pytest.raises(ValueError, match=f"^{name}: "):
-        labels_of({name: jnp.zeros((2, 3))}, use_muon=True)
+        labels_of({name: jnp.zeros((2, 3))}, OptimizerConfig())
 
 
 @pytest.mark.parametrize("decay_embeddings", [False, True])

@@ -1,6 +1,7 @@
 """Several processes: the bits of one process with as many devices, the same decisions everywhere, checkpoints of any
 number of them. What can go wrong is in tests/faults/test_peers.py."""
 
+import re
 import shutil
 
 import numpy as np
@@ -61,6 +62,24 @@ def test_a_notice_to_one_of_two_stops_both_at_one_step_and_one_process_goes_on(c
     [ended] = ends([start(arguments(config, workdir), devices=2)])
     assert ended.status == 0 and f"resuming at step {newest}" in ended.out, ended.err
     assert_same_run(workdir, one_process, config)
+
+
+@pytest.mark.slow
+def test_a_scheduler_s_warning_to_one_of_two_has_both_save_the_same_step(tmp_path):
+    quiet = tiny_config(**SETTINGS | {"save_every": 100, "eval_every": 100, "max_steps": 12})
+    warned = """
+import input_pipeline, os, signal, train_lib
+def prefetch(make, spans):
+    for span, batch in input_pipeline.prefetch(make, spans):
+        if 6 in span:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        yield span, batch
+train_lib.prefetch = prefetch
+"""
+    first, second = train(arguments(quiet, tmp_path), 2, {1: warned})
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    [saved] = re.findall(r"saved step (\d+), as a signal asked for it", first.out)
+    assert int(saved) in (7, 8) and (tmp_path / "checkpoints" / saved).is_dir()
 
 
 def test_two_processes_of_slurm_go_on_from_one_and_end_in_its_bits(config, one_process, tmp_path):

@@ -71,11 +71,10 @@ def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
     assert after.startswith(before) and after == (reported_run().workdir / "sinks.jsonl").read_bytes()
 
 
-def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(reported_run().workdir, workdir)
-    (workdir / "report.html").unlink()
-    (workdir / "report.html").mkdir()
+    monkeypatch.setattr(run_page, "html_page", lambda *_: [].pop())
     run = train_lib.train(tiny_config(report=True), workdir)
     assert run.step == reported_run().step
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
@@ -120,7 +119,7 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30")
+    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
     _, text = page_of(workdir)
     assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
 

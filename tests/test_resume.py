@@ -26,6 +26,7 @@ import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import ExpectedError, Interrupted, UserError
 from training import evaluate
+from training import step as step_lib
 
 
 def assert_same_run(workdir: Path, reference: run_lib.Run, config) -> None:
@@ -58,7 +59,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 
 
 def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path):
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11)
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11, num_blocks=1)
     reference = train_lib.train(config, tmp_path / "reference")
     workdir = tmp_path / "cut"
     command = arguments(config, workdir)
@@ -114,13 +115,17 @@ def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, evaluation, step):
     assert (run.best_step, run.best_val_loss) == (reference.best_step, reference.best_val_loss)
 
 
-def test_a_finished_run_has_nothing_left_to_do(capsys):
-    reference = finished_run()
+def test_a_finished_run_has_nothing_left_to_do(capsys, monkeypatch):
+    reference, calls = finished_run(), []
+    for module, name in ((run_lib, "require_same_run"), (train_lib, "make_step"), (step_lib, "make_optimizer")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _r=real, _n=name, **k: calls.append(_n) or _r(*a, **k))
     before = (reference.workdir / "metrics.jsonl").read_bytes()
     run = train_lib.train(tiny_config(), reference.workdir)
     assert "already at step 30" in capsys.readouterr().out
     assert (reference.workdir / "metrics.jsonl").read_bytes() == before
     assert (run.step, run.val_loss, run.history) == (30, reference.val_loss, reference.history)
+    assert calls == ["require_same_run", "make_step", "make_optimizer"]  # each is done once
 
 
 # --- What may change, and what may not ------------------------------------------------------------------------------
@@ -148,10 +153,13 @@ def test_a_run_cannot_be_made_shorter():
     assert losses(finished_run().workdir) == before
 
 
+def content(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder but the lock."""
+    files = [path for path in folder.rglob("*") if path.name != ".lock" and path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
 def test_fresh_moves_the_old_run_aside_and_deletes_nothing(copy):
-    content = lambda path: {
-        p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.name != ".lock" and p.is_file()
-    }
     for number in (1, 2):
         before = content(copy)
         run = train_lib.train(tiny_config(max_steps=1), copy, fresh=True)
@@ -160,7 +168,7 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(copy):
 
 
 @pytest.mark.parametrize(
-    "key, new", [("seed", 5), ("num_blocks", 3), ("batch_size", 8), ("betas", (0.8, 0.9)), ("dataset", "another.txt")]
+    "key, new", [("seed", 5), ("num_blocks", 3), ("batch_size", 8), ("betas", (0.8, 0.9)), ("val_fraction", 0.4)]
 )
 def test_a_key_that_makes_another_run_is_refused(key, new):
     workdir = finished_run().workdir
@@ -185,6 +193,17 @@ def test_changed_data_is_refused(copy):
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_text_that_was_moved_is_the_same_text(copy, tmp_path):
+    before = content(copy / "checkpoints")
+    moved = tmp_path / "elsewhere.txt"
+    moved.write_text(make_text())
+    assert train_lib.train(tiny_config(dataset=str(moved)), copy).step == 30
+    assert content(copy / "checkpoints") == before and run_lib.read_config(copy).dataset == str(moved)
+    moved.write_text(make_text(seed=1))
+    with pytest.raises(UserError, match=r"^config\.dataset: the text has changed .*--fresh"):
+        train_lib.train(tiny_config(dataset=str(moved)), copy)
+
+
 # --- A new run from old weights -------------------------------------------------------------------------------------
 
 
@@ -207,8 +226,10 @@ def test_init_from_a_model_of_another_kind_is_refused(tmp_path, changes):
 def test_init_from_a_model_with_other_characters_is_refused(tmp_path):
     (tmp_path / "greek.txt").write_text(make_text() + "Ω")
     config = tiny_config(init_from=str(finished_run().workdir), dataset=str(tmp_path / "greek.txt"))
-    with pytest.raises(UserError, match=r"^config\.dataset: .*vocabulary [^\n]*$"):
+    with pytest.raises(UserError, match=r"^config\.dataset: .* 'Ω' at \d+; set config\.unknown_characters to [^\n]*$"):
         train_lib.train(config, tmp_path / "tuned")
+    config.update({"unknown_characters": "drop", "max_steps": 1, "sample_tokens": 1})
+    assert train_lib.train(config, tmp_path / "tuned").tokenizer.vocab_size == finished_run().tokenizer.vocab_size
 
 
 def test_init_from_nothing_is_refused(tmp_path):

@@ -18,10 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus.dataset import Split
+from corpus.tokenizer import CharTokenizer
 from reports import plots
 from runtime import devices, files, signals, workdir
 from runtime.errors import Interrupted, StorageError, UserError
 from training import cost
+from training.evaluate import bits_per_byte
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +66,17 @@ def test_utilisation_is_the_share_of_all_devices_peak():
 def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
     assert cost.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
     assert cost.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
+    assert cost.bits_per_byte(1.0, 35, 0) is None
+
+
+def test_bits_per_byte_of_a_part_are_of_the_bytes_that_it_has():
+    """A text of three bytes a character, then of one: as many tokens, and a third of the bits a byte at the start."""
+    tokenizer = CharTokenizer("a中")
+    split = Split(np.repeat(np.array([1, 0], np.uint16), 40), 160)
+    loss = math.log(2) * 6
+    assert bits_per_byte(loss, 39, split, tokenizer) == pytest.approx(2)
+    assert bits_per_byte(loss, 79, split, tokenizer) == pytest.approx(3)
+    assert bits_per_byte(loss, 59, split, tokenizer) == pytest.approx(6 * 60 / 140)
 
 
 def test_peak_memory_is_the_devices_own_count_or_this_process():
@@ -121,6 +135,56 @@ def test_a_line_cut_short_is_passed_over(tmp_path_factory, cut):
     assert [row["step"] for row in rows] == ([1, 2] if cut == 1 else [1])  # one byte less: only the newline is gone
 
 
+DAMAGED_ROWS = [
+    b"[1]",
+    b"7",
+    b"nonsense",
+    b'{"step": ' + b"9" * 400 + b"}",
+    b"[" * 100_000,
+    b'{"a": ' * 90 + b"1" + b"}" * 90,
+]
+
+
+def test_damaged_rows_are_left_out_with_one_warning(tmp_path):
+    file, said = files.MetricsFile(tmp_path / "metrics.jsonl"), []
+    good = b'{"step": 1, "loss": Infinity}\n'
+    file.path.write_bytes(good + b"\n".join(DAMAGED_ROWS) + b'\n\xff\n{"step": 2}\n{"step": 3, "lo')
+    assert file.read(said.append) == [{"step": 1, "loss": None}, {"step": 2}]
+    assert said == [f"{file.path}: {len(DAMAGED_ROWS) + 1} damaged rows left out"]
+
+
+def no_file(path: Path, kind: str) -> None:
+    """What lies in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "a directory":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a terabyte":
+        path.touch()
+        os.truncate(path, 10**12)
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a pipe", "a device", "a terabyte", "nothing"])
+def test_only_a_regular_file_of_sane_size_is_read(tmp_path, kind):
+    path = tmp_path / "file"
+    no_file(path, kind)
+    rows = files.MetricsFile(path).read
+    for read in (files.read_json, files.read_text, *([lambda path: rows()] if kind != "nothing" else [])):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(.+\); is {tmp_path} the right directory\?$"):
+            read(path)
+    assert kind != "nothing" or rows() == []
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"a"', "{", "[" * 200_000, '{"a": %s}' % ("9" * 41), "\udc80"])
+def test_only_an_object_of_sane_depth_and_numbers_is_json_of_ours(tmp_path, text):
+    (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"file: cannot be read \((is|holds) .+\); "):
+        files.read_json(tmp_path / "file")
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"metrics.jsonl: No space left on device \(free .+; .+") as caught:
@@ -166,10 +230,10 @@ def test_smoothing_stays_within_the_values_and_keeps_the_first(values):
 # Signals, locks, directories
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_the_first_signal_asks_and_the_handlers_come_back(signum):
     old, said = signal.getsignal(signum), []
-    with signals.StopSignals(said.append) as stop:
+    with signals.StopSignals(said.append, "stop") as stop:
         stop.raise_if_set()
         assert stop.signum is None
         os.kill(os.getpid(), signum)
@@ -249,6 +313,27 @@ def test_the_second_signal_ends_the_process_though_the_terminal_takes_nothing_mo
         process.stdout.close()
 
 
+def test_a_scheduler_s_warning_asks_for_a_save_once():
+    with signals.StopSignals(pytest.fail) as stop:
+        assert not stop.take_save_request()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.raise_if_set()
+        assert stop.take_save_request() and not stop.take_save_request()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As nohup leaves it to its program."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignals(pytest.fail) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.raise_if_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     old, inside = signal.getsignal(signal.SIGINT), []
 
@@ -301,6 +386,130 @@ def test_a_workdir_is_made_and_its_path_absolute(tmp_path, monkeypatch):
     assert workdir.prepare_workdir("deep/er ü/../run") == tmp_path / "deep" / "run"
     assert workdir.prepare_workdir("link/run") == tmp_path / "deep" / "run"
     assert os.listdir(tmp_path / "deep" / "run") == []
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "samples.txt", "checkpoints", "wandb", "checkpoints/5", "dangling"]
+)
+def test_a_link_that_leads_out_of_a_workdir_is_refused_before_anything_is_written(tmp_path, name):
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    (outside / "deleted").mkdir(parents=True)
+    (outside / "mine").write_text("mine")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == "dangling":
+        (run / "metrics.jsonl").symlink_to(outside / "new")
+    else:
+        (run / name).symlink_to(outside if "." not in name else outside / "mine")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(UserError, match=rf"^{run}/\S+: a link that leads out of the run's directory; "):
+        workdir.prepare_workdir(run, ["metrics.jsonl", "samples.txt"])
+    assert sorted(run.rglob("*")) == before
+    assert sorted(os.listdir(outside)) == ["deleted", "mine"] and (outside / "mine").read_text() == "mine"
+
+
+def test_links_within_a_workdir_and_of_the_workdir_itself_are_followed(tmp_path):
+    (tmp_path / "run" / "big").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").symlink_to("big")
+    (tmp_path / "link").symlink_to("run")
+    assert workdir.prepare_workdir(tmp_path / "link", ["metrics.jsonl"]) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a pipe"])
+def test_something_else_in_the_place_of_a_run_s_file_is_refused(tmp_path, kind):
+    for name in ("metrics.jsonl", ".lock"):
+        no_file(tmp_path / name, kind)
+        with pytest.raises(UserError, match=rf"/{name}: not what a run keeps under this name; "):
+            workdir.prepare_workdir(tmp_path, ["metrics.jsonl"])
+        (tmp_path / name).rmdir() if kind == "a directory" else (tmp_path / name).unlink()
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"/checkpoints: not what"):
+        workdir.prepare_workdir(tmp_path)
+
+
+def test_the_lock_is_no_link_to_elsewhere(tmp_path):
+    """Put there after the directory was looked at."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"cannot open \.lock"):
+        workdir.WorkdirLock(tmp_path / "run", pytest.fail).__enter__()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+# Putting a run aside, and leaving nothing
+
+
+def an_earlier_run(path: Path) -> Path:
+    (path / "checkpoints" / "5").mkdir(parents=True)
+    for name in (".lock", "metrics.jsonl", "a.txt", "z.txt"):
+        (path / name).write_text(name)
+    return path
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "neither"])
+def test_a_run_is_put_aside_where_that_is_a_rename(tmp_path, monkeypatch, where):
+    """A directory that is a disk of its own has no room beside it, and one in it cannot be renamed at all."""
+    run, rename, said = an_earlier_run(tmp_path / "run"), Path.rename, []
+
+    def renamed(path, target):
+        if where == "neither" or (where == "inside" and target.parent.parent != run):
+            raise OSError(18, "Invalid cross-device link", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    if where == "neither":
+        with pytest.raises(UserError, match=rf"^workdir {run}: {run}/checkpoints cannot be moved aside \(Invalid cro"):
+            workdir.move_aside(run, said.append)
+        assert sorted(os.listdir(tmp_path)) == ["run"] and len(os.listdir(run)) == 5 and not said
+        return
+    for number in (1, 2):
+        workdir.move_aside(run, said.append)
+        target = run / f"old-{number}" if where == "inside" else tmp_path / f"run.old-{number}"
+        assert said.pop() == f"moved the earlier run to {target}" and not said
+        assert {path.name for path in run.iterdir() if not path.name.startswith("old-")} == {".lock"}
+        assert sorted(os.listdir(target)) == ["a.txt", "checkpoints", "metrics.jsonl", "z.txt"]
+        an_earlier_run(run)
+
+
+def test_checkpoints_are_moved_first_and_the_log_of_steps_last(tmp_path, monkeypatch):
+    run, moved = an_earlier_run(tmp_path / "run"), []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: moved.append(path.name) or rename(path, target))
+    workdir.move_aside(run, lambda text: None)
+    assert moved[0] == "checkpoints" and moved[-1] == "metrics.jsonl" and len(moved) == 4
+
+
+def test_a_refused_run_leaves_no_directory_but_what_was_there_or_was_made(tmp_path):
+    def refused(name, *made, before=False):
+        run = tmp_path / name
+        if before:
+            run.mkdir()
+        with (
+            pytest.raises(UserError, match="refused"),
+            workdir.leaving_nothing(run),
+            workdir.WorkdirLock(workdir.prepare_workdir(run), pytest.fail),
+        ):
+            (run / "checkpoints").mkdir()
+            for file in made:
+                (run / file).touch()
+            raise UserError("refused")
+        return run.exists()
+
+    assert not refused("a") and not refused("b", f"checkpoints/{workdir.UNSAVED}")
+    assert refused("c", before=True) and refused("d", "metrics.jsonl") and refused("e", "checkpoints/5")
+
+
+def test_a_lock_whose_directory_has_just_gone_is_none(tmp_path, monkeypatch):
+    run, flock = tmp_path / "run", workdir.fcntl.flock
+
+    def gone_before(file, how):
+        (run / ".lock").unlink()
+        return flock(file, how)
+
+    run.mkdir()
+    monkeypatch.setattr(workdir.fcntl, "flock", gone_before)
+    with pytest.raises(UserError, match="try again"):
+        workdir.WorkdirLock(run, pytest.fail).__enter__()
 
 
 def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypatch):

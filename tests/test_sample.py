@@ -1,17 +1,23 @@
 """The prompt of `sample`: commands, what cannot be read, Ctrl-C, the history; and a prompt from standard input."""
 
 import io
+import json
 import signal
 import sys
 import time
 
 import pytest
-from helpers import ROOT, assert_one_line, finished_run
+from helpers import ROOT, assert_one_line, finished_run, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
 from terminal import Terminal
 
 import main
+import run_lib
+import train_lib
 from commands import sample
-from commands.sample import Talk
+from commands.sample import Talk, until
+from runtime.errors import UserError
 from transformer.sampling import Sampling, generate
 
 
@@ -68,7 +74,8 @@ def test_settings_are_changed_and_shown():
         ("/top_k 1.5", "/top_k: '1.5' is no such number"),
         ("/seed -1", "/seed: "),
         ("/num_tokens -3", "/num_tokens: must be at least 0"),
-        ("A µ", "'\\xb5' at 2"),
+        ("A µ", "'µ' at 2"),
+        ("A \N{COMBINING ACUTE ACCENT}\N{ZERO WIDTH SPACE}", r"'\u0301' at 2, '\u200b' at 3"),
         ("//", "'/' at 0"),  # one slash of text, which this model does not know
     ],
 )
@@ -157,4 +164,101 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
     assert sample(b"A \xff") == 2
     assert_one_line(capsys.readouterr().err, "error: standard input: not UTF-8 at byte 2")
     assert sample("A µ".encode()) == 2
-    assert_one_line(capsys.readouterr().err, "error: standard input: ", "'\\xb5' at 2")
+    assert_one_line(capsys.readouterr().err, "error: standard input: ", "'µ' at 2")
+
+
+def test_a_text_without_newlines_needs_no_prompt(tmp_path, capsys, monkeypatch):
+    (tmp_path / "dna.txt").write_text("ACCGTTTGACA" * 30)
+    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7, num_blocks=1)
+    run = train_lib.train(config, tmp_path / "run")
+    ((_, sampled),) = run_lib.read_samples(tmp_path / "run")
+    assert len(sampled) == 7 and set(sampled) <= set("ACGT")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert main.main(["sample", f"--workdir={run.workdir}", "--num_tokens=9"]) == 0
+    assert len(capsys.readouterr().out) == 9 + 1
+    config.sample_prompt = "N"
+    with pytest.raises(UserError, match=r"^config\.sample_prompt: .*'N' at 0"):
+        train_lib.train(config, tmp_path / "other")
+
+
+# --- Several texts, stops, files --------------------------------------------------------------------------------------
+
+
+def sample_out(capsys, *flags: str) -> str:
+    workdir = finished_run().workdir
+    capsys.readouterr()
+    assert main.main(["sample", f"--workdir={workdir}", "--num_tokens=12", *flags]) == 0
+    return capsys.readouterr().out
+
+
+@given(pieces=st.lists(st.text("ab ", max_size=5), max_size=8), stops=st.lists(st.text("ab ", min_size=1), max_size=3))
+def test_a_stop_ends_the_text_wherever_the_pieces_end(pieces, stops):
+    text, shown = "".join(pieces), "".join(until(pieces, stops))
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    if not ends:
+        assert shown == text
+    else:
+        there = text[: min(ends)]
+        assert there.startswith(shown) and there.removeprefix(shown) in stops
+        assert not any(stop in shown for stop in stops)
+    assert "".join(until(list(text), stops)) == shown
+
+
+def test_what_cannot_begin_a_stop_is_not_held_back():
+    assert list(until(["A her", "on f", "inds"], ["f!", "x"])) == ["A her", "on ", "finds"]
+
+
+def test_stops_end_a_text_on_the_command_line_and_at_the_prompt(capsys):
+    whole = text_after("A heron")
+    stop = whole[len("A heron") :][4:7]
+    cut = "A heron" + whole[len("A heron") :].partition(stop)[0] + "\n"
+    assert sample_out(capsys, "--prompt=A heron", f"--stop={stop}", "--stop=nowhere") == cut != whole
+    person = Person(sampling=Sampling(), stops=[stop])
+    assert person.types("A heron")[0] == cut
+
+
+def test_several_samples_are_those_of_the_seeds_that_follow(capsys):
+    texts = [text_after("At 7", seed=seed) for seed in (5, 6, 7)]
+    told = "".join(f"--- {i + 1} of 3, seed {5 + i} ---\n{text}" for i, text in enumerate(texts))
+    assert sample_out(capsys, "--prompt=At 7", "--num_samples=3", "--seed=5") == told
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_of_a_file_go_to_a_file(tmp_path, capsys, name):
+    prompts, out = ["A heron", "My aunt "], tmp_path / "out.jsonl"
+    lines = [json.dumps({"prompt": prompt, "other": 1}) if name.endswith("l") else prompt for prompt in prompts]
+    (tmp_path / name).write_text("\r\n\n".join(lines) + "\n", newline="")
+    flags = [f"--prompts={tmp_path / name}", f"--out={out}", "--num_samples=2"]
+    assert sample_out(capsys, *flags) == ""
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    want = [(prompt, text_after(prompt, seed=seed)[len(prompt) : -1], seed) for prompt in prompts for seed in (0, 1)]
+    assert [(row["prompt"], row["text"], row["seed"]) for row in rows] == want
+    assert main.main(["sample", f"--workdir={finished_run().workdir}", *flags]) == 2
+    assert_one_line(capsys.readouterr().err, f"error: --out={out}: is there already; name a new file")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("", [], ["has no prompt"]),
+        ("A heron\nA µ\n", [], ["prompts.jsonl: line 1: is no JSON object"]),
+        ('{"prompt": "A"}\n\n{"text": "A"}', [], ["prompts.jsonl: line 3: is no JSON object"]),
+        ('{"prompt": "A"}\n{"prompt": "A µ"}', [], ["prompts.jsonl: line 2: ", "'µ' at 2", "--replace_unknown"]),
+        (None, [], ["--prompts=", "cannot be read"]),
+        ('{"prompt": "A"}', ["--prompt=A"], ["--prompts: ", "leave out that or --prompt"]),
+        ('{"prompt": "A"}', ["--num_samples=0"], ["--num_samples: must be at least 1, got 0"]),
+        ('{"prompt": "A"}', ["--stop="], ["--stop: must not be empty"]),
+        ('{"prompt": "A"}', ["--out=/gone/out.jsonl"], ["--out=/gone/out.jsonl: cannot be made"]),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_line_and_no_file(tmp_path, capsys, content, flags, words):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    if content is not None:
+        prompts.write_text(content)
+    given = [f"--workdir={finished_run().workdir}", f"--prompts={prompts}", f"--out={out}", *flags]
+    capsys.readouterr()
+    assert main.main(["sample", *given]) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert not out.exists()

@@ -43,6 +43,10 @@ CONFIGS = {
         qk_norm="scaled",
         tie_embeddings=False,
     ),
+    "half precision": TransformerConfig(
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
+        **{"mlp_dim": 14, "tie_embeddings": False, "dtype": "bfloat16_matmul"},
+    ),
     "learned positions": TransformerConfig(
         vocab_size=V, context_len=C, num_blocks=1, num_heads=2, embedding_dim=10, mlp_dim=14, tie_embeddings=False
     ),

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -17,14 +18,15 @@ from hypothesis import strategies as st
 
 import run_lib
 import train_lib
+from corpus import load_shards as load_shards_module
 from corpus import shards
-from corpus.dataset import ORDERS, Split
+from corpus.dataset import ORDERS, SPLITS, Split, count_bytes
 from corpus.load_shards import holds_shards, load_shards
-from corpus.shards import ShardedTokens, has_header, header, read_shard, sample_hash
+from corpus.shards import ShardedTokens, header, is_shard, read_shard, sample_hash
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches
+from reports import summary
 from runtime.errors import UserError
-from training.cost import bits_per_byte
 
 
 def llm_c(path: Path, tokens, magic: int = 20240520, version: int = 1, kind: type = np.uint16) -> Path:
@@ -61,7 +63,7 @@ def refusal(call, *args, **changes) -> str:
 @pytest.mark.parametrize(("kind", "magic", "version"), [("uint16", 20240520, 1), ("uint32", 20240801, 7)])
 def test_both_headers_are_written_and_read_as_llm_c_does(tmp_path, kind, magic, version):
     path = llm_c(tmp_path / "a.bin", [3, 1, 2], magic, version, np.dtype(kind))
-    assert header(3, np.dtype(kind)) == path.read_bytes()[:1024] and has_header(path)
+    assert header(3, np.dtype(kind)) == path.read_bytes()[:1024] and is_shard(path)
     shard = read_shard(path)
     assert (shard.num_tokens, shard.dtype, shard.offset) == (3, np.dtype(kind), 1024)
     assert ShardedTokens([shard], 4)[0:3].tolist() == [3, 1, 2]
@@ -79,6 +81,69 @@ def test_nanogpts_files_have_no_header_and_its_pickle_is_left_alone(tmp_path, mo
     assert bomb not in opened and not (tmp_path / "ran").exists()
     assert "a pickle beside them is never opened" in refusal(load, tmp_path, "char")
     assert load(tmp_path, "char", data_dir=tmp_path, vocabulary=CharTokenizer([chr(65 + i) for i in range(40)])).train
+
+
+def megatron(path: Path, documents, kind: type, code: int) -> Path:
+    """A .bin and its .idx as Megatron-LM's IndexedDataset describes them."""
+    np.concatenate(documents).astype(kind).tofile(path)
+    lengths = [len(tokens) for tokens in documents]
+    begins = np.cumsum([0, *lengths[:-1]]) * np.dtype(kind).itemsize
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1)
+    of_documents = np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    index = head + np.array(lengths, "<i4").tobytes() + np.array(begins, "<i8").tobytes() + of_documents
+    path.with_suffix(".idx").write_bytes(index)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "code"), [(np.int32, 4), (np.uint16, 8), (np.int64, 5), (np.uint8, 1)])
+def test_megatrons_index_says_the_type(tmp_path, kind, code):
+    documents = [[3, 1, 2], [5] * 40, [7, 200]]
+    path = megatron(tmp_path / "web_text_document.bin", documents, kind, code)
+    assert is_shard(path) and holds_shards(str(path), "byte")
+    data = load(path, data_dir=tmp_path, context_len=2)
+    assert data.train.tokens[0:99].tolist() == np.concatenate(documents)[:40].tolist() and data.train.num_tokens == 40
+    path.rename(tmp_path / "train.bin")
+    path.with_suffix(".idx").rename(tmp_path / "train.idx")
+    path = tmp_path / "train.bin"
+    assert read_shard(path).dtype.itemsize == np.dtype(kind).itemsize
+    cut_short(path)
+    assert "it is cut short" in refusal(read_shard, path)
+    index = path.with_suffix(".idx")
+    for damaged in (index.read_bytes()[:40], index.read_bytes()[:17] + b"\x06" + index.read_bytes()[18:]):
+        index.write_bytes(damaged)
+        assert "train.idx: is no index that can be read" in refusal(read_shard, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "ids"),
+    [
+        (np.uint16, 300, range(300)),
+        (np.uint32, 300, range(300)),
+        (np.int64, 300, range(300)),
+        (np.uint16, 2**16, range(40_000, 60_000)),
+        (np.uint32, 100_000, range(70_000, 100_000)),
+        (np.uint32, 100_000, [7, 3, 9]),
+        (np.int64, 100_000, range(70_000, 100_000)),
+        (np.uint16, 300, [5, 0] * 7),  # too few to tell that every second one is 0
+        (np.uint16, 300, [0] * 99),
+        (np.uint32, 100_000, [0] * 99),
+    ],
+)
+def test_the_type_of_headerless_tokens_is_told_by_their_vocabulary_and_content(tmp_path, kind, vocab_size, ids):
+    np.array(ids, kind).tofile(tmp_path / "train.bin")
+    shard = read_shard(tmp_path / "train.bin", vocab_size)
+    assert shard.dtype.itemsize == np.dtype(kind).itemsize
+    assert ShardedTokens([shard], vocab_size)[0 : len(ids)].tolist() == list(ids)
+
+
+def test_tokens_of_two_bytes_are_none_of_a_large_vocabulary(tmp_path):
+    np.arange(600, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    np.arange(601, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    np.arange(80, dtype=np.uint32).tofile(tmp_path / "train.bin")
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    assert "uint32 tokens and" in refusal(load, tmp_path, data_dir=tmp_path)
 
 
 def cut_short(path: Path) -> None:
@@ -159,6 +224,13 @@ def test_slices_are_those_of_one_array(sharded, data):
     start, stop = data.draw(st.tuples(st.integers(0, total + 9), st.integers(0, total + 9)))
     np.testing.assert_array_equal(part[start:stop], whole[first:last][start:stop])
     assert len(part) == last - first
+
+
+def test_bytes_are_counted_in_parts(sharded, monkeypatch):
+    monkeypatch.setattr("corpus.dataset.COUNTED_AT_ONCE", 7)
+    tokenizer = CharTokenizer([chr(100 + i) for i in range(sum(SIZES))])  # of two bytes from the 28th on
+    for size in (0, 1, 7, 28, 29, sum(SIZES)):
+        assert count_bytes(sharded, size, tokenizer) == size + max(0, size - 28)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -257,6 +329,47 @@ def test_names_say_which_shards_validate_and_test(tmp_path):
     assert "has no shard to train on" in refusal(load, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train/0", "train"), ("val/0", "val"), ("validation/deep/0", "val"), ("test/0", "test")),
+        *(("web_eval_000", "val"), ("dev_000", "val"), ("Heldout-1", "val"), ("held_out/0", "val")),
+        *(("val/train_000", "train"), ("train/web_valid_7", "val"), ("developer/evaluate", "train")),
+    ],
+)
+def test_folders_and_more_words_say_the_split(tmp_path, name, split):
+    """The folders above the one that all have in common say nothing."""
+    folder = tmp_path / "test" / "corpus"
+    for i, other in enumerate(("a/web_train_1", "a/web_train_2", "b/val")):
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        llm_c(folder / f"{other}.bin", [i] * 30)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    llm_c(folder / f"{name}.bin", [9] * 30)
+    data = load(folder / "**" / "*.bin", data_dir=tmp_path)
+    have = {word for word in SPLITS if (part := getattr(data, word)) and 9 in part.tokens[0:999]}
+    assert have == {split} and f"{name}.bin" in getattr(data, split).files
+
+
+def test_the_header_names_each_splits_files(tmp_path):
+    for name in ("train/0", "train/1", "train/2", "val/3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        llm_c(tmp_path / f"{name}.bin", range(40))
+    data = load(tmp_path / "*" / "*.bin", data_dir=tmp_path)
+    told = summary._shards(data)
+    assert told == "training train/0.bin to train/2.bin (3 files), validation val/3.bin"
+    data = load(tmp_path / "val" / "*.bin", data_dir=tmp_path, context_len=2)
+    assert summary._shards(data) == "training 3.bin, validation at their end"
+
+
+def test_all_shards_together_are_one_text(tmp_path):
+    llm_c(tmp_path / "a_val.bin", range(50, 59))
+    llm_c(tmp_path / "a_train.bin", range(50))
+    data = load(tmp_path, data_dir=tmp_path, context_len=200, whole=True)
+    assert data.val.tokens[0:99].tolist() == list(range(59)) and data.train is data.val
+    assert data.sha256 == load(tmp_path, data_dir=tmp_path).sha256
+    assert data.val.holds(58) and not data.val.holds(59)
+
+
 def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for_training(tmp_path, monkeypatch):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b"hello": 257, "é".encode(): 258}
     tokenizer = TiktokenTokenizer(
@@ -267,9 +380,17 @@ def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for
     monkeypatch.setattr("corpus.load_shards.check_tokenizer_name", lambda name: None)
     data = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer)
     assert data.val.num_bytes == 5 + 1 + 2 + 1 + 2 and data.train.num_bytes is None
-    assert bits_per_byte(1.0, 27, data.train.num_bytes) is None
-    monkeypatch.setattr("corpus.load_shards._pieces", None)  # not counted again
+    assert data.train.bytes_of(27, tokenizer) == 9 * (5 + 1)
+    monkeypatch.setattr(load_shards_module, "count_bytes", None)  # not counted again
     assert load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer).val.num_bytes == 11
+    monkeypatch.setattr(load_shards_module, "count_bytes", count_bytes)
+    (counted,) = (tmp_path / ".cache").iterdir()
+    whole, lines = counted.read_bytes(), []
+    for damaged in (b"", b"0", whole[:128] + bytes(8) + whole[136:]):
+        counted.write_bytes(damaged)
+        again = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer, say=lines.append)
+        assert again.val.num_bytes == 11 and counted.read_bytes() == whole
+    assert len(lines) == 3 and all(f"{counted} is damaged" in line for line in lines)
 
 
 def test_the_hash_stays_with_the_tokens_and_sees_a_change(tmp_path):

@@ -70,6 +70,25 @@ def test_loss_gradients_and_dropout_are_those_of_the_plain_stack(random_params, 
         np.testing.assert_allclose(grads[name], want_grad, rtol=0, atol=2e-6 * np.abs(want_grad).max(), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_kernel": "plain"},
+        {"attention_kernel": "chunked", "scan_blocks": True, "remat": "block", "tie_embeddings": False},
+        {"attention_kernel": "chunked", "num_kv_heads": 6, "sliding_window": 0, "mlp": "gelu", "loss_chunk": 4},
+    ],
+)
+def test_products_in_half_precision_change_gradients_by_their_roundings_alone(random_params, changes):
+    config = dataclasses.replace(MODEL, **changes)
+    params = random_params(config)
+    loss, grads = loss_and_grads(dataclasses.replace(config, dtype="bfloat16_matmul"), params)
+    exact_loss, exact_grads = loss_and_grads(config, params)
+    assert loss == pytest.approx(float(exact_loss), rel=3e-3)
+    flat = lambda grads: np.concatenate([np.ravel(grads[name]) for name in sorted(grads)])
+    assert {grad.dtype for grad in grads.values()} == {jnp.dtype("float32")}
+    assert 1e-3 < np.linalg.norm(flat(grads) - flat(exact_grads)) / np.linalg.norm(flat(exact_grads)) < 0.03
+
+
 class Dropping(nnx.Module):
     """A block that only drops, `times` over."""
 

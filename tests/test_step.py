@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from training import muon, step
 from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
 from transformer.config import TransformerConfig
 from transformer.sharding import batch_sharded, make_mesh, replicated
+from transformer.xla import Target, compiler_options
 
 ROWS, T, V = 24, 5, 13
 POISON = V - 1  # a token that ordinary batches do not have; the row of its embedding can be made bad
@@ -48,7 +50,7 @@ class Trainer:
         self.params = jax.tree.map(np.array, params)  # on the host: the step eats what is on the device
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self.orthogonalized = 0
-        labels = labels_of(params, optimizer_config.use_muon)
+        labels = labels_of(params, optimizer_config)
         opt = make_optimizer(optimizer_config, params, TOTAL_STEPS, self.mesh)
         schedule, k = schedule_shape(optimizer_config, TOTAL_STEPS), optimizer_config.accumulation_steps
         self.step = step.make_train_step(MODEL, opt, schedule, labels, k, jax.random.key(0), self.mesh, **gate)
@@ -263,7 +265,7 @@ def test_metrics_are_those_of_the_step(at_once):
     assert metrics["lr_factor"] == 1
     rms = lambda leaves: np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in leaves]) ** 2))
     for group in ("muon", "adamw"):
-        names = [name for name, label in labels_of(at_once.params, True).items() if label == group]
+        names = [name for name, label in labels_of(at_once.params, AT_ONCE).items() if label == group]
         moved = [state.params[name] - at_once.params[name] for name in names]
         assert metrics[f"param_rms_{group}"] == pytest.approx(rms([state.params[name] for name in names]), rel=1e-5)
         assert metrics[f"update_rms_{group}"] == pytest.approx(rms(moved), rel=1e-4)
@@ -288,3 +290,29 @@ def test_each_micro_batch_draws_its_own_random_numbers(monkeypatch, random_param
     trainer = Trainer({"head.kernel": jnp.ones((2, 3))}, AT_ONCE)
     losses, again = ([float(metrics["loss"]) for _, metrics in trainer.run([batch()] * 3)] for _ in range(2))
     assert len(set(losses)) == 3 and losses == again
+
+
+@pytest.mark.parametrize(
+    ("target", "attention"),
+    [(Target("cpu"), "none"), (Target("tpu"), "pallas_call"), (Target("cuda", "9.0"), "dot_product_attention_fwd")],
+)
+def test_a_step_is_traced_for_the_devices_of_its_mesh_wherever_it_is_traced(monkeypatch, target, attention):
+    """The mesh stands for devices that are not here; nothing may ask for those that are."""
+    config = dataclasses.replace(MODEL, context_len=128, head_dim=8, dtype="bfloat16")
+    mesh, key = make_mesh(devices=jax.devices()[:1]), jax.random.key(0)
+    compiler_options()  # compiles a program on a CPU, once
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(step, "target_of", lambda devices: target)
+    monkeypatch.setattr(jax.extend.backend, "get_backend", pytest.fail)
+    for name in ("default_backend", "devices", "local_devices"):
+        monkeypatch.setattr(jax, name, pytest.fail)
+    made = step.make_step(AT_ONCE, config, TOTAL_STEPS, key, mesh)
+    batch_BT1 = jax.ShapeDtypeStruct((2, 129), jnp.int32)
+    for traced in (
+        made.run.trace(made.state, batch_BT1),
+        step.make_eval_step(config, mesh).trace(made.state.params, batch_BT1),
+    ):
+        program = str(traced.jaxpr)
+        kernels = {name for name in ("pallas_call", "dot_product_attention_fwd") if name in program}
+        assert kernels == {attention} - {"none"}
+        assert ("optimization_barrier" in program) == (target.platform == "cpu")

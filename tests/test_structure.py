@@ -22,7 +22,7 @@ ALONE = {"runtime", "transformer"}  # import nothing else of the project
 SHARED_BY_COMMANDS = ("commands.flags", "commands.planning")
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
-    *({"kernels.vendor", "attention", "rotary"}, {"xla"}, {"sharding"}),
+    *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges"}),
 ]
 OUTSIDE_WORLD = {"os", "sys", "pathlib", "shutil", "logging", "absl", "ml_collections", "orbax", "rich", "wandb"}
 NO_PRODUCT = {"tests", "benchmarks", "docs", "launch", "notebooks"}
@@ -124,9 +124,29 @@ def test_errors_imports_nothing_and_the_transformer_knows_no_world_outside():
         if package == "transformer":
             called = {getattr(call.func, "id", "") for call in calls_of(source)}
             assert not roots & OUTSIDE_WORLD and not called & {"print", "open"}, name
-        if package in ("transformer", "runtime", "corpus", "interop", "input_pipeline"):
+        if package in ("transformer", "training", "runtime", "corpus", "interop", "input_pipeline"):
             assert "ml_collections" not in roots, f"{name} sees the whole config"
         assert name == "runtime.checkpoints.manager" or "orbax" not in roots, name
+
+
+def test_an_optimizer_is_named_in_its_own_file_in_the_table_and_where_its_keys_are():
+    """Whoever else reports of optimizers asks training/optimizer.py; recipes set keys, benchmarks compare by name."""
+    named = {name for name, source in read_sources().items() if re.search("muon|adamw", source, re.IGNORECASE)}
+    elsewhere = {name for name in named if name.partition(".")[0] not in ("benchmarks", "configs")}
+    assert (elsewhere, "configs.default" in named) == ({"training.muon", "training.optimizer"}, True)
+
+
+def test_what_is_traced_asks_for_no_devices():
+    """Those of the mesh may be elsewhere. A model alone, without a mesh, takes JAX's own choice, in one place."""
+    asking = ("jax.default_backend", "jax.devices", "jax.local_devices", "jax.extend.backend.get_backend")
+    found = [
+        f"{name}: {call}"
+        for name, source in read_sources().items()
+        if name.partition(".")[0] in ("transformer", "training")
+        for call in (ast.unparse(call.func) for call in calls_of(source))
+        if call in asking
+    ]
+    assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
 
 
 def test_a_worker_that_encodes_text_loads_no_jax():
@@ -142,6 +162,32 @@ def test_what_is_read_is_never_run():
             where = f"{name}:{call.lineno}"
             assert getattr(call.func, "id", "") not in ("eval", "exec", "compile"), where
             assert not any(keyword.arg == "allow_pickle" for keyword in call.keywords), where
+
+
+READERS = {  # who opens files, and why it is not `runtime.files` that does
+    "runtime.files": "the one reader of what lies in a run's directory",
+    "runtime.workdir": "the lock, which is held open",
+    "runtime.checkpoints.integrity": "hashes the files of a checkpoint, once they were found to be regular",
+    "runtime.watchdog": "writes while everything hangs",
+    **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
+    **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
+    **dict.fromkeys(
+        [f"corpus.{name}" for name in ("cache", "fetch", "files", "load_text", "prepare", "rebuild", "shards")], "data"
+    ),
+    "corpus.tokenizer": "what a library says",
+}
+
+
+def opens(source: str) -> list[str]:
+    """Calls that read a file, or take JSON that somebody wrote."""
+    calls = [ast.unparse(call.func) for call in calls_of(source)]
+    return [name for name in calls if re.fullmatch(r"(.+\.)?(open|read_text|read_bytes)|json\.loads?", name)]
+
+
+def test_one_module_reads_the_files_of_a_run():
+    named = {"read_text", "read_bytes"}  # of runtime.files, imported
+    found = {name for name, source in read_sources().items() if set(opens(source)) - named}
+    assert found - {name for name in found if name.startswith("benchmarks.")} == READERS.keys()
 
 
 def test_torch_reads_tensors_and_nothing_else():

@@ -52,6 +52,7 @@ if lr == 0.7 and not (workdir / "stopped").exists():
         signal.raise_signal(signum)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
     signal.signal(signal.SIGTSTP, suspend)
     import os
     (workdir / "ready.part").write_text(str(os.getpid()))
@@ -147,7 +148,17 @@ def test_crashes_are_said_and_lose_nothing_and_finished_runs_are_not_made_again(
     assert calls(stand_in)["lr=0.5,seed=0"] == 2
 
 
-@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
+@pytest.mark.parametrize("name", ["lr=0.5,seed=0", "compare"])
+def test_a_run_that_is_a_link_out_of_the_sweep_is_refused(name, stand_in, tmp_path, capsys):
+    (tmp_path / "outside").mkdir()
+    stand_in.mkdir()
+    (stand_in / name).symlink_to(tmp_path / "outside")
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.6"]) == 2
+    assert_one_line(capsys.readouterr().err, f"{stand_in / name}: a link that leads out")
+    assert list((tmp_path / "outside").iterdir()) == [] and not (stand_in / "lr=0.6,seed=0").exists()
+
+
+@pytest.mark.parametrize("sent, heard", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
 def test_a_signal_reaches_the_run_once_and_ends_the_sweep(sent, heard, stand_in, capfd):
     ready = stand_in / "lr=0.7,seed=0" / "ready"
 

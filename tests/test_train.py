@@ -48,7 +48,7 @@ def test_what_a_run_leaves():
 
 def test_the_keys_and_sums_of_the_metrics():
     always = {"step", "tokens", "loss", "grad_norm", "lr", "muon_lr", "step_seconds", "tokens_per_second", "mfu"}
-    always |= {"elapsed_seconds", "peak_memory_bytes"}
+    always |= {"elapsed_seconds", "compile_seconds", "peak_memory_bytes"}
     always |= {f"{what}_rms_{group}" for what in ("param", "update") for group in ("muon", "adamw")}
     validation = {"val_loss", "bits_per_byte", "val_tokens"}
     history = rows(finished_run().workdir)
@@ -62,6 +62,8 @@ def test_the_keys_and_sums_of_the_metrics():
         if evaluated:  # one character is one token and one byte
             assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
     assert [row["elapsed_seconds"] for row in history] == sorted(row["elapsed_seconds"] for row in history)
+    compiled = [row["compile_seconds"] for row in history]
+    assert compiled == sorted(compiled) and 0 < compiled[-1] < history[-1]["elapsed_seconds"]
     assert history[0]["loss"] == pytest.approx(math.log(finished_run().tokenizer.vocab_size), abs=0.2)
     assert history[-1]["loss"] < history[0]["loss"] - 1
 
@@ -145,6 +147,19 @@ def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsy
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["step"], result["split"], result["tokens"]) == (best[1], "val", history[-1]["val_tokens"])
     assert result["loss"] == pytest.approx(best[0], abs=1e-6)
+
+
+def test_products_in_half_precision_train_as_float32_does(tmp_path, capsys):
+    """Two devices; the header says what runs, and whoever reads the run computes as it did."""
+    config = tiny_config(cpu_devices="2", max_steps=20, dtype="bfloat16_matmul")
+    done = run_main(*arguments(config, tmp_path), XLA_FLAGS="")
+    assert done.returncode == 0 and "2 x cpu (cpu), bfloat16_matmul" in done.stdout, done.stderr
+    apart = [abs(own["loss"] - row["loss"]) for own, row in zip(rows(tmp_path), finished_run().history, strict=False)]
+    assert 0 < max(apart) < 0.02
+    assert main.main(["eval", f"--workdir={tmp_path}"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    best = min(row["val_loss"] for row in rows(tmp_path) if "val_loss" in row)
+    assert result["loss"] == pytest.approx(best, abs=1e-4)  # on one device sums differ, and what they round to
 
 
 @pytest.mark.parametrize(

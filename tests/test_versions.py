@@ -31,7 +31,7 @@ def test_where_xla_knows_an_option_no_more_programs_are_compiled_without(monkeyp
     assert xla.compiler_options() is not None  # of this version: without them steps are slow
     assert not xla._compiles({"xla_option_that_is_gone": True})
     monkeypatch.setattr(xla, "_compiles", lambda options: False)
-    assert xla.compiler_options.__wrapped__() is None
+    assert xla._options_for_cpu.__wrapped__() is None
 
 
 def test_barriers_compile_in_a_loop_that_is_small():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.half import half_dot_general
 from transformer.xla import compiler_options, dot_general, settle
 
 CONTRACT = (((2,), (0,)), ((), ()))
@@ -23,6 +24,26 @@ def test_a_product_and_its_gradients_are_those_of_jax(n_in, n_out, dtype):
     for mine, theirs in zip((have, *pull_back(dy)), (want, *pull_back_of_jax(dy)), strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), **rounding)
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 1), (2, 37)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(48, 65), (65, 48), (7, 1)])
+def test_a_product_in_half_precision_rounds_its_operands_and_nothing_else(rows, n_in, n_out):
+    """Also where its result, an operand or a gradient is transposed, as with a head that is tied."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((*rows, n_in), (n_out, n_in), (*rows, n_out)))
+    product = lambda x, w: half_dot_general(x, w.T, CONTRACT)
+
+    def gradients(x, w, dy):
+        y, pull_back = jax.vjp(product, x, w)
+        return y, *pull_back(dy)
+
+    have = jax.jit(gradients, compiler_options=compiler_options())(x, w, dy)
+    x, w, dy = (np.float64(value.astype(jnp.bfloat16)) for value in (x, w, dy))
+    want = x @ w.T, dy @ w, dy.reshape(-1, n_out).T @ x.reshape(-1, n_in)
+    for mine, right in zip(have, want, strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_settled_is_not_computed_again_for_each_user():

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ml_collections import ConfigDict
-
 
 @dataclass(frozen=True)
 class Beside:
@@ -114,16 +112,21 @@ class Clock:
         return seconds
 
 
-def beside(config: ConfigDict, val_tokens: int) -> dict[str, Beside]:
+def beside(
+    step_tokens: int, val_tokens: int, eval_tokens: int, *, eval_every: int, sample_every: int, save_every: int
+) -> dict[str, Beside]:
     """What a run does beside its steps, with what it is likely to take before it was timed.
 
     A forward pass is a third of a step's arithmetic. The shares of compilation are a small model's on a CPU.
+
+    Args:
+      step_tokens: tokens of a real step; `*_every` are such steps.
+      val_tokens, eval_tokens: tokens of the validation split, and of the part of it that is taken in training; 0: all.
     """
-    tokens = config.batch_size * config.context_len * config.accumulation_steps
-    some = min(config.eval_tokens, val_tokens) if config.eval_tokens else val_tokens
-    saves = min(filter(None, (config.save_every, config.eval_every)), default=0)  # as if each evaluation improved
+    some = min(eval_tokens, val_tokens) if eval_tokens else val_tokens
+    saves = min(filter(None, (save_every, eval_every)), default=0)  # as if each evaluation improved
     return {
-        "evaluation": Beside(config.eval_every, some, val_tokens, share=1 / (3 * tokens), compiling=0.15),
-        "sample": Beside(config.sample_every, compiling=0.7),
+        "evaluation": Beside(eval_every, some, val_tokens, share=1 / (3 * step_tokens), compiling=0.15),
+        "sample": Beside(sample_every, compiling=0.7),
         "save": Beside(saves, compiling=0.4),
     }

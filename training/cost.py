@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from training.optimizer import OptimizerConfig
 from training.step import TrainState
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import choose
@@ -50,64 +50,61 @@ def flops_per_token(config: TransformerConfig) -> float:
     return 6 * (_hidden_weights(c) + c.embedding_dim * c.vocab_size) + 12 * attention * c.num_heads * c.head_dim
 
 
-def memory_bytes(
-    config: TransformerConfig, rows: int, use_muon: bool, accumulation_steps: int, num_devices: int = 1, tensor: int = 1
-) -> dict[str, int]:
-    """What a training step holds on each device, by part, in bytes.
+def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> dict[str, int]:
+    """What the forward pass of a training step keeps on each device, in bytes: `held_bytes` says by which rule.
 
-    Parameters and optimizer are exact, the rest a rule that was fitted on a CPU: there the sum lay within -16 % and
-    +30 % of what the compiled steps of a dozen configs, 12 MB to 6 GB, say they need.
-
-    gradients: with the updates made of them, and what travels between devices. activations: what the forward pass
-    keeps, and 5/4 of it for the one block that is being differentiated. logits: with their gradient.
+    activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated. logits:
+    with their gradient.
 
     Args:
       rows: sequences of context_len tokens a device.
       tensor: into how many parts heads and hidden units are split, which are activations' alone: a device holds the
-        residual stream whole. Parameters are counted as if they were whole.
+        residual stream whole.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), 2 if c.dtype == "bfloat16" else 4
-    parameters, hidden = sum(parameter_counts(c).values()), _hidden_weights(c) if use_muon else 0
+    tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
     qkv = (N + 2 * K) * H
     inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
-    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.dtype), c.document_start >= 0) == "plain")
+    probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
     whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)
     return {
-        "parameters": 4 * parameters,
-        "optimizer": 4 * (2 * parameters - hidden + (parameters if accumulation_steps > 1 else 0)),
-        "gradients": 4 * parameters * (2 + (accumulation_steps > 1) + (num_devices > 1)),
         "activations": tokens * (4 * c.num_blocks * kept + 5 * whole) // 4,
         "logits": 2 * 4 * at_once * c.vocab_size,
     }
 
 
-# --- On a mesh ----------------------------------------------------------------------------------------------------
+def held_bytes(
+    settings: OptimizerConfig, model_config: TransformerConfig, batch_size: int, state: TrainState, mesh: Mesh
+) -> dict[str, int]:
+    """What a training step holds on each device, by part, in bytes.
 
+    Parameters and optimizer are exact, from the shapes and shardings of `state`; the rest is a rule that was fitted on
+    a CPU: there the sum lay within -16 % and +30 % of what the compiled steps of a dozen configs, 12 MB to 6 GB, say
+    they need.
 
-def held_bytes(config: ConfigDict, model_config: TransformerConfig, state: TrainState, mesh: Mesh) -> dict[str, int]:
-    """What a step holds on each device, by part: parameters and optimizer exact, the rest by `cost.memory_bytes`.
+    gradients: with the updates made of them, and what travels between devices. gathered: weights that are used whole
+    and kept in parts (fsdp), those of two blocks at a time.
 
-    gathered: weights that are used whole and kept in parts (fsdp), those of two blocks at a time.
+    Args:
+      batch_size: sequences a micro-batch, over all devices.
     """
     rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
-    settings = config.use_muon, config.accumulation_steps, mesh.size, tensor
-    by_rule, parameters = memory_bytes(model_config, config.batch_size // rows, *settings), _bytes_of(state.params)
+    forward, parameters = activation_bytes(model_config, batch_size // rows, tensor), _bytes_of(state.params)
     result = {
         "parameters": parameters,
         "optimizer": _bytes_of(state.opt_state),
-        "gradients": by_rule["gradients"] * parameters // by_rule["parameters"],
-        "activations": by_rule["activations"] // sequence,
-        "logits": by_rule["logits"] // (sequence * (1 if model_config.vocab_size % tensor else tensor)),
+        "gradients": parameters * (2 + (settings.accumulation_steps > 1) + (mesh.size > 1)),
+        "activations": forward["activations"] // sequence,
+        "logits": forward["logits"] // (sequence * (1 if model_config.vocab_size % tensor else tensor)),
     }
     if mesh.shape[FSDP] > 1:
-        size = jnp.dtype(model_config.dtype).itemsize
+        size = jnp.dtype(model_config.activation_dtype).itemsize
         whole = {name: p.size * size // tensor for name, p in state.params.items()}
         blocks = sum(n for name, n in whole.items() if name.startswith("blocks."))
         result["gathered"] = sum(whole.values()) - blocks + 2 * blocks // model_config.num_blocks
@@ -196,12 +193,12 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
 
 
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int | None) -> float | None:
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
     """A loss in nats per token as bits per byte of text, which compares across tokenizers.
 
     Args:
         loss: mean nats per token.
         num_tokens: tokens of the text.
-        num_bytes: UTF-8 bytes of the same text; None, and so is the result, where they are not known.
+        num_bytes: UTF-8 bytes of the same text; None is returned where the tokens stand for no text.
     """
-    return None if num_bytes is None else loss / math.log(2) * num_tokens / num_bytes
+    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

@@ -9,28 +9,36 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from training.step import TrainState
-from transformer.xla import compiler_options
+from transformer.xla import jit_for, target_of
+
+MOST = 64  # micro-steps in a dispatch, whatever is asked for: a signal waits for those that are under way
 
 
-def spans(config: ConfigDict, start: int, end: int, ends: Sequence[int] = ()) -> Iterator[range]:
+def spans(
+    start: int, end: int, most: int, accumulation: int, every: Sequence[int], ends: Sequence[int] = ()
+) -> Iterator[range]:
     """The micro-steps from `start` to before `end`, those of one dispatch at a time.
 
-    At most `steps_per_dispatch`, up to the next real step after which a key named *_every asks for something.
-
     Args:
+      most: micro-steps in a dispatch.
+      accumulation: micro-steps in a real step.
+      every: after so many real steps each something is due, which ends a dispatch; 0: never.
       ends: further real steps before which a dispatch ends.
     """
-    k, most = config.accumulation_steps, config.steps_per_dispatch
-    periods = [k * config[key] for key in config if key.endswith("_every") and config[key]]
-    fixed = {end, *(k * step for step in ends)}
+    periods = [accumulation * period for period in every if period]
+    fixed = {end, *(accumulation * step for step in ends)}
     first = start
     for last in range(start + 1, end + 1):
         if last - first == most or last in fixed or any(last % period == 0 for period in periods):
             yield range(first, last)
             first = last
+
+
+def longest(start: int, end: int, most: int, accumulation: int, every: Sequence[int]) -> int:
+    """The micro-steps that the longest of `spans` can have: so much room is made on the devices for batches."""
+    return min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)])
 
 
 def several_steps(
@@ -50,7 +58,8 @@ def several_steps(
 
     places = jax.tree.map(lambda x: x.sharding, state)  # of a loop's result XLA would choose them, and compile twice
     shardings = places, places.metrics
-    return jax.jit(steps, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
+    target = target_of(places.micro_step.device_set)
+    return jit_for(target, steps, donate_argnums=0, out_shardings=shardings)
 
 
 def held_back(step: Callable, most: int = 4) -> Callable:

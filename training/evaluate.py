@@ -1,18 +1,22 @@
 """Exact loss over a split: what validation during a run, the `eval` command and benchmarks share."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from corpus.dataset import Split
+from corpus.tokenizer import Tokenizer
 from input_pipeline import eval_batches
 from runtime.multihost import from_all, put
+from training import cost
+from training.loss import token_losses
 from training.step import make_eval_step
 from transformer.config import TransformerConfig
-from transformer.model import Params
+from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sharding import batch_sharded, is_data_parallel
 
 
@@ -26,7 +30,7 @@ class Evaluator:
         self._rows = batch_size * max(1, self.TOKENS // (batch_size * self._context_len))
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
-        alone = jax.default_backend() == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
+        alone = mesh.devices.flat[0].platform == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
         self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
 
     def __call__(
@@ -53,6 +57,29 @@ class Evaluator:
         collect(at_most=0)
         total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
         return total / tokens, int(tokens)
+
+
+def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarray]:
+    """Log-probabilities, in nats, of every token of a split but the first, in order: float32 [n] at a time.
+
+    Each is predicted in the window in which an `Evaluator` predicts it; `rows` windows are read at once.
+    """
+
+    @jax.jit
+    def of_batch(params: Params, batch_BT1: jax.Array) -> jax.Array:
+        logits_BTV = model_of(model.config, params)(jnp.maximum(batch_BT1[:, :-1], 0))
+        return -token_losses(logits_BTV, batch_BT1[:, 1:])
+
+    for batch in eval_batches(split, model.config.context_len, rows):
+        yield np.asarray(of_batch(params_of(model), batch))[batch[:, 1:] >= 0]
+
+
+def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
+    """A split's loss as bits per byte of the text that it was measured on, where `num_tokens` of it were predicted.
+
+    These are the split's first; its very first token, which nothing precedes, is counted with them.
+    """
+    return cost.bits_per_byte(loss, num_tokens + 1, split.bytes_of(num_tokens + 1, tokenizer))
 
 
 def _own_part(x: jax.Array) -> np.ndarray:

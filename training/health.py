@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from runtime.errors import DivergedError
+from training.optimizer import GROUPS
 from transformer.model import Params
 
 WINDOW = 128  # real steps that the running mean of the loss looks back on, with fading weights
@@ -106,8 +107,8 @@ class Divergence:
         if metrics["bad_steps"] >= self._max_bad_steps:
             raise DivergedError(
                 f"config.lr: no finite gradient in {metrics['bad_steps']} steps in a row, up to step {step} "
-                f"(lr {lr:.3g}; in the last of them {place} was not finite); lower lr and muon_lr, or clip harder; "
-                "the last checkpoint is good"
+                f"(lr {lr:.3g}; in the last of them {place} was not finite); lower "
+                f"{' and '.join(group.rate for group in GROUPS.values())}, or clip harder; the last checkpoint is good"
             )
         if count := new["bad_batches"]:
             what = "batch" if count == 1 else "batches"

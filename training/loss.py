@@ -21,7 +21,10 @@ def batch_loss(
     config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
-    width, dtype = config.embedding_dim, config.dtype  # those of the blocks come together where they are used
+    width, dtype = (
+        config.embedding_dim,
+        config.activation_dtype,
+    )  # those of the blocks come together where they are used
     params = {n: p if n.startswith("blocks.") else bring_together(n, p, width, dtype) for n, p in params.items()}
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)
@@ -32,7 +35,7 @@ def batch_loss(
     graph, weights = nnx.split(model.output)
 
     def chunk_loss(weights, x_CD, targets_C):
-        return loss_sum(head_logits(nnx.merge(graph, weights), x_CD, config.logit_softcap), targets_C)[0]
+        return loss_sum(head_logits(nnx.merge(graph, weights), x_CD, config), targets_C)[0]
 
     return chunked_loss_sum(chunk_loss, weights, x_BTD, targets_BT, config.loss_chunk)
 
@@ -43,9 +46,13 @@ def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     In nats, float32.
     """
     real = targets >= 0
+    return jnp.where(real, token_losses(logits, targets), 0.0).sum(), real.sum()
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy [...] of logits [..., V], in nats; of a negative target it means nothing."""
     target = jnp.maximum(targets, 0)[..., None]
-    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
-    return jnp.where(real, loss, 0.0).sum(), real.sum()
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
 
 
 def chunked_loss_sum(

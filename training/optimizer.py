@@ -7,9 +7,9 @@ The step is one optax transformation. Its `update` takes, beside gradients and p
 """
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from training.muon import scale_by_muon
 from transformer.model import Params
+from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
 
 Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
 
@@ -35,34 +36,70 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The settings of the optimizer; `configs/default.py` says what each means."""
+    """The settings of the optimizer; `configs/default.py` says what each means.
 
-    lr: float = 3e-4
-    muon_lr: float = 0.02
+    Raises:
+      ValueError: `<field>: <what is wrong>`.
+    """
+
+    lr: Positive = 3e-4
+    muon_lr: Positive = 0.02
     use_muon: bool = True
-    muon_momentum: float = 0.95
-    muon_momentum_start: float = 0.95
-    muon_momentum_warmup_steps: int = 0
+    muon_momentum: BelowOne = 0.95
+    muon_momentum_start: BelowOne = 0.95
+    muon_momentum_warmup_steps: CountOrNone = 0
     newton_schulz: str = "classical"
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Annotated[int, Range("from 1 to 100", lambda x: 1 <= x <= 100)] = 5
     muon_scale: str = "aspect"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
     decay_embeddings: bool = False
-    grad_clip: float = 1.0
-    accumulation_steps: int = 1
+    grad_clip: NotNegative = 1.0
+    accumulation_steps: Count = 1
     schedule: str = "constant"
-    lr_warmup_ratio: float = 0.0
-    decay_ratio: float = 0.5
-    min_lr_ratio: float = 0.0
+    lr_warmup_ratio: Share = 0.0
+    decay_ratio: Share = 0.5
+    min_lr_ratio: Share = 0.0
+
+    def __post_init__(self):
+        require(vars(self), type(self).__annotations__)
+        if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas: must be two numbers at least 0 and below 1, got {self.betas}")
 
 
 # --- Who goes where -----------------------------------------------------------------------------------------------
 
 
-def labels_of(params: Params, use_muon: bool) -> dict[str, str]:
-    """ "muon" or "adamw" for each parameter, by name.
+class Group(NamedTuple):
+    """The parameters of one label, as whoever reports of them calls them."""
+
+    title: str  # of their optimizer
+    members: str  # in the plural
+    rate: str  # the setting with their peak learning rate, and the name by which the rate is logged; it ends in lr
+    make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
+
+
+def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
+    return scale_by_muon(
+        c.muon_momentum,
+        start_momentum=c.muon_momentum_start,
+        warmup_steps=c.muon_momentum_warmup_steps,
+        newton_schulz=c.newton_schulz,
+        newton_schulz_steps=c.newton_schulz_steps,
+        scale=c.muon_scale,
+        mesh=mesh,
+    )
+
+
+GROUPS = {  # by label; the first takes what no other does
+    "adamw": Group("AdamW", "other arrays", "lr", lambda c, _: optax.scale_by_adam(*c.betas, c.eps)),
+    "muon": Group("Muon", "matrices", "muon_lr", _muon),
+}
+
+
+def labels_of(params: Params, config: OptimizerConfig) -> dict[str, str]:
+    """The label in GROUPS of each parameter, by name.
 
     Raises:
       ValueError: a name that no rule knows, or that two rules claim: a new kind of parameter needs a decision.
@@ -73,8 +110,13 @@ def labels_of(params: Params, use_muon: bool) -> dict[str, str]:
         other = [EMBEDDING.fullmatch(name), VECTOR.fullmatch(name), name == HEAD]
         if matrix + sum(map(bool, other)) != 1:
             raise ValueError(f"{name}: must belong to exactly one optimizer group")
-        labels[name] = "muon" if matrix and use_muon else "adamw"
+        labels[name] = "muon" if matrix and config.use_muon else "adamw"
     return labels
+
+
+def groups_of(labels: Mapping[str, str]) -> dict[str, Group]:
+    """The groups that have members."""
+    return {label: group for label, group in GROUPS.items() if label in labels.values()}
 
 
 def decayed(name: str, decay_embeddings: bool) -> bool:
@@ -157,29 +199,18 @@ def make_optimizer(
     run at all: not in the middle of an accumulation (where optax.MultiSteps would run it and throw the result away,
     Newton-Schulz included), and not for a step that has no finite gradient.
     """
-    labels = labels_of(params, config.use_muon)
+    labels = labels_of(params, config)
     shape = schedule_shape(config, total_steps)
-    b1, b2 = config.betas
 
     def decay() -> optax.GradientTransformation:
         mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
         return optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
 
-    muon = scale_by_muon(
-        config.muon_momentum,
-        start_momentum=config.muon_momentum_start,
-        warmup_steps=config.muon_momentum_warmup_steps,
-        newton_schulz=config.newton_schulz,
-        newton_schulz_steps=config.newton_schulz_steps,
-        scale=config.muon_scale,
-        mesh=mesh,
-    )
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        "muon": optax.chain(muon, decay(), descend(config.muon_lr, shape)),
-        "adamw": optax.chain(optax.scale_by_adam(b1, b2, config.eps), decay(), descend(config.lr, shape)),
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        label: optax.chain(group.make(config, mesh), decay(), descend(getattr(config, group.rate), shape))
+        for label, group in groups_of(labels).items()
     }
-    groups = {label: groups[label] for label in sorted(set(labels.values()))}
-    inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(groups, labels))
+    inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels))
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
     if config.accumulation_steps == 1:
         return gated  # MultiSteps would keep a buffer of the parameters' size for nothing

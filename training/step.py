@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -18,7 +19,7 @@ from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_o
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
-from transformer.xla import compiler_options, settle
+from transformer.xla import jit_for, settle, target_of, traced_for
 
 
 class TrainState(NamedTuple):
@@ -129,7 +130,7 @@ def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Par
         rows = PartitionSpec(ROWS)
         return on_rows(on_each_device, mesh, (rows_specs(params, mesh), rows), rows)(params, batch_BT1)
 
-    return jax.jit(eval_step)
+    return jax.jit(traced_for(target_of(mesh.devices.flat), eval_step))
 
 
 def make_train_step(
@@ -194,7 +195,7 @@ def make_train_step(
             state = jax.lax.with_sharding_constraint(state, shardings_of(state, mesh))
         return state, step_metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    return jit_for(target_of(mesh.devices.flat), train_step, donate_argnums=0)
 
 
 def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
@@ -207,14 +208,15 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
     return result
 
 
-def regroup(state: TrainState, optimizer: Any, old: int, new: int) -> TrainState:
+def regroup(state: TrainState, old: int, new: int) -> TrainState:
     """The state of a run that accumulated over `old` micro-batches, between two real steps, for `new` of them.
 
-    `optimizer` is that of the new number: with more than one, the inner optimizer's state is wrapped in optax's
-    MultiSteps, with one it stands alone. The count of real steps stays.
+    With more than one, the inner optimizer's state is wrapped in that of optax's MultiSteps, with one it stands alone.
+    The count of real steps stays.
     """
-    inner = state.opt_state if old == 1 else state.opt_state.inner_opt_state
-    opt_state = inner if new == 1 else optimizer.init(state.params)._replace(inner_opt_state=inner)
+    opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
+    if new > 1:
+        opt_state = optax.MultiSteps(optax.identity(), new).init(state.params)._replace(inner_opt_state=opt_state)
     return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
@@ -241,7 +243,7 @@ def make_step(
 ) -> Step:
     """The step of a run of `total` real steps; `key` is dropout's."""
     shapes = jax.eval_shape(partial(init_params, model_config), key)
-    labels = labels_of(shapes, settings.use_muon)
+    labels = labels_of(shapes, settings)
     optimizer = make_optimizer(settings, shapes, total, mesh)
     schedule = schedule_shape(settings, total)
     run = make_train_step(

@@ -1,8 +1,9 @@
-"""The shape of a model: its settings, which of their values are possible, and what follows from them."""
+"""The shape of a model and how it is run: their settings, which values are possible, and what follows from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from transformer.kernels.choose import KERNEL_NAMES
+from transformer.ranges import AboveOne, BelowOne, Count, CountOrNone, NotNegative, Positive, require
 from transformer.rotary import Yarn
 from transformer.stack import REMAT_POLICIES
 
@@ -13,72 +14,76 @@ CHOICES = {
     "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
     "qk_norm": ("none", "scaled", "unscaled"),
     "output_init": ("normal", "scaled", "zero"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "bfloat16_matmul"),
     "attention_kernel": KERNEL_NAMES,
     "remat": tuple(REMAT_POLICIES),
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model is run: nothing here adds, drops or reshapes a parameter."""
+
+    dtype: str = "float32"
+    attention_kernel: str = "auto"
+    loss_chunk: CountOrNone = 0
+    remat: str = "none"
+    scan_blocks: bool = False
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a model. `configs/default.py` says what each setting means.
+class TransformerConfig(Execution):
+    """The shape of a model, with how it is run. `configs/default.py` says what each setting means.
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
     the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
 
     Raises:
-      ValueError: `<field>: <what is wrong>` for a shape that cannot be.
+      ValueError: `<field>: <what is wrong>`.
     """
 
-    vocab_size: int
-    context_len: int = 64
-    num_blocks: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 0
-    embedding_dim: int = 128
-    head_dim: int = 0
-    mlp_dim: int = 512
+    vocab_size: Count
+    context_len: Count = 64
+    num_blocks: Count = 4
+    num_heads: Count = 4
+    num_kv_heads: CountOrNone = 0
+    embedding_dim: Count = 128
+    head_dim: CountOrNone = 0
+    mlp_dim: Count = 512
     mlp: str = "gelu"
     norm: str = "layernorm"
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     norm_bias: bool = True
     position: str = "learned"
-    rope_theta: float = 10_000.0
+    rope_theta: AboveOne = 10_000.0
     rope_scaling: str = "none"
-    yarn_factor: float = 32.0
-    yarn_original_context: int = 4096
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
+    yarn_factor: AboveOne = 32.0
+    yarn_original_context: Count = 4096
+    yarn_beta_fast: Positive = 32.0
+    yarn_beta_slow: Positive = 1.0
     yarn_truncate: bool = True
-    yarn_attention_factor: float = 0.0
+    yarn_attention_factor: NotNegative = 0.0
     qk_norm: str = "none"
     attention_sink: bool = True
-    sliding_window: int = 0
+    sliding_window: CountOrNone = 0
     window_pattern: str = "L"
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = True
     tie_embeddings: bool = True
-    logit_softcap: float = 0.0
-    dropout: float = 0.0
+    logit_softcap: NotNegative = 0.0
+    dropout: BelowOne = 0.0
     output_init: str = "normal"
-    dtype: str = "float32"
     document_start: int = -1
-    attention_kernel: str = "auto"
-    loss_chunk: int = 0
-    remat: str = "none"
-    scan_blocks: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(vars(self), {field.name: field.type for field in fields(self)})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not self.head_dim:
             if self.embedding_dim % self.num_heads:
@@ -88,8 +93,6 @@ class TransformerConfig:
                     f"use {near}, or set head_dim"
                 )
             object.__setattr__(self, "head_dim", self.embedding_dim // self.num_heads)
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim: must be at least 1, got {self.head_dim}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
         if self.rope_scaling == "llama3" and self.yarn_beta_fast <= self.yarn_beta_slow:
@@ -108,6 +111,16 @@ class TransformerConfig:
         windows = list(map(self.window, range(self.num_blocks)))
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
         return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of everything between the products, and of their results."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def operand_dtype(self) -> str:
+        """Of what enters a product; sums are float32."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
     @property
     def yarn(self) -> Yarn | None:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.config import TransformerConfig
+from transformer.half import half_dot_general
 from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
 from transformer.sharding import constrain, part_shape
@@ -44,12 +45,13 @@ def _output_initializer(config: TransformerConfig) -> nnx.Initializer:
 
 
 def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: nnx.Rngs, init=None) -> nnx.Linear:
-    options: dict[str, Any] = {"dtype": config.dtype, "dot_general": dot_general}
+    product = half_dot_general if config.dtype == "bfloat16_matmul" else dot_general
+    options: dict[str, Any] = {"dtype": config.activation_dtype, "dot_general": product}
     return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init or _normal(), rngs=rngs, **options)
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
-    common: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.dtype, "rngs": rngs}
+    common: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.activation_dtype, "rngs": rngs}
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.embedding_dim, **common)
     # The one-pass variance E[x^2] - E[x]^2 loses digits; the two-pass form costs nothing that shows.
@@ -70,14 +72,14 @@ class Attention(nnx.Module):
             c.num_heads * c.head_dim, c.embedding_dim, c.attention_out_bias, c, rngs, _output_initializer(c)
         )
         if c.qk_norm != "none":
-            scaled = c.qk_norm == "scaled"
-            self.query_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.dtype, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, use_scale=scaled, dtype=c.dtype, rngs=rngs)
+            own: dict[str, Any] = {"epsilon": c.norm_eps, "dtype": c.activation_dtype, "rngs": rngs}
+            own["use_scale"] = c.qk_norm == "scaled"
+            self.query_norm, self.key_norm = nnx.RMSNorm(c.head_dim, **own), nnx.RMSNorm(c.head_dim, **own)
         if c.attention_sink:
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
     def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned, as operands of products."""
         c, B, T = self.config, *x_BTD.shape[:2]
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
         k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
@@ -85,7 +87,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if turn is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
-        return q_BTNH, k_BTKH, v_BTKH
+        return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype)
 
     def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
@@ -153,7 +155,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c = config
         self.config = c
-        embed: dict[str, Any] = {"embedding_init": _normal(), "dtype": c.dtype, "rngs": rngs}
+        embed: dict[str, Any] = {"embedding_init": _normal(), "dtype": c.activation_dtype, "rngs": rngs}
         self.embedding = nnx.Embed(c.vocab_size, c.embedding_dim, **embed)
         if c.position == "learned":
             self.positions = nnx.Embed(c.context_len, c.embedding_dim, **embed)
@@ -203,18 +205,22 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""
-        return head_logits(self.output, x_BTD, self.config.logit_softcap)
+        return head_logits(self.output, x_BTD, self.config)
 
     def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
         """A cache for texts that will begin at these slots."""
         c = self.config
-        empty = jnp.zeros((len(start_B), c.num_kv_heads, slots, c.head_dim), c.dtype)
+        empty = jnp.zeros((len(start_B), c.num_kv_heads, slots, c.head_dim), c.operand_dtype)
         return Cache([LayerCache(empty, empty) for _ in range(c.num_blocks)], start_B, jnp.int32(0))
 
 
-def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, softcap: float) -> jax.Array:
+def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, config: TransformerConfig) -> jax.Array:
     """`Transformer.logits` as a function of the module whose weights make them."""
-    logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
+    if isinstance(output, nnx.Embed) and config.dtype == "bfloat16_matmul":
+        logits = half_dot_general(x_BTD, output.embedding[...].T)
+    else:
+        logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
+    softcap = config.logit_softcap
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 

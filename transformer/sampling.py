@@ -18,7 +18,7 @@ import numpy as np
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, params_of
-from transformer.xla import jit_at_first_call
+from transformer.xla import jit_where_it_lies
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
 FEWEST_SLOTS = 64  # of the cache; it doubles when it is full, since attention reads all of it for each token
@@ -99,7 +99,7 @@ def pick(
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
-@partial(jit_at_first_call, static_argnames=("config", "sampling"))
+@partial(jit_where_it_lies, static_argnames=("config", "sampling"))
 def _prefill(
     params: Params, tokens_BP, start_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
 ) -> tuple[jax.Array, Cache | None]:
@@ -116,7 +116,7 @@ def _enlarge(cache: Cache, slots: int) -> Cache:
     return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
 
-@partial(jit_at_first_call, static_argnames=("config", "sampling", "ends"), donate_argnames=("cache",))
+@partial(jit_where_it_lies, static_argnames=("config", "sampling", "ends"), donate_argnames=("cache",))
 def _decode(
     params: Params,
     cache: Cache,

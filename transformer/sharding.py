@@ -93,13 +93,12 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
     return result
 
 
-def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `text` (see `parse_mesh`) makes of these devices (default: all), with all of AXES.
+def make_mesh(text: str = "", *, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that `text` (see `parse_mesh`) makes of these devices, with all of AXES.
 
     Raises:
       ValueError: as `mesh_sizes`.
     """
-    devices = jax.devices() if devices is None else devices
     shape = tuple(mesh_sizes(text, len(devices)).values())
     grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)  # on a TPU, neighbours that are linked
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

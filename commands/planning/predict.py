@@ -49,7 +49,7 @@ def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) 
         mesh=mesh,
         config=config,
         model=model,
-        memory=held_bytes(config, model, step.state, mesh),
+        memory=held_bytes(settings, model, config.batch_size, step.state, mesh),
         compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
         traffic=collectives(program.as_text(), mesh.size),
     )

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
+from runtime.files import read_file, read_object
 
 Fingerprints = dict[str, list]  # path of a leaf -> [shape, dtype, sixteen hexadecimal digits], as JSON gives it back
 
@@ -119,14 +120,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
       ValueError: the file is missing, too large, no JSON object, or the seal does not fit; says which.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError("is too large")
-        values = json.loads(path.read_bytes())
+        values = read_object(path, LARGEST)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(str(error) if str(error) == "is too large" else "is not JSON") from error
-    if not isinstance(values, dict) or SEAL not in values:
+    except ValueError as error:
+        raise ValueError(one_line(error, 80)) from error
+    if SEAL not in values:
         raise ValueError("carries no seal")
     if values.pop(SEAL) != _hash_of(values):
         raise ValueError("does not fit its seal")
@@ -143,15 +142,24 @@ def write_file_list(directory: Path, besides: Collection[str]) -> None:
     (directory / FILE_LIST).write_text("".join(lines), encoding="utf-8")
 
 
+def unreadable_files(directory: Path, largest: int) -> list[str]:
+    """What lies under `directory` and is not to be opened: no regular file, or one of more than `largest` bytes."""
+    paths = [path for path in directory.rglob("*") if not path.is_dir()]
+    wrong = [path for path in paths if not path.is_file() or path.stat().st_size > largest]
+    return sorted(path.relative_to(directory).as_posix() for path in wrong)
+
+
 def changed_files(directory: Path, besides: Collection[str]) -> list[str] | None:
     """Files that are not as the list has them, those included that only the list or only the directory knows.
 
     None where there is no list. A list that is damaged itself disagrees with what is there.
     """
     try:
-        text = (directory / FILE_LIST).read_text(encoding="utf-8", errors="replace")
+        text = read_file(directory / FILE_LIST, LARGEST).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        text = ""
     listed = {line[66:]: line[:64] for line in text.splitlines()}
     found = _hash_files(directory, besides)
     return sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))

@@ -27,6 +27,7 @@ from runtime.checkpoints.integrity import (
     read_sealed,
     require_same_kind,
     seal,
+    unreadable_files,
     write_file_list,
 )
 from runtime.checkpoints.retention import (
@@ -45,9 +46,10 @@ from runtime.checkpoints.retention import (
 )
 from runtime.distributed import end_if_a_peer_is_lost
 from runtime.errors import NoCheckpointError, StorageError, one_line
-from runtime.files import MAKE_ROOM, require_room, room
+from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
+from runtime.workdir import CHECKPOINTS, UNSAVED
 
 FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
 ITEMS = ("params", "rest")
@@ -77,6 +79,14 @@ def _bytes_on_disk(state: Any) -> int:
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether it is [shape, dtype, fingerprint]."""
+    match entry:
+        case [list(shape), str(), str()]:
+            return all(type(n) is int and n >= 0 for n in shape)
+    return False
+
+
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `workdir/checkpoints`.
 
@@ -90,7 +100,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
           NoCheckpointError: `read_only` and there are none; or one is of another format.
         """
-        self.directory = workdir.absolute() / "checkpoints"
+        self.directory = workdir.absolute() / CHECKPOINTS
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
         quieten()
@@ -160,6 +170,18 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise self._all_damaged(self._damaged)
         return best_first(self._known())
 
+    def begin(self) -> None:
+        """A run begins here: until one of its checkpoints is complete, it may begin again."""
+        by_first((self.directory / UNSAVED).touch)
+
+    def never_saved(self) -> bool:
+        """Whether this is the directory of a run that has begun and completed no checkpoint yet."""
+        return (self.directory / UNSAVED).exists()
+
+    def _note_saved(self) -> None:
+        if is_first() and self._steps_on_disk():
+            (self.directory / UNSAVED).unlink(missing_ok=True)
+
     # --- Saving ---------------------------------------------------------------------------------------------------
 
     def save(
@@ -200,6 +222,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         try:
             self._manager.wait_until_finished()
+            self._note_saved()
             self._empty_trash()
             self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
             replaces = step in self._manager.all_steps()
@@ -245,6 +268,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         try:
             self._manager.close()
+            if not self._read_only:
+                self._note_saved()
             self._empty_trash()
         except Exception as error:
             raise self._not_saved("the last checkpoint was not saved", error) from error
@@ -281,9 +306,13 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         if meta.get("step") != step:
             raise DamagedError(f"meta is that of step {meta.get('step')}")
-        arrays = meta.get("arrays")
+        arrays, loss = meta.get("arrays"), meta.get("checkpoint_val_loss")
         if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in ITEMS):
             raise DamagedError("meta has no table of the arrays")
+        if not all(_is_entry(entry) for item in arrays.values() for entry in item.values()):
+            raise DamagedError("meta has a table of something else than arrays")
+        if type(meta.get("position")) is not int or not (loss is None or type(loss) in (int, float)):
+            raise DamagedError("meta has no position or loss")
         return meta
 
     def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
@@ -301,11 +330,19 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _arrays(self, step: int, wanted: dict[str, Any], sharding: Placement) -> dict[str, Any]:
         stored = self.meta(step)["arrays"]
+        self._require_regular(step, stored)
         if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
         for item, tree in wanted.items():
             require_same_kind(f"{self.directory}/{step}: {item}/", stored[item], tree)
         return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
+
+    def _require_regular(self, step: int, stored: dict[str, dict[str, list]]) -> None:
+        """Raises DamagedError when something is there that reading would wait for, or never end with."""
+        entries = [math.prod(shape) for arrays in stored.values() for shape, *_ in arrays.values()]
+        largest = LARGEST + 8 * sum(entries)
+        if wrong := unreadable_files(self.directory / str(step), largest):
+            raise DamagedError(f"{wrong[0]} is no regular file, or too large")
 
     def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement) -> Any:
         at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
@@ -402,12 +439,14 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def examine(self, step: int) -> "Finding":
         """Look at every file and at every array of a checkpoint, on one device."""
-        path, val_loss = self.directory / str(step), None
-        changed = changed_files(path, BOOKKEEPING)
-        wrong = [f"{name} has changed" for name in changed or ()]
+        path, val_loss, changed = self.directory / str(step), None, None
+        wrong: list[str] = []
         try:
             meta = self.meta(step)
             val_loss = meta["checkpoint_val_loss"]
+            self._require_regular(step, meta["arrays"])
+            changed = changed_files(path, BOOKKEEPING)
+            wrong = [f"{name} has changed" for name in changed or ()]
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             for item in ITEMS:
                 try:

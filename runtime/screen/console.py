@@ -104,7 +104,7 @@ class Console:
 
         On a terminal the live view takes it, and a line is for evaluations alone; a narrow one gets no rates and no
         MFU. `row` has step, loss, grad_norm, lr, step_seconds, tokens_per_second, mfu (or None), elapsed_seconds,
-        eta_seconds and peak_memory_bytes; val_loss and muon_lr where there are any.
+        eta_seconds and peak_memory_bytes; val_loss where there is any; each key that ends in lr is a learning rate.
         """
         narrow = self._terminal is not None and self._terminal.width <= _LINE_WIDTH
         left_out = ("grad", "lr", "took", "mfu") if narrow else ()
@@ -174,8 +174,8 @@ class Console:
 
 def _cells(row: dict[str, Any], total: int) -> dict[str, tuple[str, str]]:
     """The columns of a step's line as (text, rich style)."""
-    val_loss, muon_lr, mfu, seconds = row.get("val_loss"), row.get("muon_lr"), row["mfu"], row["step_seconds"]
-    rates = [f"{rate:.1e}".replace("e-0", "e-") for rate in (row["lr"], muon_lr) if rate is not None]
+    val_loss, mfu, seconds = row.get("val_loss"), row["mfu"], row["step_seconds"]
+    rates = [f"{rate:.1e}".replace("e-0", "e-") for name, rate in row.items() if name.endswith("lr")]
     if seconds is None:  # the first step of a session, most of which was compilation
         took, rate, left = "compiled  ", " " * 12, ""
     else:

@@ -101,7 +101,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """ "; did you mean X?" for the closest of `words`, or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
+def nearest(word: str, words: Sequence[str], alike: float = 0.6) -> str:
+    """ "; did you mean X?" for the closest of `words`, or nothing where none is `alike` (from 0 to 1)."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=alike)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,5 +1,7 @@
-"""Ways in which a file of a checkpoint can be damaged, and a small run's worth of checkpoints to damage."""
+"""Ways in which a file of a checkpoint or a run can be damaged, and a small run's worth of checkpoints to damage."""
 
+import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from runtime.checkpoints.integrity import SEAL, seal
 from runtime.checkpoints.manager import Checkpoints
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
@@ -84,3 +87,91 @@ def copy_of(workdir: Path, target: Path) -> Path:
 
 def bits(tree: Any) -> list[tuple[np.dtype, bytes]]:
     return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+# --- Whole run directories ------------------------------------------------------------------------------------------
+
+PLACED = ("directory", "pipe", "device", "holes", "link to a file", "link to a directory", "link to nothing")
+_ODD = [
+    *(None, True, -1, 0, 0.5, 1e308, -1e308, 2**31, 10**39, 10**60, "", "x", "\ud800", "\0", "x" * 10_000),
+    *([], {}, [[]], [None], {"": {}}, [0] * 3, [1e308] * 2),
+]
+
+
+def put_in_place(path: Path, kind: str, outside: Path) -> None:
+    """What lies where a file or a directory should lie; links lead to `outside`, a directory with a file `mine`."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "holes":
+        path.touch()
+        os.truncate(path, 10**12)
+    else:
+        ends = {"device": Path("/dev/zero"), "link to a file": outside / "mine", "link to a directory": outside}
+        path.symlink_to(ends.get(kind, outside / "nothing"))
+
+
+def odd_value(rng: random.Random) -> Any:
+    """Something that JSON can hold and nobody expects."""
+    value = rng.choice(_ODD)
+    for _ in range(rng.choice([0] * 12 + [40, 80, 500])):
+        value = [value]
+    return value
+
+
+def damage_json(value: Any, rng: random.Random) -> Any:
+    """The value, changed somewhere: a part becomes another, goes, comes, or takes another's place."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
+        return odd_value(rng)
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    keys = list(changed) if isinstance(changed, dict) else range(len(changed))
+    at, how = rng.choice(keys), rng.random()
+    if how < 0.6:
+        changed[at] = damage_json(changed[at], rng)
+    elif how < 0.75:
+        del changed[at]
+    elif how < 0.9:
+        changed[at] = changed[rng.choice(keys)]
+    elif isinstance(changed, dict):
+        changed[rng.choice(["", "new", "step", "__class__", "x" * 300])] = odd_value(rng)
+    else:
+        changed.insert(0, odd_value(rng))
+    return changed
+
+
+def damage_content(path: Path, rng: random.Random) -> None:
+    """A file that is still JSON, or JSON lines, with something odd in it; the seal of a checkpoint's is made anew."""
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        lines = text.splitlines()
+        at = rng.randrange(len(lines))
+        lines[at] = json.dumps(damage_json(json.loads(lines[at]), rng))
+        path.write_text("\n".join(lines) + "\n")
+    elif path.name == "samples.txt":
+        path.write_text(text.replace("step 1", rng.choice(["step " + "9" * 5000, "step ١", "step -1", "step 1e9"])))
+    else:
+        value = damage_json(json.loads(text), rng)
+        sealed = path.name == "metadata" and isinstance(value, dict) and value.pop(SEAL, None)
+        path.write_text(json.dumps(seal(value) if sealed else value))
+
+
+def damage_run(workdir: Path, outside: Path, rng: random.Random) -> str:
+    """Damage one thing in a run's directory; says what was done."""
+    files = [path for path in files_of(workdir) if path.name != ".lock"]
+    small = [path for path in files if path.parent == workdir and path.suffix in (".json", ".jsonl", ".txt")]
+    metas = [path for path in files if path.name == "metadata"]
+    how = rng.random()
+    if how < 0.4:
+        path = rng.choice(small * 2 + metas)
+        damage_content(path, rng)
+        done = "odd content"
+    elif how < 0.7:
+        path, done = rng.choice(rng.choice([small, files])), rng.choice(KINDS)
+        damage(path, done, rng)
+    else:
+        directories = [path for path in workdir.rglob("*") if path.is_dir()]
+        path, done = rng.choice(rng.choice([small, files, directories])), rng.choice(PLACED)
+        put_in_place(path, done, outside)
+    return f"{path.relative_to(workdir)}: {done}"

@@ -107,9 +107,13 @@ def test_damage_of_the_meta_item(sound, tmp_path):
         (json.dumps(meta | {"position": 11}), "does not fit its seal"),
         (json.dumps(values), "carries no seal"),
         (json.dumps(elsewhere), "is that of step 5"),
-        ("[" * 10**5, "is not JSON"),
-        ("[1]", "carries no seal"),
-        ('{"step": ' + "1" * 5000 + "}", "is not JSON"),
+        ("[" * 10**5, "is nested too deeply"),
+        ("[" * 90 + "]" * 90, "is nested too deeply"),
+        ("{", "is not JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"step": ' + "1" * 5000 + "}", "holds a number of 5,000 digits"),
+        (json.dumps(seal(values | {"position": "7"})), "no position"),
+        (json.dumps(seal(values | {"arrays": {"params": {"w": [["x"], 3, 4]}, "rest": {}}})), "else than arrays"),
     ]:
         workdir = copy_of(sound, tmp_path / "run")
         (workdir / "checkpoints" / "10" / "meta" / "metadata").write_text(content)
@@ -123,6 +127,28 @@ def test_a_giant_meta_item_is_not_read(sound, tmp_path, monkeypatch):
         file.truncate(10**12)  # of holes: it takes no room on the disk
     step, _, warnings = restore(workdir)
     assert step == 5 and "is too large" in warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "holes"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_cannot_be_read_to_its_end_is_not_opened(sound, tmp_path, kind, listed):
+    """In the place of an array's file: a pipe would be waited for, a terabyte of holes read for an hour."""
+    workdir = copy_of(sound, tmp_path / "run")
+    newest = workdir / "checkpoints" / "10"
+    file = next(path for path in files_of(newest / "params") if path.parent.name == "d")
+    if kind == "holes":
+        os.truncate(file, 10**12)
+    else:
+        file.unlink()
+        os.mkfifo(tmp_path / "pipe" if "link" in kind else file)
+        if "link" in kind:
+            file.symlink_to(tmp_path / "pipe")
+    if not listed:
+        (newest / FILE_LIST).unlink()
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert "no regular file, or too large" in checkpoints.examine(10).wrong[0]
+    step, _, warnings = restore(workdir)
+    assert step == 5 and f"{file.name} is no regular file, or too large" in warnings[0]
 
 
 def test_numbers_that_were_not_saved_are_not_believed(sound, tmp_path):
@@ -228,7 +254,10 @@ def test_the_best_that_is_damaged_is_passed_over_and_left_where_it_is(tmp_path):
     before = snapshot(tmp_path)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.restore_best_params(params, PLACE, warnings.append)[0] == 4
-        assert len(warnings) == 1 + 2 + 3 and "meta is not JSON; using 3" in warnings[0]
+        assert (
+            len(warnings) == 1 + 2 + 3
+            and "meta is not JSON (Expecting value: line 1 column 1 (char 0)); using 3" in warnings[0]
+        )
     (tmp_path / "checkpoints" / "4" / "params" / "manifest.ocdbt").unlink()
     with (
         Checkpoints(tmp_path, read_only=True) as checkpoints,

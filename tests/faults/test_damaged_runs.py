@@ -87,6 +87,74 @@ def test_all_damaged_is_never_a_fresh_start(copy, capsys):
     assert main.main([*arguments(tiny_config(max_steps=1), copy), "--fresh"]) == 0
 
 
+@pytest.mark.parametrize("gone", ["the checkpoints", "their directory", "what was moved first"])
+def test_steps_without_their_checkpoints_are_no_fresh_start(copy, capsys, monkeypatch, gone):
+    """A disk that is not mounted, a directory that was moved, or a kill while the run was being put aside."""
+    if gone == "what was moved first":
+        rename, moved = Path.rename, []
+
+        def killed(path, target):
+            moved.append(path.name)
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        assert main.main([*arguments(tiny_config(), copy), "--fresh"]) == 130
+        monkeypatch.undo()
+        assert moved[0] == "checkpoints"
+    else:
+        shutil.rmtree(copy / "checkpoints")
+        if gone == "the checkpoints":
+            (copy / "checkpoints").mkdir()
+    logs = {name: (copy / name).read_bytes() for name in run_lib.GROWING_FILES if (copy / name).exists()}
+    for _ in range(2):
+        capsys.readouterr()
+        assert main.main(arguments(tiny_config(), copy)) == 3
+        assert_one_line(capsys.readouterr().err, str(copy / "checkpoints"), "30 steps are logged", "--fresh")
+        assert {name: (copy / name).read_bytes() for name in logs} == logs
+    assert main.main([*arguments(tiny_config(max_steps=1), copy), "--fresh"]) == 0
+    assert (copy.with_name(f"copy.old-{2 if gone == 'what was moved first' else 1}") / "metrics.jsonl").exists()
+
+
+def test_damaged_rows_of_the_log_do_not_spoil_the_end_of_a_run(copy, capsys):
+    """It is over and saved: what is drawn at the end passes over them."""
+    log = copy / "metrics.jsonl"
+    log.write_text('[1]\n{"step": ' + "9" * 400 + '}\n{"step": "x"}\n' + log.read_text())
+    capsys.readouterr()
+    assert main.main(arguments(tiny_config(), copy)) == 0
+    assert capsys.readouterr().err == f"warning: {log}: 2 damaged rows left out\n"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        assert main.main(arguments(tiny_config(), tmp_path)) == 130
+    assert rows(tmp_path)[-1]["step"] == 5
+    assert main.main(arguments(tiny_config(), tmp_path)) == 0
+    assert losses(tmp_path) == losses(finished_run().workdir)
+
+
+def test_a_refused_run_leaves_nothing(tmp_path, capsys):
+    for changes in ({"dataset": "nowhere.txt"}, {"sample_prompt": "☃"}, {"init_from": str(tmp_path / "none")}):
+        assert main.main(arguments(tiny_config(**changes), tmp_path / "runs" / "a")) == 2
+        assert_one_line(capsys.readouterr().err, "error: ")
+        assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_from_elsewhere_that_leads_out_of_its_directory_is_refused(copy, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    before = snapshot(tmp_path)
+    assert main.main([*arguments(tiny_config(), copy), "--fresh"]) == 2
+    assert_one_line(capsys.readouterr().err, f"error: {copy / 'metrics.jsonl'}: a link that leads out")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_config_that_differs_is_no_damage(copy, capsys):
     """The newest is damaged and the config another: nothing is renamed, and the config is what is told of."""
     hurt(copy, 30)
@@ -128,6 +196,19 @@ def test_papers_that_changed_are_named(copy, capsys):
     for argv in (["sample", f"--workdir={copy}"], ["eval", f"--workdir={copy}"]):
         assert main.main(argv) in (2, 3)
         assert_one_line(capsys.readouterr().err, "")
+
+
+@pytest.mark.parametrize("number", [100_000, 2**31 - 1])
+def test_blocks_that_no_checkpoint_has_are_refused_at_once(copy, tmp_path, capsys, monkeypatch, number):
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["num_blocks"] = number
+    (copy / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(run_lib, "init_params", None)  # would be traced block by block
+    for command in (["sample"], ["eval"], ["report"], ["sample", "--step=30"]):
+        assert main.main([*command, f"--workdir={copy}"]) == 2
+        assert_one_line(capsys.readouterr().err, f"{copy / 'config.json'}: num_blocks is {number}, and the checkpoint")
+    with pytest.raises(UserError, match=f"num_blocks is {number}"):
+        train_lib.train(tiny_config(init_from=str(copy)), tmp_path / "tuned")
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------
@@ -198,7 +279,8 @@ def test_no_window_is_read_twice_or_skipped_when_the_batch_changes(order):
 def test_another_cut_of_the_same_steps_goes_on_as_the_same_run(tmp_path, capsys):
     """Eight sequences a step every time: only the order of sums differs, so a window that moved would show."""
     cut = lambda steps, *pair: tiny_config(
-        num_blocks=1, max_steps=steps, batch_size=pair[0], accumulation_steps=pair[1], sample_every=0
+        **{"num_blocks": 1, "use_muon": False, "sample_every": 0},
+        **{"max_steps": steps, "batch_size": pair[0], "accumulation_steps": pair[1]},
     )
     reference = train_lib.train(cut(11, 8, 1), tmp_path / "reference")
     train_lib.train(cut(4, 4, 2), tmp_path / "run")
@@ -243,8 +325,8 @@ def test_eight_devices_go_on_from_one_and_one_from_eight(tmp_path):
     """Restored bits are equal, or the fingerprints, made on one device or eight, would say damaged."""
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"}
     config = lambda steps: tiny_config(num_blocks=1, batch_size=8, max_steps=steps, sample_every=0)
-    for name in ("one", "mixed"):
-        train_lib.train(config(5), tmp_path / name)
+    train_lib.train(config(5), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "mixed")
     train_lib.train(config(15), tmp_path / "one")
     done = run_main(*arguments(config(10), tmp_path / "mixed"), **eight)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -269,7 +351,7 @@ def test_the_golden_checkpoint_still_resumes(tmp_path, monkeypatch):
     shutil.unpack_archive(GOLDEN, tmp_path)
     monkeypatch.chdir(tmp_path)
     expected = json.loads((tmp_path / "expected.json").read_text())
-    config = tiny_config(**expected["config"])
+    config = tiny_config(**{"newton_schulz_steps": 5} | expected["config"])
     workdir = tmp_path / "run"
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest() == expected["step"] and checkpoints.examine(expected["step"]).wrong == []

@@ -118,8 +118,11 @@ def test_a_limit_on_the_size_of_files_is_reported_within_one_save_interval(tmp_p
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
-def test_a_full_disk_under_a_file_that_grows(tmp_path, capsys, name):
-    (tmp_path / name).symlink_to("/dev/full")
+def test_a_full_disk_under_a_file_that_grows(tmp_path, capsys, monkeypatch, name):
+    def opened(path, mode="r", **options):
+        return open("/dev/full" if path.name == name and mode == "a" else path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
     assert main.main(arguments(tiny_config(max_steps=1), tmp_path)) == 5
     assert_one_line(
         capsys.readouterr().err, f"error: {tmp_path / name}: No space left on device (free ", "MB); make room"

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from helpers import ROOT, arguments, assert_one_line, finished_run, losses, make
 
 import main
 import train_lib
+from commands import sample
 from runtime import devices
 from runtime.errors import UserError
 from training import step
@@ -24,7 +26,7 @@ def test_a_reader_that_leaves_a_strange_locale_and_an_odd_workdir_stop_nothing(t
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a run ü").symlink_to("elsewhere")
     (tmp_path / "text.txt").write_text(make_text() + "é☃" * 40, encoding="utf-8")
-    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13)
+    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13, num_blocks=1, use_muon=False)
     command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, str(ROOT / "main.py")]
     environment = {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
     done = subprocess.run(
@@ -81,11 +83,54 @@ def test_a_home_that_cannot_be_written_means_no_compile_cache(tmp_path, monkeypa
         monkeypatch.setenv(name, value)
     settings = []
     monkeypatch.setattr(jax.config, "update", lambda *setting: settings.append(setting))
-    devices.set_up_compile_cache()
-    assert settings == []
+    said = []
+    devices.set_up_compile_cache(said.append)
+    assert settings == [] and len(said) == 1 and said[0].startswith("compiled programs are not kept: ")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    devices.set_up_compile_cache()
+    devices.set_up_compile_cache(pytest.fail)
     assert ("jax_compilation_cache_dir", str(tmp_path / "new" / "transformer-jax")) in settings
+
+
+def test_a_user_without_a_home_and_a_name_has_no_compile_cache(monkeypatch):
+    """As in a container that was started with a number as its user."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    said = []
+    devices.set_up_compile_cache(said.append)
+    assert len(said) == 1 and said[0].startswith("compiled programs are not kept: HOME: not set, ")
+    with sample.line_history():
+        pass
+
+
+PROGRAMS = """if True:
+    import sys, jax
+    from runtime import devices
+    devices.set_up_compile_cache(lambda line: print(line, file=sys.stderr))
+    found = jax.jit(lambda x: x * 3)(7.0), jax.jit(lambda x: x + 5)(7.0)
+    print(*found, jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "exchanged"])
+def test_damaged_compiled_programs_are_removed_once_with_one_line(tmp_path, damage):
+    """What a full disk has cut short, or somebody has exchanged: JAX would run one for the other."""
+
+    def start() -> tuple[str, str]:
+        command = [sys.executable, "-c", PROGRAMS]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr
+
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    assert start() == (f"21.0 12.0 {tmp_path}\n", "")
+    entries = sorted(tmp_path.glob("jit__lambda*-sealed-cache"))
+    assert len(entries) == 2
+    contents = [path.read_bytes() for path in entries]
+    for path, own, other in zip(entries, contents, contents[::-1], strict=True):
+        path.write_bytes({"empty": b"", "cut": own[: len(own) // 2], "exchanged": other}[damage])
+    assert start() == (f"21.0 12.0 {tmp_path}\n", f"compiled programs in {tmp_path}: damaged ones were removed\n")
+    assert start() == (f"21.0 12.0 {tmp_path}\n", "")
+    assert sorted(tmp_path.glob("jit__lambda*-sealed-cache")) == entries
 
 
 def test_a_run_with_wandb_out_of_reach_ends_well_and_keeps_the_key_to_itself(tmp_path):

@@ -219,7 +219,8 @@ def spiky_batches(index_of_spike: int):
 def test_a_run_warns_of_a_spike_and_a_resume_skips_the_same_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_lib, "Batches", spiky_batches(38))
     config = tiny_config(
-        max_steps=42, eval_every=100, save_every=100, sample_every=0, spike_sigmas=2.0, skip_spikes=True
+        **{"num_blocks": 1, "max_steps": 42, "eval_every": 100, "save_every": 100, "sample_every": 0},
+        **{"spike_sigmas": 2.0, "skip_spikes": True},
     )
     whole = train_lib.train(config, tmp_path / "whole")
     assert [row["step"] for row in whole.history if row["loss_spikes"]] == [39, 40, 41, 42]

@@ -10,7 +10,14 @@ from runtime import distributed
 from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
 
-SETTINGS = {"num_blocks": 1, "save_every": 3, "eval_every": 30, "peer_seconds": 15}
+SETTINGS = {
+    "num_blocks": 1,
+    "use_muon": False,
+    "save_every": 3,
+    "eval_every": 30,
+    "sample_every": 0,
+    "peer_seconds": 15,
+}
 
 
 def own_lines(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, arguments, assert_same_state, finished_run, losses, run_patched, tiny_config
+from helpers import ROOT, arguments, assert_same_state, finished_run, losses, run_patched, signal_before, tiny_config
 
 import main
 import train_lib
@@ -42,6 +42,19 @@ def test_a_signal_while_the_step_compiles_is_not_lost(tmp_path, monkeypatch, cap
     assert "saved step 1; the same command goes on from here" in capsys.readouterr().out
     monkeypatch.undo()
     assert_goes_on(tmp_path, tiny_config())
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGUSR1, 0), (signal.SIGUSR2, 140), (signal.SIGHUP, 129)])
+def test_a_scheduler_s_warning_and_a_hangup_save(tmp_path, monkeypatch, capsys, signum, status):
+    config = tiny_config(save_every=100, eval_every=100, warning_signal="stop" if signum == signal.SIGUSR2 else "save")
+    monkeypatch.setattr(train_lib, "prefetch", signal_before(signum, 13))
+    assert main.main(arguments(config, tmp_path)) == status
+    assert "saved step 1" in capsys.readouterr().out
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == ([14, 30] if status == 0 else [13])
+    monkeypatch.undo()
+    assert main.main(arguments(config, tmp_path)) == 0
+    assert [loss for _, loss, _ in losses(tmp_path)] == [loss for _, loss, _ in losses(finished_run().workdir)]
 
 
 def test_a_signal_while_a_sample_is_written_is_not_lost(tmp_path, monkeypatch, capsys):

@@ -121,7 +121,7 @@ def shakespeare() -> Split:
 def our_run(config, model_config, params, batches):
     """Loss and gradient norm [2, STEPS] as training logs them, and the parameters at the end."""
     labels, schedule, mesh = (
-        labels_of(params, config.use_muon),
+        labels_of(params, config),
         schedule_shape(config, STEPS),
         make_mesh(devices=jax.devices()[:1]),
     )

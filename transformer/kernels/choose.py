@@ -12,13 +12,13 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 
 from transformer.kernels.chunked import chunked_backward, chunked_forward, rowsum
 from transformer.kernels.plain import attend_plain
 from transformer.kernels.vendor import SPLASH_BLOCKS, cudnn_backward, cudnn_forward, splash_backward, splash_forward
 from transformer.sharding import by_heads
+from transformer.xla import target
 
 KERNEL_NAMES = ("auto", "plain", "chunked", "cudnn", "splash")
 
@@ -87,8 +87,9 @@ def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: b
         if problem := obstacle(kernel, T, N, K, H, dtype, documents):
             raise ValueError(f"attention_kernel: {problem}")
         return kernel
-    fast = {"tpu": "splash", "cuda": "cudnn"}.get(platform())
-    long = LONG_ON_CPU if platform() == "cpu" else LONG
+    here = target().platform
+    fast = {"tpu": "splash", "cuda": "cudnn"}.get(here)
+    long = LONG_ON_CPU if here == "cpu" else LONG
     slow = "chunked" if long <= T else "plain"
     if fast is None or dtype != jnp.bfloat16:
         return slow
@@ -99,11 +100,11 @@ def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: b
 
 
 def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
-    """What keeps a kernel from running on these sizes on this machine, or "" ("auto" always finds one that runs).
+    """What keeps a kernel from running on these sizes on `target()`, or "" ("auto" always finds one that runs).
 
     `documents`: it has to keep documents apart.
     """
-    here = platform()
+    here, capability = target()
     if kernel == "splash":
         if here != "tpu":
             return f"splash needs a TPU, and this is {here}; use auto"
@@ -112,7 +113,6 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents:
     elif kernel == "cudnn":
         if here != "cuda":
             return f"cudnn needs an NVIDIA GPU, and this is {here}; use auto"
-        capability = jax.local_devices()[0].compute_capability
         if float(capability) < 8:
             return f"cudnn needs compute capability 8.0 (Ampere), and this GPU has {capability}; use auto"
         if dtype != jnp.bfloat16:
@@ -141,12 +141,6 @@ def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
     except Exception as error:  # whatever this or a later version raises
         return f"{kernel} does not fit: {' '.join(str(error).split())}; use auto"
     return ""
-
-
-def platform() -> str:
-    """Of the default device: cpu, tpu, cuda, rocm, ..."""
-    backend = jax.extend.backend.get_backend()
-    return "cuda" if backend.platform == "gpu" and "cuda" in backend.platform_version else backend.platform
 
 
 @cache

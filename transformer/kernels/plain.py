@@ -42,6 +42,9 @@ def attend_plain(
     return settle(out_XRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _core(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window):
     return _forward(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window)[0]
@@ -49,7 +52,7 @@ def _core(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window):
 
 def _forward(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window):
     (R, H), T = q_XRH.shape[1:], k_XTH.shape[1]
-    scores_XRT = jnp.einsum("XRH,XTH->XRT", q_XRH, k_XTH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    scores_XRT = _product("XRH,XTH->XRT", q_XRH, k_XTH) / math.sqrt(H)
     mask_RT = visible(jnp.arange(R) % T, jnp.arange(T), window)
     if document_XT is not None:
         mask_RT = mask_RT & (jnp.tile(document_XT, R // T)[:, :, None] == document_XT[:, None])
@@ -66,20 +69,20 @@ def _forward(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window):
         total_XR1 = settle(total_XR1 + sink_weight_XR1)
         sink_prob_XR1 = sink_weight_XR1 / total_XR1
     probs_XRT = settle(weights_XRT * settle(1 / total_XR1))
-    out_XRH = settle(jnp.einsum("XRT,XTH->XRH", probs_XRT.astype(v_XTH.dtype), v_XTH))
+    out_XRH = settle(_product("XRT,XTH->XRH", probs_XRT.astype(v_XTH.dtype), v_XTH).astype(v_XTH.dtype))
     return out_XRH, (q_XRH, k_XTH, v_XTH, probs_XRT, sink_prob_XR1)
 
 
 def _backward(window, kept, dout_XRH):
     q_XRH, k_XTH, v_XTH, probs_XRT, sink_prob_XR1 = kept
     dout_XRH = settle(dout_XRH)
-    dprobs_XRT = settle(jnp.einsum("XRH,XTH->XRT", dout_XRH, v_XTH, preferred_element_type=jnp.float32))
+    dprobs_XRT = settle(_product("XRH,XTH->XRT", dout_XRH, v_XTH))
     mean_XR1 = settle((probs_XRT * dprobs_XRT).sum(-1, keepdims=True))
     scale = 1 / math.sqrt(q_XRH.shape[-1])
     dscores_XRT = settle((probs_XRT * (dprobs_XRT - mean_XR1) * scale).astype(q_XRH.dtype))
-    dq_XRH = jnp.einsum("XRT,XTH->XRH", dscores_XRT, k_XTH)
-    dk_XTH = jnp.einsum("XRT,XRH->XTH", dscores_XRT, q_XRH)
-    dv_XTH = jnp.einsum("XRT,XRH->XTH", probs_XRT.astype(dout_XRH.dtype), dout_XRH)
+    dq_XRH = _product("XRT,XTH->XRH", dscores_XRT, k_XTH).astype(q_XRH.dtype)
+    dk_XTH = _product("XRT,XRH->XTH", dscores_XRT, q_XRH).astype(k_XTH.dtype)
+    dv_XTH = _product("XRT,XRH->XTH", probs_XRT.astype(dout_XRH.dtype), dout_XRH).astype(v_XTH.dtype)
     dsink_XR1 = None if sink_prob_XR1 is None else -sink_prob_XR1 * mean_XR1
     return *settle((dq_XRH, dk_XTH, dv_XTH)), dsink_XR1, None
 

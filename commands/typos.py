@@ -1,0 +1,98 @@
+"""What is wrong with a command line or an installation, as far as it can be told at once, before what takes seconds.
+
+The names of flags and keys are read from the source of a command and of configs/default.py.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from runtime.errors import UserError
+from runtime.files import PROGRAM
+from runtime.screen.text import nearest
+
+_FLAG = re.compile(r'\bDEFINE_(\w+)\(\s*"(\w+)"')
+_KEY = re.compile(r"^    config\.(\w+) = (\S+)", re.MULTILINE)
+_OF_ALL = {"debug": "bool", "help": "bool", "h": "bool", "flagfile": "string", "undefok": "string"}
+_ALSO_CALLED = {  # what others call our commands and keys
+    **{"generate": "sample", "chat": "sample", "evaluate": "eval", "tokenize": "prepare", "resume": "train"},
+    **{"learning_rate": "lr", "n_layer": "num_blocks", "num_layers": "num_blocks", "num_hidden_layers": "num_blocks"},
+    **{
+        "n_head": "num_heads",
+        "num_attention_heads": "num_heads",
+        "n_embd": "embedding_dim",
+        "d_model": "embedding_dim",
+    },
+    **{"hidden_size": "embedding_dim", "block_size": "context_len", "seq_len": "context_len", "data": "dataset"},
+    **{"max_iters": "max_steps", "steps": "max_steps", "num_epochs": "epochs", "name": "run", "d_ff": "mlp_dim"},
+    **{"gradient_accumulation_steps": "accumulation_steps", "eval_interval": "eval_every"},
+}
+
+
+def hint(word: str, words: Sequence[str]) -> str:
+    """ "; did you mean X?": one of `words` that is spelled much the same, or that others call so; or nothing."""
+    other = _ALSO_CALLED.get(word, word)
+    return nearest(other if other in words else word, words, alike=0.78)  # "stop" is no misspelt "step"
+
+
+def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
+    """A command's flags, each with its type, and the keys of --config.KEY, where it takes a config."""
+    source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+    flags = {name: kind for kind, name in _FLAG.findall(source)} | _OF_ALL
+    if "config=True" not in source:
+        return flags, []
+    keys = _KEY.findall((Path(__file__).parent.parent / "configs" / "default.py").read_text(encoding="utf-8"))
+    flags |= {f"config.{key}": "bool" if value in ("True", "False") else "" for key, value in keys}
+    return flags | {"config": "string"}, [key for key, _ in keys]
+
+
+def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> None:
+    """Whether the command is one of `commands`, and each word that looks like a flag names one of its flags or a key.
+
+    Raises:
+      UserError: one does not.
+    """
+    if command not in commands:
+        raise UserError(f"{command}: unknown command{hint(command, commands)}; use one of {', '.join(commands)}")
+    flags, keys = flags_of(command)
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            return
+        if not word.startswith("--"):
+            continue
+        name, equals, _ = word[2:].partition("=")
+        kind = flags.get(name) or flags.get(name.removeprefix("no"))
+        if name in flags:
+            if kind != "bool" and not equals:
+                next(rest, None)  # the value
+        elif name.startswith("no") and kind == "bool":
+            continue
+        elif name.removeprefix("no").startswith("config.") and keys:
+            key = name.partition(".")[2]
+            raise UserError(f"config.{key}: unknown key{hint(key, keys)}")
+        elif name in keys or _ALSO_CALLED.get(name) in keys:
+            raise UserError(f"--{name}: unknown flag; did you mean --config.{_ALSO_CALLED.get(name, name)}?")
+        else:
+            raise UserError(f"--{name}: unknown flag{hint(name, [*flags])}")
+
+
+def load(command: str) -> ModuleType:
+    """The command's module, with all that it needs.
+
+    Raises:
+      UserError: a package is not installed.
+    """
+    try:
+        return importlib.import_module(f"commands.{command}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if (PROGRAM / package).exists() or (PROGRAM / f"{package}.py").exists():
+            raise
+        raise UserError(
+            f"{package}: not installed for {sys.executable}; activate the environment that has it (source "
+            ".venv/bin/activate), or pip install -r requirements.txt"
+        ) from error

@@ -1,0 +1,51 @@
+"""What is worked out once from a text and kept beside it: arrays on disk that are known to be what was written."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from runtime.files import replacing
+
+
+def cached(
+    path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Callable[[str], None] = print
+) -> np.ndarray:
+    """The array that `make` gives, 1-D and of type `dtype`, memory-mapped from `path` as soon as it was written there.
+
+    The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. Reading it all to check
+    that costs no more than the text's own sha256, by which the file was found. What is damaged is made again, with a
+    word to `say`, and what an earlier version of this program wrote, without the hash, without one.
+    """
+    values = _load(path, np.dtype(dtype), say)
+    if values is None:
+        values = make()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as unfinished, unfinished.open("wb") as file:
+                np.save(file, values)
+                file.write(hashlib.sha256(values).digest())
+            values = np.load(path, mmap_mode="r")
+        except OSError as error:
+            say(f"warning: {path.parent} cannot be written ({error.strerror}); what was worked out stays in memory")
+    return np.asarray(values)  # keeps the map but drops the memmap class, whose slices cost several times as much
+
+
+def _load(path: Path, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray | None:
+    try:
+        values = np.load(path, mmap_mode="r")
+        with path.open("rb") as file:
+            file.seek(values.offset + values.nbytes)
+            kept = file.read()
+        if values.dtype != dtype or values.ndim != 1:
+            raise ValueError
+        if kept == hashlib.sha256(values).digest():
+            return values
+        if kept:
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, EOFError, ValueError):
+        say(f"warning: {path} is damaged; making it again")
+    return None
