@@ -96,9 +96,7 @@ def get_config() -> ConfigDict:
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
     # weights) | block (all but each block's input)
     config.scan_blocks = False  # blocks run in a loop, a smaller program; on a CPU it neither compiles nor runs faster
-    config.steps_per_dispatch = (
-        1  # micro-steps sent to the devices at once, at most 64; more can help small models on GPU
-    )
+    config.steps_per_dispatch = 1  # micro-steps sent to the devices at once, at most 64; more can help small models
     config.cpu_devices = "auto"  # CPU cores that take part, each a device; auto: the most that divide batch_size
     config.mesh = ""  # devices by axis: "data=2,fsdp=4,sequence=1,tensor=2"; axes left out are 1, and -1 takes the
     # devices that are left. data splits the batch; fsdp the batch, parameters and optimizer; tensor heads, hidden units
