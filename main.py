@@ -16,7 +16,7 @@ from runtime.large_pages import restart_with_large_pages
 COMMANDS = {
     "train": "train a model, or go on where the run stopped",
     "sample": "write text with a trained model",
-    "eval": "exact loss over a whole split",
+    "eval": "exact loss over a whole split, or any text",
     "verify": "check every checkpoint of a run",
     "report": "one page on a run: curves, samples, config, what the sinks do",
     "compare": "runs side by side: what differs, losses, costs, curves",

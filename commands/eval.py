@@ -24,13 +24,17 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
     flags.DEFINE_enum(
-        *("split", None, ["train", "val", "test", "all"]),
+        "split",
+        None,
+        ["train", "val", "test", "all"],
         "What to evaluate on; default val, and all of another text than the run's.",
         **define,
     )
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
     flags.DEFINE_enum(
-        *("unknown_characters", None, UNKNOWN_CHARACTERS),
+        "unknown_characters",
+        None,
+        UNKNOWN_CHARACTERS,
         "What becomes of characters that the model lacks; default as the run's config says.",
         **define,
     )

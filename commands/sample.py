@@ -83,17 +83,19 @@ def main(argv: list[str]) -> None:
         given = {"--prompt": values.prompt}
     else:
         given = {"standard input": _read_prompt() or tokenizer.opening}
-    texts = []
+    texts, room, long = [], model.config.context_len, []
     for name, prompt in given.items():
         try:
             prompt, length = readable(tokenizer, prompt, values.replace_unknown)
         except UnknownCharacters as error:
             raise UserError(f"{name}: {error}; leave them out, or give --replace_unknown") from error
-        if length > model.config.context_len:
-            which = "the prompt" if values.prompts is None else name
-            print(f"{which} has {length} tokens; the model reads the last {model.config.context_len}", file=sys.stderr)
+        if length > room:
+            long.append(f"the prompt has {length} tokens; the model reads the last {room}")
         seeds = [(sampling.seed + i) % 2**63 for i in range(values.num_samples)]
         texts += [(prompt, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
+    if long:
+        several = f"{len(long)} of {len(given)} prompts have more than {room} tokens; the model reads their last {room}"
+        print(long[0] if len(given) == 1 else several, file=sys.stderr)
     go_on = lambda prompt, how: until(stream(model, tokenizer, prompt, values.num_tokens, how), values.stop)
     if values.out is not None:
         with new_file(Path(values.out), "--out") as file:
@@ -141,7 +143,7 @@ def _read_prompts(path: Path) -> dict[str, str]:
       UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
     """
     try:
-        lines = read_file(path).decode("utf-8").split("\n")
+        lines = read_file(path).decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
     found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}

@@ -56,7 +56,8 @@ def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> 
       UserError: one does not.
     """
     if command not in commands:
-        raise UserError(f"{command}: unknown command{hint(command, commands)}; use one of {', '.join(commands)}")
+        near = hint(command, commands) or ";"
+        raise UserError(f"{command}: unknown command{near} use one of {', '.join(commands)}")
     flags, keys = flags_of(command)
     rest = iter(words)
     for word in rest:

@@ -113,7 +113,7 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | ParquetFiles) -
     if (out / PROGRESS_FILE).exists():
         state = read_json(out / PROGRESS_FILE)
         keys = {"source", "symbols", "place", "documents", "empty", "splits", "part"}
-        if not isinstance(state, dict) or set(state) != keys:
+        if set(state) != keys:
             raise UserError(f"{out / PROGRESS_FILE}: is damaged; remove {out} and begin again")
         _check_source(out, state["source"], source)
         return state

@@ -1,6 +1,7 @@
 """The pictures of runs: the losses of one against the tokens it has seen, and those of several over each other."""
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ _MOST_LABELS = 16  # in a legend that leaves room for the curves
 _LONGEST_LABEL = 40  # characters
 _UNITS = {"val_loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 SMOOTH_FROM = 60  # points; fewer can be read as they are
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # who has no home was told so before
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:

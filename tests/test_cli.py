@@ -177,7 +177,7 @@ def test_ctrl_c_while_a_config_file_runs_is_the_user_s(tmp_path):
 
 def test_mistakes_are_told_without_jax():
     program = "import main, sys; print(main.main(sys.argv[1:])); sys.exit('jax' in sys.modules)"
-    for argv in (["--lr=1"], ["generate"], ["--config.learning_rate=1"], ["sample", "--stop=x"]):
+    for argv in (["--lr=1"], ["generate"], ["--config.learning_rate=1"], ["eval", "--stop=x"]):
         done = subprocess.run(
             [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, check=True
         )

@@ -321,7 +321,7 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
     (tmp_path / "e" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex, which is of something else" in refusal(run, corpus / "*.txt", tmp_path / "e")
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / ".progress.json").write_text("[]")
+    (tmp_path / "f" / ".progress.json").write_text("{}")
     assert "is damaged" in refusal(run, corpus / "*.txt", tmp_path / "f")
     (corpus / "0.txt").write_text("a")
     tiny = replace(SETTINGS, val_fraction=0.9, test_fraction=0.0)

@@ -3,16 +3,19 @@
 import base64
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
+from helpers import ROOT, SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
 from test_compare import Page
 
 import config_lib
@@ -69,6 +72,16 @@ def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
     train_lib.train(config, tmp_path)
     after = (tmp_path / "sinks.jsonl").read_bytes()
     assert after.startswith(before) and after == (reported_run().workdir / "sinks.jsonl").read_bytes()
+
+
+def test_drawing_says_nothing_of_a_user_without_a_home():
+    code = "import pwd, pathlib, sys\npwd.getpwuid = lambda number: {}[number]\nfrom reports import plots\n"
+    code += "plots.plot_loss([], pathlib.Path(sys.argv[1]), 'a')"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": folder}
+        command = [sys.executable, "-c", code, f"{folder}/a.png"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch):

@@ -239,6 +239,15 @@ def test_prompts_of_a_file_go_to_a_file(tmp_path, capsys, name):
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
 
+def test_long_prompts_of_a_file_are_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "prompts").write_text("A heron\n" + "two eels \n" * 2 + "two eels at 7 two\n" * 3)
+    told = ["sample", f"--workdir={finished_run().workdir}", f"--prompts={tmp_path / 'prompts'}", "--num_tokens=0"]
+    capsys.readouterr()
+    assert main.main(told) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["3 of 6 prompts have more than 16 tokens; the model reads their last 16"]
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "words"),
     [

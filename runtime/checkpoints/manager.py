@@ -43,6 +43,7 @@ from runtime.checkpoints.retention import (
     newest_first,
     place_aside,
     strangers,
+    tidy_up,
 )
 from runtime.distributed import end_if_a_peer_is_lost
 from runtime.errors import NoCheckpointError, StorageError, one_line
@@ -114,7 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             todelete_subdir=None if read_only else DELETED,  # what a kill leaves there is no damage
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=False,  # we have done so
             lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
@@ -124,7 +125,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
-            by_first(lambda: finish_replacing(self.directory))
+            by_first(lambda: tidy_up(self.directory))
         self._empty_trash()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`

@@ -65,6 +65,14 @@ def empty_trash(directory: Path) -> None:
     shutil.rmtree(directory / DELETED, ignore_errors=True)
 
 
+def tidy_up(directory: Path) -> None:
+    """Remove what a kill has left of saves that were under way; Orbax would do so beside the run, and be late."""
+    finish_replacing(directory)
+    for path in directory.glob(f"*{UNFINISHED}*"):
+        if re.fullmatch(rf"\d+{re.escape(UNFINISHED)}.*", path.name, re.ASCII):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def finish_replacing(directory: Path) -> None:
     """Remove replaced checkpoints; bring back those whose successor was never completed."""
     for old in directory.glob(f"*{REPLACED}"):

@@ -21,7 +21,10 @@ from commands import sweep
 from runtime.files import write_json
 
 SEED, PAIRS, SECONDS = 20261129, 2000, 10
-COMMANDS = ("compare", "report", "eval", "sample", "verify", "export", "sweep")
+COMMANDS = (  # in turn; those that draw and that train take longest
+    *("compare", "eval", "sample", "verify", "export", "report", "compare"),
+    *("eval", "sample", "verify", "export", "sweep", "sample", "verify"),
+)
 FINE = {0, 2, 3}
 SMALL = {"max_steps": 15, "report": True, "num_blocks": 1, "sample_every": 10}
 
@@ -103,7 +106,7 @@ def run_many(numbers: range, place: Path, monkeypatch: pytest.MonkeyPatch) -> Co
 
 
 def test_some_commands_on_some_damaged_directories(place, monkeypatch):
-    assert set(run_many(range(2 * len(COMMANDS)), place, monkeypatch)) <= FINE
+    assert set(run_many(range(len(COMMANDS)), place, monkeypatch)) <= FINE
 
 
 @pytest.mark.slow
