@@ -101,7 +101,8 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a saved config in JSON's types, checked; those that only another build of this program knows too.
+    """Every key of a saved config in JSON's types, checked. Keys that this version does not know are kept
+    unchecked.
 
     Raises:
       UserError: one of the values cannot be.
@@ -179,7 +180,8 @@ def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
 
 
 def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
-    """Whether there are documents to mask, where a config wants that. With `warn`, a run that began so goes on.
+    """Whether there are documents to mask, where a config wants that. A run that is resumed gives
+    `warn`, which is told instead.
 
     Raises:
       UserError: no end-of-text token is in the training text.
@@ -222,7 +224,26 @@ def micro_step_of(meta: dict[str, Any]) -> int:
 
 def real_step_of(meta: dict[str, Any]) -> int:
     """The optimizer steps of a checkpoint, by its own accumulation."""
-    return micro_step_of(meta) // meta["config"]["accumulation_steps"]
+    return micro_step_of(meta) // meta["config"].get("accumulation_steps", 1)
+
+
+_ODD_META = "this program did not write it so; put a copy of the run back, or begin anew with --fresh"
+_SESSION: dict[str, tuple[type, ...]] = {  # what a checkpoint says to the session that goes on from it
+    **{"data_sha256": (str,), "elapsed_seconds": (int, float), "reported": (bool,), "sizes": (dict,)},
+    **dict.fromkeys(["val_loss", "best_val_loss", "best_step"], (int, float, type(None))),
+}
+
+
+def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
+    """The config with which a checkpoint was made.
+
+    Raises:
+      NoCheckpointError: it says none that can be.
+    """
+    try:
+        return config_lib.from_dict(meta["config"])
+    except (KeyError, AttributeError, UserError) as error:
+        raise NoCheckpointError(f"{workdir}: a checkpoint's config: {one_line(error)}; {_ODD_META}") from error
 
 
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
@@ -231,14 +252,14 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
     Raises:
       UserError: one of them does not.
     """
-    saved = config_lib.from_dict(meta["config"])
+    saved = config_of(meta, workdir)
     for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:
             raise UserError(
                 f"{workdir / CONFIG_FILE}: {name} is {config[name]!r}, and the checkpoint was made with "
                 f"{saved[name]!r}; put that back"
             )
-    if meta["tokenizer"] != tokenizer.fingerprint:
+    if meta.get("tokenizer") != tokenizer.fingerprint:
         raise UserError(
             f"{workdir / TOKENIZER_FILE}: is not the one that the checkpoint was made with; take it from a copy of the "
             "run"
@@ -403,7 +424,8 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
             f"workdir {workdir}: holds imported weights and no optimizer's state; train from them in another --workdir "
             f"with --config=configs/finetune.py:{workdir}"
         )
-    old, k = config_lib.from_dict(meta["config"]), meta["config"]["accumulation_steps"]
+    old = config_of(meta, workdir)
+    k = old.accumulation_steps
     config_lib.check_resume(old, config, workdir, rebatch)
     if k != config.accumulation_steps and (under_way := micro_step_of(meta) % k):
         raise UserError(
@@ -440,9 +462,11 @@ def resume(
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         allow(step)
+        if wrong := [key for key, kinds in _SESSION.items() if type(meta.get(key)) not in kinds]:
+            raise NoCheckpointError(f"{workdir}: a checkpoint says no {wrong[0]}; {_ODD_META}")
         require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
-        old = meta["config"]["accumulation_steps"]
+        old = config_of(meta, workdir).accumulation_steps
         made[step] = build(own_micro_step(meta, old), meta)
         state = made[step].state
         abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
@@ -452,7 +476,7 @@ def resume(
     if found is None:
         return None
     step, meta, restored, rest = found
-    state, old = TrainState(restored, *rest), meta["config"]["accumulation_steps"]
+    state, old = TrainState(restored, *rest), config_of(meta, workdir).accumulation_steps
     if old != new:
         convert = partial(regroup, old=old, new=new)
         places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding

@@ -15,8 +15,8 @@ def cached(
     """The array that `make` gives, 1-D and of type `dtype`, memory-mapped from `path` as soon as it was written there.
 
     The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. Reading it all to check
-    that costs no more than the text's own sha256, by which the file was found. What is damaged is made again, with a
-    word to `say`, and what an earlier version of this program wrote, without the hash, without one.
+    that costs no more than the text's own sha256, by which the file was found. A damaged file is made again, and
+    `say` gets a line; a file of an earlier version of this program, which has no hash, is made again silently.
     """
     values = _load(path, np.dtype(dtype), say)
     if values is None:

@@ -109,7 +109,7 @@ def from_tokenizers(
         say(f"its tokenizer leaves out merges at random (dropout {content['model']['dropout']}); here it never does")
     imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
     written = to_tokenizers(imported).to_str()
-    own = [(ByteTokenizer(), to_tokenizers(ByteTokenizer()))]
+    own: list[tuple[Tokenizer, tokenizers.Tokenizer]] = [(ByteTokenizer(), to_tokenizers(ByteTokenizer()))]
     own += [
         (ByteTokenizer(), _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None))
     ]  # of earlier exports

@@ -197,6 +197,8 @@ TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": start_wandb}  # name -> 
 class Trackers:
     """Those of a run.
 
+    A tracker keeps its own errors from the run: see `Tracker`.
+
     Args:
       names: keys of `TRACKERS`.
       settings: as `start_wandb` takes them.

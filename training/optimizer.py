@@ -92,7 +92,7 @@ def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation
     )
 
 
-GROUPS = {  # by label; the first takes what no other does
+GROUPS = {  # by label, see `labels_of`
     "adamw": Group("AdamW", "other arrays", "lr", lambda c, _: optax.scale_by_adam(*c.betas, c.eps)),
     "muon": Group("Muon", "matrices", "muon_lr", _muon),
 }

@@ -36,7 +36,8 @@ class TransformerConfig(Execution):
     """The shape of a model, with how it is run. `configs/default.py` says what each setting means.
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
-    the token with which a document begins, across which nothing attends; -1, and with a cache: all is one.
+    the token with which a document begins, across which nothing attends. With -1, or when generating with a cache, the
+    whole sequence is one document.
 
     Raises:
       ValueError: `<field>: <what is wrong>`.

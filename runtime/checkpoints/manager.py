@@ -333,7 +333,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise DamagedError("meta has no table of the arrays")
         if not all(_is_entry(entry) for item in arrays.values() for entry in item.values()):
             raise DamagedError("meta has a table of something else than arrays")
-        if type(meta.get("position")) is not int or not (loss is None or type(loss) in (int, float)):
+        odd_loss = "checkpoint_val_loss" not in meta or not (loss is None or type(loss) in (int, float))
+        if type(meta.get("position")) is not int or odd_loss:
             raise DamagedError("meta has no position or loss")
         return meta
 

@@ -27,7 +27,7 @@ import run_lib
 import train_lib
 from corpus.dataset import Split
 from input_pipeline import Batches
-from runtime.checkpoints.integrity import FILE_LIST
+from runtime.checkpoints.integrity import FILE_LIST, seal
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError
 
@@ -196,6 +196,28 @@ def test_papers_that_changed_are_named(copy, capsys):
     for argv in (["sample", f"--workdir={copy}"], ["eval", f"--workdir={copy}"]):
         assert main.main(argv) in (2, 3)
         assert_one_line(capsys.readouterr().err, "")
+
+
+def test_a_checkpoint_that_says_too_little_is_refused_in_one_line(copy, capsys):
+    """With a seal that fits: somebody has made it so."""
+    for step in (28, 30):
+        path = copy / "checkpoints" / str(step) / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        del meta["sha256"], meta["sizes"]
+        path.write_text(json.dumps(seal(meta)))
+        (copy / "checkpoints" / str(step) / FILE_LIST).unlink()
+    before = snapshot(copy / "checkpoints")
+    assert main.main(arguments(tiny_config(), copy)) == 3
+    assert_one_line(capsys.readouterr().err, f"error: {copy}: a checkpoint says no sizes; ")
+    for step in (28, 30):
+        path = copy / "checkpoints" / str(step) / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        del meta["sha256"], meta["config"]
+        path.write_text(json.dumps(seal(meta)))
+    for command in ("sample", "eval"):
+        assert main.main([command, f"--workdir={copy}"]) == 3
+        assert_one_line(capsys.readouterr().err, f"error: {copy}: a checkpoint's config: ")
+    assert snapshot(copy / "checkpoints").keys() == before.keys()
 
 
 @pytest.mark.parametrize("number", [100_000, 2**31 - 1])
