@@ -145,7 +145,7 @@ def test_a_family_is_a_table_of_settings_and_computes_what_they_say(random_param
 def test_the_families_use_every_choice_there_is():
     used = {name: {getattr(with_(**settings), name) for settings in FAMILIES.values()} for name in CHOICES}
     # Compared with each other in tests/parity/test_attention_forms.py, and in tests/test_stack.py.
-    elsewhere = {"attention_kernel": {"auto"}, "remat": {"none"}}
+    elsewhere = {"attention_kernel": {"auto"}, "remat": {"none"}, "dtype": {"float32", "bfloat16"}}
     assert used == {name: set(values) for name, values in CHOICES.items()} | elsewhere
 
 

@@ -93,7 +93,7 @@ DAMAGE = {
         (setting(max_position_embeddings=0), "context_len: must be at least 1"),
         (setting(tie_word_embeddings=0), "tie_word_embeddings: must be of type bool, got 0"),
         (setting(rms_norm_eps=-1.0), "norm_eps: must be > 0"),
-        (content("config.json", b"[]"), "config.json: holds no object"),
+        (content("config.json", b"[]"), "holds no JSON object"),
         (content("config.json", b'{"model_type": "lla'), "config.json: cannot be read"),
         (gone("config.json"), "holds no config.json"),
         (cut(WEIGHTS), f"{WEIGHTS}: cannot be read"),
