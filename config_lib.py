@@ -55,18 +55,8 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *(
-        "save_every",
-        "warning_signal",
-        "keep",
-        "dataset",
-        "data_dir",
-        "init_from",
-        "steps_per_dispatch",
-        "watchdog_seconds",
-        "peer_seconds",
-    ),
-    *("mesh", "report"),
+    *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "mesh", "report"),
+    *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
 }

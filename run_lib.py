@@ -101,8 +101,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a saved config in JSON's types, checked. Keys that this version does not know are kept
-    unchecked.
+    """Every key of a saved config in JSON's types, checked. Those that this version does not know stay.
 
     Raises:
       UserError: one of the values cannot be.
@@ -180,8 +179,9 @@ def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
 
 
 def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
-    """Whether there are documents to mask, where a config wants that. A run that is resumed gives
-    `warn`, which is told instead.
+    """Whether there are documents to mask, where a config wants that.
+
+    A run that is resumed gives `warn`, which is told instead.
 
     Raises:
       UserError: no end-of-text token is in the training text.

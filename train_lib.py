@@ -195,7 +195,7 @@ class Trainer:
         )
         self.total = self.total_before = total_steps(config, self.batches)
         if meta:
-            old = config_lib.from_dict(meta["config"])
+            old = run_lib.config_of(meta, self.workdir)
             self.total_before = total_steps(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         settings = config_lib.optimizer_config(config)
         self.first_total = (meta or {}).get("first_total", self.total_before)

@@ -84,8 +84,9 @@ def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarra
         logits_BTV = model_of(model.config, params)(jnp.maximum(batch_BT1[:, :-1], 0))
         return -token_losses(logits_BTV, batch_BT1[:, 1:])
 
+    params = params_of(model)
     for batch in eval_batches(split, model.config.context_len, rows):
-        yield np.asarray(of_batch(params_of(model), batch))[batch[:, 1:] >= 0]
+        yield np.asarray(of_batch(params, batch))[batch[:, 1:] >= 0]
 
 
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
