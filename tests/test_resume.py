@@ -184,9 +184,8 @@ def test_a_run_that_is_made_longer_does_not_warm_up_again(changes, more, line, t
 
 def test_the_warm_up_of_a_run_of_an_older_build_is_that_of_its_config(tmp_path):
     meta = {"config": config_lib.to_dict(tiny_config(lr_warmup_ratio=0.1, max_steps=20)), "position": 40, "step": 10}
-    trainer = SimpleNamespace(
-        config=tiny_config(lr_warmup_ratio=0.1, max_steps=60), mesh=make_mesh(devices=jax.devices()[:1])
-    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = SimpleNamespace(config=tiny_config(lr_warmup_ratio=0.1, max_steps=60), mesh=mesh, workdir=tmp_path)
     trainer.data = run_lib.load_data(trainer.config, print)
     trainer.model_config = finished_run().model.config
     train_lib.Trainer._build(trainer, jax.random.key(0), 10, meta)
