@@ -22,6 +22,7 @@ from runtime.screen.text import nearest
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 _CONFIG_SECONDS = 60.0  # that a config file may take
+config_flags.register_flag_parser_for_type(object, flags.ArgumentParser())  # of a key that takes words and switches
 
 
 def parse_flags(

@@ -21,22 +21,27 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
     matrices = 3 if c.mlp.startswith("swiglu") else 2
     norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
-    attention = 2 * D * H * (N + K) + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
+    attention = 2 * D * H * (N + K) + _gate(c) * D + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
     return {
         "embedding": c.vocab_size * D,
         "positions": c.context_len * D if c.position == "learned" else 0,
         "attention": L * attention,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
-        "sinks": L * N if c.attention_sink else 0,
+        "sinks": sum({"logit": N, "key": K * H}.get(c.sink(layer), 0) for layer in range(L)),
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
     }
+
+
+def _gate(config: TransformerConfig) -> int:
+    """Numbers that a token's gate has in a layer."""
+    return config.num_heads * {"none": 0, "head": 1, "channel": config.head_dim}[config.attention_gate]
 
 
 def _hidden_weights(config: TransformerConfig) -> int:
     """Entries of the 2-D weights of all blocks."""
     c = config
-    attention = 2 * c.embedding_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+    attention = c.embedding_dim * (2 * c.head_dim * (c.num_heads + c.num_kv_heads) + _gate(c))
     return c.num_blocks * (attention + (3 if c.mlp.startswith("swiglu") else 2) * c.embedding_dim * c.mlp_dim)
 
 
@@ -66,7 +71,13 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
     qkv = (N + 2 * K) * H
-    inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
+    inner = (
+        qkv
+        + 2 * N * H
+        + (N * H + 2 * _gate(c) if _gate(c) else 0)
+        + (4 if gated else 2) * F
+        + ((N + K) * H if c.qk_norm != "none" else 0)
+    )
     kernel = c.attention_kernel, c.context_len, N, K, H
     probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
     whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
