@@ -158,6 +158,7 @@ PAGES_TO_RUN = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES_TO_RUN)
 def test_the_commands_of_a_page_run(page, place):
     write_new_files(page, place)

@@ -46,6 +46,7 @@ def executed(tmp_path, monkeypatch) -> dict[str, nbformat.NotebookNode]:
     return cells
 
 
+@pytest.mark.once
 def test_it_runs_from_top_to_bottom(executed, tmp_path):
     assert f"in {ROOT}\n" in printed(executed["Train a Transformer with attention sinks"])
     assert "1 x cpu (cpu)" in printed(executed["The device, and the settings"])

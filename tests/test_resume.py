@@ -152,6 +152,7 @@ def test_a_finished_run_can_be_made_longer(copy, tmp_path):
     assert [row["loss"] for row in run.history] == [row["loss"] for row in longer.history]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "changes, more, line",
     [

@@ -105,6 +105,7 @@ def run_many(numbers: range, place: Path, monkeypatch: pytest.MonkeyPatch) -> Co
     return Counter(status for _, status, _ in found)
 
 
+@pytest.mark.once
 def test_some_commands_on_some_damaged_directories(place, monkeypatch):
     assert set(run_many(range(len(COMMANDS)), place, monkeypatch)) <= FINE
 

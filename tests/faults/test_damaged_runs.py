@@ -298,6 +298,7 @@ def test_no_window_is_read_twice_or_skipped_when_the_batch_changes(order):
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
 
 
+@pytest.mark.once
 def test_another_cut_of_the_same_steps_goes_on_as_the_same_run(tmp_path, capsys):
     """Eight sequences a step every time: only the order of sums differs, so a window that moved would show."""
     cut = lambda steps, *pair: tiny_config(
