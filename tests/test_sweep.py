@@ -230,7 +230,7 @@ def test_a_runs_own_directory_is_no_sweeps(stand_in, capsys):
 @pytest.mark.once
 def test_a_real_sweep(tmp_path):
     """Every key that differs reaches the trainer, awkward text and pairs of numbers too."""
-    quick = {"max_steps": 2, "num_blocks": 1, "use_muon": False, "sample_every": 0}
+    quick = {"max_steps": 2, "use_muon": False, "sample_every": 0}
     config = tiny_config(**quick, sample_prompt=" A", betas=(0.8, 0.9))
     usual = default.get_config()
     changed = [f"--config.{key}={sweep._flag_text(v)}" for key, v in config.items() if v != usual[key]]

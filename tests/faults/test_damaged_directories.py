@@ -26,7 +26,7 @@ COMMANDS = (  # in turn; those that draw and that train take longest
     *("eval", "sample", "verify", "export", "sweep", "sample", "verify"),
 )
 FINE = {0, 2, 3}
-SMALL = {"max_steps": 15, "report": True, "num_blocks": 1, "sample_every": 10}
+SMALL = {"max_steps": 15, "report": True, "sample_every": 10}
 
 
 @pytest.fixture(scope="module")

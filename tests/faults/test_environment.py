@@ -27,7 +27,7 @@ def test_a_reader_that_leaves_a_strange_locale_and_an_odd_workdir_stop_nothing(t
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a run ü").symlink_to("elsewhere")
     (tmp_path / "text.txt").write_text(make_text() + "é☃" * 40, encoding="utf-8")
-    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13, num_blocks=1, use_muon=False)
+    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13, use_muon=False)
     command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, str(ROOT / "main.py")]
     environment = {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
     done = subprocess.run(

@@ -145,9 +145,7 @@ def test_a_text_that_is_rewritten_during_a_run_changes_nothing_until_the_next(tm
 @pytest.mark.once
 def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path):
     (tmp_path / "text").write_text("a" * 3000)
-    run = train_lib.train(
-        tiny_config(dataset=str(tmp_path / "text"), max_steps=3, num_blocks=1, sample_prompt="a"), tmp_path / "run"
-    )
+    run = train_lib.train(tiny_config(dataset=str(tmp_path / "text"), max_steps=3, sample_prompt="a"), tmp_path / "run")
     assert [row["loss"] for row in run.history] == [0.0] * 3 and run.val_loss == 0
     assert all(row["bad_batches"] == row["loss_spikes"] == 0 for row in run.history)
     assert "a" * 21 in (tmp_path / "run" / "samples.txt").read_text()
