@@ -220,3 +220,11 @@ def test_the_tree_of_the_readme_is_the_tree_that_is_there():
     named = {name for line in lines for name in ([line] if line != "LICENSE" else [line, "pyproject.toml"])}
     rest = {name for name in there - named if not re.fullmatch(r"requirements.*\.txt|README\.md", name)}
     assert (named - there, rest) == (set(), set())
+
+
+def test_training_begins_without_what_its_first_steps_do_not_need():
+    """Orbax comes with the first row, pictures at the end, and what asks the network when it is asked."""
+    code = "import sys, main; from commands.typos import load; load('train'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    later = {"orbax.checkpoint", "matplotlib", "wandb", "torch", "transformers", "urllib.request"}
+    assert {"jax", "optax"} < (loaded := set(done.stdout.split())) and not later & loaded
