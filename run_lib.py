@@ -20,7 +20,7 @@ from input_pipeline import load_dataset
 from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
+from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from training.health import first_not_finite
 from training.step import Step, TrainState, regroup
@@ -131,8 +131,8 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
 
 
 def data_dir_of(config: ConfigDict) -> Path:
-    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
-    return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
+    """Where named data sets and encoded texts lie."""
+    return data_folder(config.data_dir)
 
 
 def load_data(

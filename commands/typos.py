@@ -101,5 +101,4 @@ def load(command: str) -> ModuleType:
         ) from error
     finally:
         gc.freeze()
-        gc.set_threshold(50_000)  # what JAX traces is many small objects that stay for a while
         gc.enable()

@@ -149,8 +149,9 @@ def test_what_is_traced_asks_for_no_devices():
     assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
 
 
-def test_a_worker_that_encodes_text_loads_no_jax():
-    code = "import sys, corpus.encode; print(*sorted({'jax', 'jaxlib', 'flax', 'optax'} & sys.modules.keys()))"
+@pytest.mark.parametrize("module", ["corpus.encode", "commands.prepare"])
+def test_what_encodes_text_loads_no_jax(module):
+    code = f"import sys, {module}; print(*sorted({{'jax', 'jaxlib', 'flax', 'optax'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 

@@ -7,6 +7,7 @@ items lies a list of all files' hashes, for `verify`.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import re
@@ -279,6 +280,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 by_first(lambda: finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
+                gc.collect()  # nor until Orbax's copies are gone, which it leaves in a circle of references
         except StorageError:
             raise
         except Exception as error:
