@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from runtime.errors import StorageError, UserError, one_line
+from runtime.errors import ExpectedError, StorageError, UserError, one_line
 from runtime.processes import is_first
 
 PROGRAM = Path(__file__).parent.parent  # where main.py lies: a clone, or the folder of an installed package
@@ -77,8 +77,11 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}")
 
 
-def disk_error(error: OSError) -> StorageError | None:
-    """The same for an error that no code expected; None unless it is about a full or a read-only disk."""
+def expected_error(error: OSError) -> ExpectedError | None:
+    """The error to raise for one that no code expected; None unless it is of the user's disk, paths or permissions."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):
+        path = error.filename or "a path"
+        return UserError(f"{str(path)[:200]}: {error.strerror}; name another one, or change its permissions")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return None
     return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
@@ -90,7 +93,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     Raises:
       OSError: it is something else, or cannot be read.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "no regular file", str(path))

@@ -157,8 +157,8 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
 
     finished_run()
     capsys.readouterr()
-    for given in (b"A heron\n", b"\xef\xbb\xbfA heron\r\n"):
-        assert sample(given) == 0
+    for typed in (b"A heron\n", b"\xef\xbb\xbfA heron\r\n"):
+        assert sample(typed) == 0
         assert capsys.readouterr() == (text_after("A heron"), "")
     assert sample(b"") == 0
     assert capsys.readouterr().out == text_after("\n")
