@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from runtime.errors import Interrupted, UserError, one_line
 from runtime.files import PROGRAM
+from runtime.screen.console import Console
 from runtime.screen.text import nearest
 
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
@@ -101,6 +102,7 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
     """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
     from config_lib import key_docs, written  # which loads JAX, and `prepare` needs none
 
+    say = Console().line
     own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
     shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
     told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
@@ -108,14 +110,14 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
         told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
         docs = map(key_docs().__getitem__, default.MOST_USED)
         told += [(f"  {doc.key}={written(doc.default)}", doc.comment) for doc in docs]
-    print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
+    say(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
     for name, text in told:
         if name.startswith(" "):  # a key: one line, so that all fit on the screen
             text = textwrap.shorten(text, 49, placeholder=" ...")
         indent = f"  {name:<26} " if len(name) <= 26 else f"  {name}\n{'':29}"
-        print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
+        say(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
     if config:
-        print("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
+        say("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

@@ -137,13 +137,13 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a file, each under the name of its line; empty lines are left out.
+    """The prompts of a file, each under the name of its line; empty lines and a byte order mark are left out.
 
     Raises:
       UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
     """
     try:
-        lines = read_file(path).decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = read_file(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
     found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}
@@ -161,7 +161,7 @@ def _read_prompts(path: Path) -> dict[str, str]:
 
 
 def _read_prompt() -> str:
-    """Standard input without its last line break, which a shell puts there; nothing where there is none.
+    """Standard input without a byte order mark and its last line break, which shells put there; nothing without it.
 
     Raises:
       UserError: it is not UTF-8.
@@ -169,7 +169,8 @@ def _read_prompt() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        text = sys.stdin.buffer.read().decode("utf-8") if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin.read()
+        binary = isinstance(sys.stdin, io.TextIOWrapper)
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if binary else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 at byte {error.start}; give text") from error
     return text.removesuffix("\n").removesuffix("\r")

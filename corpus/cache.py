@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.files import replacing
+from runtime.files import open_regular, replacing
 
 
 def cached(
@@ -34,8 +34,8 @@ def cached(
 
 def _load(path: Path, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray | None:
     try:
-        values = np.load(path, mmap_mode="r")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            values = np.load(path, mmap_mode="r")
             file.seek(values.offset + values.nbytes)
             kept = file.read()
         if values.dtype != dtype or values.ndim != 1:

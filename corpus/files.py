@@ -17,6 +17,7 @@ from corpus.containers import HEAD_BYTES, PARQUET, kind_of, require_plain
 from corpus.dataset import SPLITS, ends_of_splits
 from corpus.load_text import find_files
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 
 # Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
 # between letters, or after a newline between two visible characters of which the second is no punctuation.
@@ -135,7 +136,7 @@ def _groups(path: Path, text_column: str) -> Iterator[tuple[int, int]]:
 def open_file(path: str | Path) -> IO[bytes]:
     """A file to read bytes from. Raises UserError if it cannot be read."""
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -153,7 +154,7 @@ def open_corpus(
       UserError: there are none, they cannot be read, are of two kinds, or all empty.
     """
     paths = find_files(dataset, data_dir, say)
-    parquet = [path for path in paths if path.suffix == ".parquet" or _holds_rows(path)]
+    parquet = [path for path in paths if _holds_rows(path) or path.suffix == ".parquet"]
     if parquet and len(parquet) < len(paths):
         raise UserError(f"config.dataset: {dataset} has text and Parquet files; prepare each kind by itself")
     files = ParquetFiles(parquet, settings.text_column) if parquet else TextFiles(paths, settings.tokenizer)

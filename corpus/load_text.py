@@ -22,6 +22,7 @@ from corpus.tokenizer import (
     check_tokenizer_name,
 )
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
@@ -122,7 +123,8 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
 

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.containers import require_plain
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 
 HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1  # of one shard: the header counts in int32
@@ -66,7 +68,7 @@ def is_shard(path: Path) -> bool:
 
 def _beginning(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(size)
     except OSError:
         return b""
@@ -86,13 +88,13 @@ def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
       UserError: it cannot be read, is no shard, is cut short or too long, or holds no token.
     """
     try:
-        found = os.stat(path)
-        size = found.st_size
-        with path.open("rb") as file:
-            words = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
+            head = file.read(HEADER_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
-    magic, version, count = words[:3].tolist()
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    size = found.st_size
+    magic, version, count = np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), "<i4")[:3].tolist()
     if magic in FORMATS:
         expected, dtype = FORMATS[magic]
         if version != expected:
@@ -101,6 +103,7 @@ def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
     elif _has_index(path):
         shard = Shard(path, *_by_index(path.with_suffix(".idx")), 0, found.st_mtime_ns)
     elif path.name in HEADERLESS:
+        require_plain(path, head)
         if size % 2:
             raise UserError(f"{path}: {size:,} bytes, an odd number, where each token has two or more; copy it again")
         dtype = _by_content(path, size, vocab_size)
@@ -140,26 +143,29 @@ def _by_index(path: Path) -> tuple[int, np.dtype]:
 def _by_content(path: Path, size: int, vocab_size: int) -> np.dtype:
     """The type of tokens that nothing tells: the widest as which all that are looked at lie in the vocabulary.
 
-    Ids of four bytes, read as two, would be twice as many, every second one 0.
+    Ids of four bytes, read as two, would be twice as many, every second one 0; so would other numbers.
 
     Raises:
-      UserError: the vocabulary needs four bytes, and they cannot be of four.
+      UserError: they are no ids, or the vocabulary needs four bytes, and they cannot be of four.
     """
     need = 2 if vocab_size <= 2**16 else 4
     for dtype in map(np.dtype, ("<u8", "<u4", "<u2")):
-        if dtype.itemsize < need or size % dtype.itemsize or not size:
+        if dtype.itemsize < need or size % dtype.itemsize:
             continue
+        if not size:
+            return dtype
         tokens = np.memmap(path, dtype, "r")
         seen = np.concatenate([tokens[start : start + SAMPLE_TOKENS] for start in _sample_starts(len(tokens))])
-        if dtype.itemsize == 2 or (
-            seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and len(tokens) >= WIDER_FROM))
-        ):
+        many = len(tokens) >= WIDER_FROM
+        if dtype.itemsize == 2:
+            fits = seen[:SAMPLE_TOKENS:2].any() == seen[1:SAMPLE_TOKENS:2].any() or not many
+        else:
+            fits = seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and many))
+        if fits:
             return dtype
-    if need == 2:
-        return np.dtype("<u2")
     raise UserError(
-        f"{path}: its tokens are of two bytes, which hold no vocabulary of {vocab_size:,}, or of another one; set "
-        "config.tokenizer to the one that made it, or write them as uint32"
+        f"{path}: its numbers are no token ids of two, four or eight bytes for a vocabulary of {vocab_size:,}; set "
+        f"config.tokenizer to the one that made it, or write them as uint{8 * need}"
     )
 
 

@@ -269,6 +269,8 @@ class ImportedTokenizer(Tokenizer):
         vocabulary, added = self._library.get_vocab(), self._library.get_added_tokens_decoder()
         if not 0 <= max(vocabulary.values(), default=-1) < vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"the tokenizer's {len(vocabulary)} tokens do not fit a vocabulary of {vocab_size}")
+        if len(set(vocabulary.values())) < len(vocabulary):  # which of them an id is would change from start to start
+            raise ValueError("two of the tokenizer's tokens have the same id")
         for token in content.get("added_tokens", []):
             if vocabulary.get(token["content"]) != token["id"]:
                 raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")

@@ -141,6 +141,8 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
     rope = theirs.get("rope_scaling") or _first(theirs.get("rope_parameters"), family.rope)
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"rope_parameters: {nested[0]} has settings of its own; all layers must have the same")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn", "llama3"):
         raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")

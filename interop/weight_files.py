@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from runtime.errors import StorageError, UserError, one_line
-from runtime.files import read_json, replacing
+from runtime.files import open_regular, read_json, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights that are cut into several files
@@ -41,7 +41,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
       UserError: it is missing or damaged, or holds numbers of a type that numpy has not.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             arrays = {}
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 try:
@@ -61,12 +61,17 @@ def read_metadata(path: Path) -> dict[str, str]:
       UserError: it is damaged.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             return file.metadata() or {}
     except FileNotFoundError:
         return {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch or export it again") from error
+
+
+def _opened(path: Path) -> safe_open:
+    open_regular(path).close()  # what the library would wait for
+    return safe_open(path, framework="numpy")
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -80,7 +85,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise UserError(f"{path}: reading it needs PyTorch; pip install torch") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: cannot be read as tensors alone ({one_line(error)}); save a state_dict") from error
     if not isinstance(state, dict) or not all(

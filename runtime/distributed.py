@@ -18,7 +18,7 @@ from typing import NoReturn
 import jax
 
 from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
-from runtime.files import disk_error
+from runtime.files import expected_error
 from runtime.processes import can_be_told, is_first, num_processes, process_id
 from runtime.signals import exit_at_once
 
@@ -137,7 +137,7 @@ def end_if_a_peer_is_lost(error: Exception) -> None:
 def _leave(error: BaseException) -> NoReturn:
     """Say what happened as `main` would, and go."""
     sys.stdout.flush()
-    expected = disk_error(error) if isinstance(error, OSError) else error
+    expected = expected_error(error) if isinstance(error, OSError) else error
     if not isinstance(expected, ExpectedError):
         traceback.print_exc()
         exit_at_once(1)

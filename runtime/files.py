@@ -13,9 +13,9 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
-from runtime.errors import StorageError, UserError, one_line
+from runtime.errors import ExpectedError, StorageError, UserError, one_line
 from runtime.processes import is_first
 
 PROGRAM = Path(__file__).parent.parent  # where main.py lies: a clone, or the folder of an installed package
@@ -82,24 +82,37 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}")
 
 
-def disk_error(error: OSError) -> StorageError | None:
-    """The same for an error that no code expected; None unless it is about a full or a read-only disk."""
+def expected_error(error: OSError) -> ExpectedError | None:
+    """The error to raise for one that no code expected; None unless it is of the user's disk, paths or permissions."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):
+        path = error.filename or "a path"
+        return UserError(f"{str(path)[:200]}: {error.strerror}; name another one, or change its permissions")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return None
     return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
 
 
-def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a regular file. Nothing else is opened: a pipe would be waited for, and a device may never end.
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A regular file, to read its bytes. Nothing else: a pipe would be waited for, and a device may never end.
 
     Raises:
-      ValueError: it is something else, or larger; says which.
-      OSError: it cannot be read.
+      OSError: it is something else, or cannot be read.
     """
-    kind = path.stat().st_mode
-    if not stat.S_ISREG(kind):
-        raise ValueError("is a directory" if stat.S_ISDIR(kind) else "is no regular file")
-    with path.open("rb") as file:
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return file
+
+
+def read_file(path: Path, largest: int = LARGEST) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      ValueError: it is larger.
+      OSError: it is something else, or cannot be read.
+    """
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
             raise ValueError(f"is too large: more than {largest:,} bytes")
     return content
