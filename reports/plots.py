@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reports.evaluations import on_the_same_tokens
-from runtime.files import replacing, storage_error
+from runtime.files import replacing, storing
 from runtime.screen.text import human
 
 if TYPE_CHECKING:
@@ -163,16 +163,9 @@ def _dress(
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG file that is never half there.
-
-    Raises:
-      StorageError: the disk did not take it.
-    """
-    try:
-        with replacing(path) as unfinished:
-            _write_png(figure, unfinished)
-    except OSError as error:
-        raise storage_error(path, error) from None
+    """Write a PNG file in one step. Raises StorageError if it cannot be written."""
+    with storing(path), replacing(path) as unfinished:
+        _write_png(figure, unfinished)
 
 
 def _write_png(figure: "Figure", file: Path | io.BytesIO, transparent: bool = False) -> None:
