@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is the newest, which the best, which are kept, and how the other directories are named."""
+"""Which of a run's checkpoints is the newest, the best, which are kept, and how the other directories are named."""
 
 import itertools
 import re
