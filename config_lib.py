@@ -151,13 +151,6 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" becomes float32 on a CPU and bfloat16 elsewhere."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if target().platform == "cpu" else "bfloat16"
-
-
 def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
     """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
 
@@ -169,7 +162,8 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    return transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+    auto = "float32" if target().platform == "cpu" else "bfloat16"
+    return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

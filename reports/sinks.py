@@ -63,9 +63,11 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
     seen: list[tuple[jax.Array, jax.Array]] = []
 
     def watch(attention: Attention):
+        sink_N = attention.sink[...] if config.attention_sink else jnp.full(config.num_heads, -jnp.inf)
+
         def attend(x_BTD, where, place):
             q_BTNH, k_BTKH, _ = attention.project(x_BTD, where.turn)
-            seen.append(_log_probabilities(q_BTNH, k_BTKH, _sink_of(attention), attention.window, where.document_BT))
+            seen.append(_log_probabilities(q_BTNH, k_BTKH, sink_N, attention.window, where.document_BT))
             return attention(x_BTD, where, place)
 
         return attend
@@ -75,11 +77,6 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
         block.attention = watch(block.attention)
     model.hidden(tokens_BT)
     return seen
-
-
-def _sink_of(attention: Attention) -> jax.Array:
-    c = attention.config
-    return attention.sink[...] if c.attention_sink else jnp.full(c.num_heads, -jnp.inf)
 
 
 def _log_probabilities(

@@ -105,7 +105,7 @@ def require_own(workdir: Path, path: Path, is_kind: Callable[[int], bool] = lamb
 
 
 @contextlib.contextmanager
-def leaving_nothing(path: str | os.PathLike[str]) -> Iterator[None]:
+def removed_if_unused(path: str | os.PathLike[str]) -> Iterator[None]:
     """Removes the directory again if it was created inside, and an error ends the run before it wrote anything."""
     workdir = Path(os.path.expanduser(path))
     was_there = os.path.lexists(workdir)
