@@ -7,7 +7,7 @@ python main.py COMMAND --help
 import sys
 from pathlib import Path
 
-if __package__ or sys.flags.safe_path:  # installed, or under `python -P`: the modules find each other here
+if __package__ or sys.flags.safe_path:  # installed, or `python -P`: the folder of the modules has to be on the path
     sys.path.insert(0, str(Path(__file__).parent))
 
 from runtime.errors import ExpectedError, Interrupted
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def run() -> int:
-    """The program: a command, in large memory pages where they can be had; returns its exit status."""
+    """Runs the command of the process, with large memory pages if possible; returns its exit status."""
     if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
         restart_with_large_pages()
     return main(sys.argv[1:])
