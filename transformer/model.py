@@ -238,7 +238,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     return params_of(Transformer(config, nnx.Rngs(key)))
 
 
-def shapes_of(config: TransformerConfig) -> Params:
+def shapes_of(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and dtype of each of `init_params`, as `jax.ShapeDtypeStruct`."""
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, (_, value) in _skeleton(config)[1].items()}
 
