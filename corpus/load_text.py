@@ -11,8 +11,8 @@ import numpy as np
 
 from corpus import fetch
 from corpus.cache import cached
-from corpus.containers import HEAD_BYTES, require_plain
 from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
+from corpus.formats import Source, is_named_so
 from corpus.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -22,6 +22,7 @@ from corpus.tokenizer import (
     check_tokenizer_name,
 )
 from runtime.errors import UserError, one_line
+from runtime.files import read_json
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
@@ -44,8 +45,8 @@ def load_text(
     """Finds the text, cuts it into splits, and encodes each apart or takes its tokens from `data_dir/.cache`.
 
     The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes a file
-    as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are. Files that
-    hold texts inside something else (`corpus.containers`) are refused for every tokenizer.
+    as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are. Compressed
+    files are unpacked, and the same to everything that follows.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
@@ -63,8 +64,6 @@ def load_text(
         check_tokenizer_name(tokenizer)
     paths = find_files(dataset, data_dir, say)
     files = [_read(path) for path in paths]
-    for path, data in zip(paths, files, strict=True):
-        require_plain(path, data[:HEAD_BYTES])
     by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
@@ -72,7 +71,7 @@ def load_text(
     if vocabulary is None:
         vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
     elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
-        text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
+        text = text.translate(instead_of_unknown(text, strange, vocabulary, unknown_characters, dataset, say))
     ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
     names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
     splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
@@ -86,8 +85,10 @@ def load_text(
     return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
 
 
-def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say) -> str:
-    """The text without the characters that the vocabulary lacks. Raises UserError if they are refused."""
+def instead_of_unknown(
+    text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say
+) -> dict[int, str | None]:
+    """What `str.translate` makes of the characters that the vocabulary lacks. Raises UserError if they are refused."""
     if choice == "refuse":
         try:
             vocabulary.encode(text)
@@ -99,18 +100,21 @@ def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: st
     instead = None if choice == "drop" else vocabulary.replacement
     how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
     say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
-    return text.translate(dict.fromkeys(map(ord, strange), instead))
+    return dict.fromkeys(map(ord, strange), instead)
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
-    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none."""
+    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none.
+
+    Of a directory they are those below it whose names end as files of texts do, but for hidden ones.
+    """
     if fetch.is_named(dataset):
         return [fetch.dataset_path(dataset, data_dir, say)]
     if dataset in fetch.SHARD_SETS:
         raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        raise UserError(f"config.dataset: {dataset} is a directory; name a file, or a glob such as {dataset}/*.txt")
+        return _files_below(Path(path), say)
     if os.path.exists(path):  # before the glob, so that a file called "a[1].txt" can be named
         return [Path(path)]
     paths = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
@@ -120,11 +124,35 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
     return paths
 
 
+def _files_below(root: Path, say: Say) -> list[Path]:
+    visible = lambda path: not any(part.startswith(".") for part in path.relative_to(root).parts)
+    files = [path for path in sorted(root.rglob("*")) if visible(path) and path.is_file()]
+    for state in [path for path in files if path.name == "state.json"]:  # of `datasets`: beside its data lie its caches
+        listed = read_json(state).get("_data_files")
+        names = {item["filename"] for item in listed if "filename" in item} if isinstance(listed, list) else None
+        files = [path for path in files if path.parent != state.parent or names is None or path.name in names]
+    found = [path for path in files if is_named_so(path)]
+    if not found:
+        raise UserError(f"config.dataset: {root} has no file that is named as a text; name files, by a glob if need be")
+    if others := [path.name for path in files if path not in {*found}]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        say(f"{root}: {len(found)} files; left out by the endings of their names: {', '.join(others[:3])}{more}")
+    return found
+
+
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
+    """All that is in a text file, decompressed."""
+    data = bytearray()
+    for chunk in Source(path).chunks():
+        data += chunk
+        require_memory(len(data), path)
+    return bytes(data)
+
+
+def require_memory(size: int, name: Path | str) -> None:
+    """Raises UserError where so many bytes of text are more than this machine's memory holds."""
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(f"config.dataset: {name} does not fit into memory; make shards of it with `main.py prepare`")
 
 
 def decode_text(path: Path, data: bytes, start: int = 0) -> str:
@@ -138,7 +166,7 @@ def decode_text(path: Path, data: bytes, start: int = 0) -> str:
 
 
 def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
-    """A tokenizer by name; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
+    """A tokenizer by name, or from a directory; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
     if isinstance(text, bytes):
         return build_tokenizer("byte", "")
     if name == "char":

@@ -342,15 +342,17 @@ def test_a_whole_text_is_not_cut_and_may_be_short(load, tmp_path):
 
 def test_files_that_cannot_be_read_are_named(load, tmp_path, monkeypatch):
     assert f"no file '{tmp_path}/none*.txt'" in refusal(load, tmp_path / "none*.txt")
-    assert f"{tmp_path} is a directory" in refusal(load, tmp_path)
+    assert f"{tmp_path} has no file that is named as a text" in refusal(load, tmp_path)
     with pytest.raises(UserError, match="did you mean tiny_shakespeare"):
         load_dataset("tinyshakespeare", "char", data_dir=tmp_path, val_fraction=0.1, test_fraction=0, context_len=4)
 
-    def forbidden(path):
+    def forbidden(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
-    assert f"{tmp_path}/text.txt cannot be read: Permission denied" in refusal(load, TEXT)
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=r"/text.txt: cannot be read \(Permission denied\); check its permissions$"):
+        load(tmp_path / "text.txt")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
