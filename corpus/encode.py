@@ -34,11 +34,14 @@ def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     return tokenizer.encode("\n", replace_unknown=True), 1
 
 
-def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
+def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Encoded:
     """The tokens of pieces, a separator before each document that begins in them; empty documents are left out.
 
+    Args:
+      unknown: what becomes of characters that a vocabulary from elsewhere lacks: "refuse", "replace" or "drop".
+
     Raises:
-      UserError: a file is not UTF-8, or has changed.
+      UserError: a file is not UTF-8, has such characters, or has changed.
     """
     mark, mark_bytes = separator(tokenizer)
     parts, num_bytes, documents, empty = [], 0, 0, 0
@@ -54,7 +57,15 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
         try:
             parts.append(tokenizer.encode_bytes(piece.data) if by_bytes else tokenizer.encode(text))
         except UnknownCharacters as error:
-            raise UserError(f"{piece.path}: {error}: it has changed; begin again in another --out") from error
+            if unknown not in ("replace", "drop"):
+                ways = "set config.unknown_characters to replace or drop, or give the text that the run began with"
+                raise UserError(
+                    f"config.dataset: {piece.path}: {error}; "
+                    + (ways if unknown else "it has changed: begin again in another --out")
+                ) from error
+            instead = tokenizer.replacement if unknown == "replace" else None
+            text = text.translate(dict.fromkeys(map(ord, error.characters), instead))
+            parts.append(tokenizer.encode(text))
         num_bytes += len(text if by_bytes else text.encode())
     tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
     return Encoded(tokens, num_bytes, documents, empty)
@@ -90,11 +101,13 @@ def _start_worker(saved: dict[str, Any] | None) -> None:
     _tokenizer = tokenizer_from_dict(saved) if saved else None
 
 
-def _work(pieces: list[Piece]) -> Encoded | set[str]:
-    return encode(_tokenizer, pieces) if _tokenizer else symbols(pieces)
+def _work(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
+    return encode(_tokenizer, pieces, unknown) if _tokenizer else symbols(pieces)
 
 
-def work(tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int) -> Iterator[tuple[Task, Any]]:
+def work(
+    tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int, unknown: str = ""
+) -> Iterator[tuple[Task, Any]]:
     """Each task with its `Encoded`, or without a tokenizer its `symbols`, in order.
 
     One process is this one. Of several, each has two tasks under way, so that nothing piles up.
@@ -104,14 +117,14 @@ def work(tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int) -> 
     """
     if processes == 1:
         for task in tasks:
-            yield task, encode(tokenizer, task.pieces) if tokenizer else symbols(task.pieces)
+            yield task, encode(tokenizer, task.pieces, unknown) if tokenizer else symbols(task.pieces)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
     under_way: deque = deque()
     try:
         for task in tasks:
-            under_way.append((task, pool.submit(_work, task.pieces)))
+            under_way.append((task, pool.submit(_work, task.pieces, unknown)))
             if len(under_way) == 2 * processes:
                 task, future = under_way.popleft()
                 yield task, future.result()

@@ -69,6 +69,8 @@ class TextFiles:
         self._starts = list(accumulate((file.size for file in self._files), initial=0))
         self.size, self.empty = self._starts[-1], sum(not file.size for file in self._files)
         self.identity = [_identity(source.path) for source in sources]
+        if tokenizer == "imported":  # which may read a cut text otherwise: only splits are cut
+            self.step = self.size
 
     def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
         """Where each of `SPLITS` ends."""

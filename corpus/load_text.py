@@ -71,7 +71,7 @@ def load_text(
     if vocabulary is None:
         vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
     elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
-        text = text.translate(instead_of_unknown(text, strange, vocabulary, unknown_characters, dataset, say))
+        text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
     ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
     names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
     splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
@@ -85,10 +85,8 @@ def load_text(
     return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
 
 
-def instead_of_unknown(
-    text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say
-) -> dict[int, str | None]:
-    """What `str.translate` makes of the characters that the vocabulary lacks. Raises UserError if they are refused."""
+def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say) -> str:
+    """The text without the characters that the vocabulary lacks. Raises UserError if they are refused."""
     if choice == "refuse":
         try:
             vocabulary.encode(text)
@@ -100,7 +98,7 @@ def instead_of_unknown(
     instead = None if choice == "drop" else vocabulary.replacement
     how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
     say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
-    return dict.fromkeys(map(ord, strange), instead)
+    return text.translate(dict.fromkeys(map(ord, strange), instead))
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
@@ -128,9 +126,9 @@ def _files_below(root: Path, say: Say) -> list[Path]:
     visible = lambda path: not any(part.startswith(".") for part in path.relative_to(root).parts)
     files = [path for path in sorted(root.rglob("*")) if visible(path) and path.is_file()]
     for state in [path for path in files if path.name == "state.json"]:  # of `datasets`: beside its data lie its caches
-        listed = read_json(state).get("_data_files")
-        names = {item["filename"] for item in listed if "filename" in item} if isinstance(listed, list) else None
-        files = [path for path in files if path.parent != state.parent or names is None or path.name in names]
+        listed = read_json(state).get("_data_files") or ()
+        names = {item["filename"] for item in listed if isinstance(item, dict) and "filename" in item}
+        files = [path for path in files if path.parent != state.parent or not names or path.name in names]
     found = [path for path in files if is_named_so(path)]
     if not found:
         raise UserError(f"config.dataset: {root} has no file that is named as a text; name files, by a glob if need be")
@@ -142,17 +140,12 @@ def _files_below(root: Path, say: Say) -> list[Path]:
 
 def _read(path: Path) -> bytes:
     """All that is in a text file, decompressed."""
-    data = bytearray()
+    data, most = bytearray(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for chunk in Source(path).chunks():
         data += chunk
-        require_memory(len(data), path)
+        if len(data) > most:
+            raise UserError(f"config.dataset: {path} does not fit into memory; make shards with `main.py prepare`")
     return bytes(data)
-
-
-def require_memory(size: int, name: Path | str) -> None:
-    """Raises UserError where so many bytes of text are more than this machine's memory holds."""
-    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise UserError(f"config.dataset: {name} does not fit into memory; make shards of it with `main.py prepare`")
 
 
 def decode_text(path: Path, data: bytes, start: int = 0) -> str:

@@ -36,36 +36,50 @@ MAX_SHARD_TOKENS = 2_000_000_000  # with one more task it still fits the header'
 
 
 def prepare(
-    dataset: str, out: str | Path, settings: Settings, data_dir: Path, processes: int, console: Console
+    dataset: str,
+    out: str | Path,
+    settings: Settings,
+    data_dir: Path,
+    processes: int,
+    console: Console,
+    vocabulary: Tokenizer | None = None,
+    unknown_characters: str = "",
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training part comes first, then validation, then test. A shard ends with the first task that brings it to
     `settings.shard_tokens`, and each split with its last.
 
+    Args:
+      vocabulary: the tokenizer where it is there already; what of a text it lacks becomes as `unknown_characters` says.
+      say: takes the lines that are no warnings, instead of the console.
+
     Raises:
       UserError: the files cannot be used, or `out` holds something else.
       StorageError: the disk did not take it; another call goes on from there.
     """
-    check_tokenizer_name(settings.tokenizer)
+    say = say or console.line
+    if vocabulary is None:
+        check_tokenizer_name(settings.tokenizer)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
         with console.busy("reading the files"):
-            files = open_corpus(dataset, settings, data_dir, console.line)
+            files = open_corpus(dataset, settings, data_dir, say)
         source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
         del source["skip_bad_rows"]  # up to the first bad row it makes no difference
         if (out / INDEX_FILE).exists():
             index = read_index(out)
             _check_source(out, index.get("source"), source)
-            console.line(_summary(out, index))
+            say(_summary(out, index))
             return
         state = _state(out, source, files)
-        tokenizer = _make_tokenizer(settings, state, files, data_dir, processes, console)
-        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, console.line)
+        tokenizer = vocabulary or _make_tokenizer(settings, state, files, data_dir, processes, console, say)
+        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
         if output.place:
-            console.line(f"going on after {output.place:,} of {files.size:,} {files.unit}")
+            say(f"going on after {output.place:,} of {files.size:,} {files.unit}")
         tasks = tasks_of(files, settings, output.place)
-        results = contextlib.closing(work(tokenizer, tasks, processes))
+        results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
         with contextlib.closing(output), results as encoded, console.progress(files.size, output.place) as bar:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
@@ -90,7 +104,7 @@ def prepare(
         write_json(out / TOKENIZER_FILE, tokenizer.to_dict())
         write_json(out / INDEX_FILE, index)
         (out / PROGRESS_FILE).unlink(missing_ok=True)
-        console.line(_summary(out, index))
+        say(_summary(out, index))
 
 
 def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
@@ -132,11 +146,12 @@ def _make_tokenizer(
     data_dir: Path,
     processes: int,
     console: Console,
+    say: Callable[[str], None],
 ) -> Tokenizer:
     if settings.tokenizer != "char":
-        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, console.line)
+        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, say)
     if state["symbols"] is None:
-        console.line("collecting the characters, once")
+        say("collecting the characters, once")
         found: set[str] = set()
         passes = contextlib.closing(work(None, tasks_of(files, settings, 0), processes))
         with passes as results, console.progress(files.size, 0) as bar:
