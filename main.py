@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "make a run of another program's model",
     "plan": "what a config takes on a mesh of devices: memory and traffic",
     "prepare": "tokenise a corpus into shards on disk",
+    "tokenizer": "learn a tokenizer from a corpus",
 }
 
 
@@ -37,7 +38,7 @@ def _parted(argv: list[str]) -> tuple[str, list[str]]:
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
     if argv[:1] in (["--help"], ["-h"], ["help"]):
-        print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
+        print(__doc__.strip(), *(f"  {name:<10}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
     from commands.typos import check_words, load
     from runtime.screen.console import Console
