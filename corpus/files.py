@@ -190,7 +190,7 @@ class RowFiles:
             texts = source.rows(self._settings.text_column, self._settings.tokenizer == "byte", skip)
             for number, text in enumerate(texts, skip + 1):
                 bad = isinstance(text, Bad)
-                yield f"{source.path}, row {number:,}: {text.reason}" if bad else Piece(source.path, text)
+                yield f"{source.path}, row {number:,}: {text}" if bad else Piece(source.path, text)
 
 
 def _identity(path: Path) -> tuple[str, int, int]:

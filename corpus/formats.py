@@ -27,10 +27,8 @@ MAX_ROW_BYTES = 2**30  # of a line; more comes of a damaged file, or of one that
 TEXT_ENDINGS = (".txt", ".md")  # what a directory is searched for, beside the endings of the table
 
 
-class Bad(NamedTuple):
-    """A row without a text, and why."""
-
-    reason: str
+class Bad(str):
+    """Why a row has no text."""
 
 
 Group = tuple[int, Callable[[], Iterable[Any]]]  # rows that are read together: how many, and what gives their values
@@ -78,42 +76,23 @@ def _require_name(column: str, names: list[str], what: str) -> None:
         raise UserError(f"has no column of text {column!r}; {has}: set config.text_column")
 
 
-def _values(column: Any) -> list[Any]:
-    """Of an Arrow array, each by itself where one of them, as a careless writer left it, is no UTF-8."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return _no_utf8(error)
-
-
 def _parquet(file: IO[bytes], column: str) -> Iterator[Group]:
     rows = _arrow().parquet.ParquetFile(file)
     _require_column(rows.schema_arrow, column)
     for number in range(rows.metadata.num_row_groups):
-        read = lambda number=number: _values(rows.read_row_group(number, columns=[column]).column(0))
-        yield rows.metadata.row_group(number).num_rows, read
+        read = partial(rows.read_row_group, number, columns=[column])
+        yield rows.metadata.row_group(number).num_rows, lambda read=read: _as_bytes(read().column(0))
 
 
-def _arrow_stream(file: IO[bytes], column: str) -> Iterator[Group]:
-    rows = _arrow().ipc.open_stream(file)
+def _arrow_batches(of_file: bool, file: IO[bytes], column: str) -> Iterator[Group]:
+    rows = _arrow().ipc.open_file(file) if of_file else _arrow().ipc.open_stream(file)
     _require_column(rows.schema, column)
-    for batch in rows:
-        yield batch.num_rows, partial(_values, batch.column(column))
+    for batch in map(rows.get_batch, range(rows.num_record_batches)) if of_file else rows:
+        yield batch.num_rows, partial(_as_bytes, batch.column(column))
 
 
-def _arrow_file(file: IO[bytes], column: str) -> Iterator[Group]:
-    rows = _arrow().ipc.open_file(file)
-    _require_column(rows.schema, column)
-    for number in range(rows.num_record_batches):
-        batch = rows.get_batch(number)
-        yield batch.num_rows, partial(_values, batch.column(column))
+def _as_bytes(column: Any) -> list[bytes | None]:
+    return column.cast("large_binary").to_pylist()  # a careless writer's text may be no UTF-8
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -169,8 +148,8 @@ _TABLE = [
     Format("xz", rb"\xfd7zXZ\0", unpack=lzma.open),
     Format("LZ4", rb"\x04\x22\x4d\x18", unpack=partial(_by_arrow, "lz4")),
     Format("a Parquet file", rb"PAR1\x15", (".parquet",), groups=_parquet),
-    Format("an Arrow stream", rb"\xff{4}...\0\x10\0\0\0", (".arrow",), groups=_arrow_stream),
-    Format("an Arrow file", rb"ARROW1\0\0", groups=_arrow_file),
+    Format("an Arrow stream", rb"\xff{4}...\0\x10\0\0\0", (".arrow",), groups=partial(_arrow_batches, False)),
+    Format("an Arrow file", rb"ARROW1\0\0", groups=partial(_arrow_batches, True)),
     Format("JSON lines", endings=(".jsonl", ".ndjson"), groups=_json_lines),
     Format("CSV", endings=(".csv",), groups=_csv),
     Format("a zip archive", rb"PK(\x03\x04|\x05\x06)", advice=_UNPACK),
@@ -272,12 +251,7 @@ def _text(value: Any, any_bytes: bool) -> bytes | Bad:
         if isinstance(value, str):
             return value.encode()
         if isinstance(value, bytes):
-            any_bytes or value.decode()
-            return value
+            return value if any_bytes else value.decode().encode()
     except UnicodeError as error:
-        return _no_utf8(error)
+        return Bad(f"is not UTF-8 at {'byte' if isinstance(value, bytes) else 'character'} {error.start}")
     return Bad("is null" if value is None else f"is no text but {type(value).__name__}")
-
-
-def _no_utf8(error: UnicodeError) -> Bad:
-    return Bad(f"is not UTF-8 at {'byte' if isinstance(error, UnicodeDecodeError) else 'character'} {error.start}")
