@@ -24,7 +24,7 @@ from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
 from corpus.load_text import new_tokenizer
 from corpus.shards import header
-from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name
+from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name, tokenizer_names
 from runtime.errors import StorageError, UserError
 from runtime.files import read_json, write_json
 from runtime.screen.console import Console
@@ -62,12 +62,16 @@ def prepare(
     say = say or console.line
     if vocabulary is None:
         check_tokenizer_name(settings.tokenizer)
+        if settings.tokenizer not in tokenizer_names():  # a directory, whose content may change
+            vocabulary = new_tokenizer(settings.tokenizer, "", data_dir, say)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
         with console.busy("reading the files"):
             files = open_corpus(dataset, settings, data_dir, say)
         source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
         del source["skip_bad_rows"]  # up to the first bad row it makes no difference
+        if vocabulary:
+            source["tokenizer"] = f"{vocabulary.name} {vocabulary.fingerprint[:12]}"
         if (out / INDEX_FILE).exists():
             index = read_index(out)
             _check_source(out, index.get("source"), source)

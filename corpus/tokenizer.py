@@ -363,13 +363,14 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _names() -> list[str]:
+def tokenizer_names() -> list[str]:
+    """What config.tokenizer may be beside a directory."""
     return ["char", "byte", "imported", *tiktoken.list_encoding_names()]
 
 
 def check_tokenizer_name(name: str) -> None:
     """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
-    if (names := _names()) and name not in names and os.sep not in name and not Path(name).is_dir():
+    if (names := tokenizer_names()) and name not in names and os.sep not in name and not Path(name).is_dir():
         near = nearest(name, names) or ";"
         raise UserError(
             f"config.tokenizer: unknown tokenizer {name!r}{near} use char, byte or one of {', '.join(names[3:])}, "
@@ -379,7 +380,7 @@ def check_tokenizer_name(name: str) -> None:
 
 def is_called(tokenizer: Tokenizer, name: str) -> bool:
     """Whether config.tokenizer means this one: by its name, or by the directory that it came from, if that is there."""
-    if name == tokenizer.name or name in _names():
+    if name == tokenizer.name or name in tokenizer_names():
         return name == tokenizer.name
     gone = not (Path(name).expanduser() / "tokenizer.json").exists()
     return isinstance(tokenizer, TiktokenTokenizer) and (gone or _read(name).fingerprint == tokenizer.fingerprint)
@@ -411,7 +412,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
         return CharTokenizer(sorted(set(text)))
     if name == "byte":
         return ByteTokenizer()
-    return TiktokenTokenizer(tiktoken.get_encoding(name)) if name in _names() else _read(name)
+    return TiktokenTokenizer(tiktoken.get_encoding(name)) if name in tokenizer_names() else _read(name)
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:

@@ -130,6 +130,11 @@ def test_a_run_keeps_it_and_needs_its_directory_no_more(own, tmp_path, capsys):
     another = tmp_path / "another"
     assert main.main(["tokenizer", f"--dataset={text}", f"--out={another}", f"--vocab_size={SIZE}"]) == 0
     assert "was prepared with own" in refusal(load, str(tmp_path / "corpus"), str(another))
+    shutil.copy(another / "tokenizer.json", own)
+    message = refusal(run, rows, tmp_path / "corpus", replace(SETTINGS, tokenizer=str(own), text_column="body"))
+    assert message.startswith(
+        f"--tokenizer: {tmp_path / 'corpus'} was begun with 'own {made.tokenizer.fingerprint[:12]}'"
+    )
     tuned = tiny_config(tokenizer=str(another), dataset=str(text), init_from=str(tmp_path / "run"), num_blocks=1)
     with pytest.raises(UserError, match=r"^config\.tokenizer: the weights were trained with 'own'"):
         train_lib.train(tuned, tmp_path / "tuned")
