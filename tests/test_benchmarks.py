@@ -116,6 +116,7 @@ def test_the_limits_of_the_gpu_call_stay_under_nine_minutes():
     assert sum(gpu.LIMITS.values()) < 9 * 60 and set(gpu.LIMITS) == set(gpu.PARTS)
 
 
+@pytest.mark.once
 def test_attention_that_is_wrong_stops_the_timing(monkeypatch):
     from transformer.kernels import choose
 
@@ -140,6 +141,7 @@ def test_every_kept_result_is_a_table(capsys):
         assert result["title"] in printed and result["machine"]["versions"]["jax"] in printed
 
 
+@pytest.mark.once
 def test_the_parts_of_the_recipe(tmp_path, text):
     corpus = [f"--config.dataset={text}", "--config.val_fraction=0.4", f"--config.data_dir={tmp_path}"]
     few = ["--rounds=2", "--steps=2", "--every=2", "--muon_factors=1", "--adamw_rates=0.004", "--choices", "tied"]
@@ -153,6 +155,7 @@ def test_the_parts_of_the_recipe(tmp_path, text):
     assert saved and all(row["steps to 9"] == "2" and row["steps to 0.1"] == "not reached" for row in saved)
 
 
+@pytest.mark.once
 def test_time_to_a_loss(tmp_path, text):
     run = ["--seeds", 5, "--caches", "cold", "--target=9", f"--out={tmp_path}"]
     keys = ["--config.max_steps=2", "--config.log_every=1", f"--config.dataset={text}", "--config.val_fraction=0.4"]

@@ -298,10 +298,11 @@ def test_no_window_is_read_twice_or_skipped_when_the_batch_changes(order):
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
 
 
+@pytest.mark.once
 def test_another_cut_of_the_same_steps_goes_on_as_the_same_run(tmp_path, capsys):
     """Eight sequences a step every time: only the order of sums differs, so a window that moved would show."""
     cut = lambda steps, *pair: tiny_config(
-        **{"num_blocks": 1, "use_muon": False, "sample_every": 0},
+        **{"use_muon": False, "sample_every": 0},
         **{"max_steps": steps, "batch_size": pair[0], "accumulation_steps": pair[1]},
     )
     reference = train_lib.train(cut(11, 8, 1), tmp_path / "reference")
@@ -346,7 +347,7 @@ def test_a_schedule_that_was_laid_out_in_steps_keeps_their_size(tmp_path):
 def test_eight_devices_go_on_from_one_and_one_from_eight(tmp_path):
     """Restored bits are equal, or the fingerprints, made on one device or eight, would say damaged."""
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"}
-    config = lambda steps: tiny_config(num_blocks=1, batch_size=8, max_steps=steps, sample_every=0)
+    config = lambda steps: tiny_config(batch_size=8, max_steps=steps, sample_every=0)
     train_lib.train(config(5), tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "mixed")
     train_lib.train(config(15), tmp_path / "one")
