@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
             files = open_corpus(values.dataset, settings, data_dir, console.line)
 
         def texts() -> Iterator[str]:
-            left, bad = SAMPLE_BYTES, 0
+            left, bad = SAMPLE_BYTES, []
             with console.progress(files.size, 0) as bar:
                 for task in tasks_of(files, settings, 0):
                     for piece in task.pieces:
@@ -60,10 +60,10 @@ def main(argv: list[str]) -> None:
                             sample.append(text)
                             left -= len(piece.data)
                         yield text
-                    bad += len(task.bad)
+                    bad += task.bad
                     bar.update(task.stop)
             if bad:
-                console.warn(f"{values.dataset} has {bad:,} bad rows, which are left out")
+                console.warn(f"{len(bad):,} bad rows are left out; the first is {bad[0]}")
             console.doing("merging")
 
         tokenizer = train_tokenizer(texts(), values.vocab_size, values.split)

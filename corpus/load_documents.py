@@ -15,7 +15,7 @@ from corpus.load_shards import INDEX_FILE, holds_shards, load_shards, read_index
 from corpus.load_text import find_files, load_text, new_tokenizer
 from corpus.prepare import prepare
 from corpus.tokenizer import Tokenizer, check_tokenizer_name
-from runtime.errors import UserError
+from runtime.errors import StorageError, UserError
 from runtime.files import replacing
 from runtime.processes import num_processes
 from runtime.screen import live
@@ -93,14 +93,15 @@ def load_documents(
     out = data_dir / ".cache" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}-shards"
     if not (out / INDEX_FILE).exists():
         processes = 1 if sum(stat.st_size for stat in stats) < SMALL else len(os.sched_getaffinity(0))
-        out.parent.mkdir(parents=True, exist_ok=True)
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as unfinished, live.set_aside():
                 encoding = vocabulary, unknown_characters
                 prepare(dataset, unfinished, chosen, data_dir, processes, Console(), *encoding, say=lambda line: None)
-        except OSError:
+        except OSError as error:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
-                raise
+                problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"
+                raise StorageError(f"{problem}; set config.data_dir to one that can be written") from error
     if bad := read_index(out)["bad_rows"]:
         say(f"warning: {dataset} has {bad:,} bad rows, which are left out")
     fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}

@@ -24,6 +24,7 @@ from corpus import prepare as prepare_module
 from corpus.files import RowFiles, TextFiles
 from corpus.prepare import Output
 from input_pipeline import load_dataset
+from runtime.errors import StorageError
 
 TEXTS = [*(f"A row of number {i}.\nand a line\n" * (i % 3) for i in range(11)), "é☃, \"so\"\r\nthey 'say'", "😀"]
 FULL = [text for text in TEXTS if text]
@@ -204,6 +205,13 @@ def test_a_bad_row_is_named_and_left_out_on_demand(tmp_path, bpe, capsys, kind, 
     data = load_dataset(str(path), "gpt2", skip_bad_rows=True, say=said.append, **given)
     assert data.train.num_tokens == index["splits"]["train"]["tokens"]
     assert said == [f"warning: {path} has 1 bad rows, which are left out"]
+
+
+def test_without_a_place_for_shards_one_line_says_so(tmp_path):
+    json_lines(tmp_path / "rows.jsonl", TEXTS)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/\.cache: Not a directory, .*; set config\.data_dir to"):
+        load_dataset(str(tmp_path / "rows.jsonl"), "byte", data_dir=tmp_path / "file", **SPLIT)
 
 
 def test_a_null_of_parquet_is_a_bad_row_and_many_are_counted(tmp_path, bpe, capsys, monkeypatch):

@@ -103,6 +103,8 @@ def test_the_command_compares_with_what_is_here(own, tmp_path, capsys, monkeypat
     assert [str(tmp_path / "other"), f"{SIZE + 1}", f"{size / tokens:.3f}"] in lines
     assert f"{tmp_path}/other: {SIZE + 1} tokens; --config.tokenizer={tmp_path}/other" in map(" ".join, lines)
     assert ["gpt2", "not", "here"] in lines and ["o200k_base", "not", "here"] in lines
+    assert main.main([*flags[:2], "--skip_bad_rows", "--vocab_size=261", f"--out={tmp_path / 'none'}"]) == 0
+    assert "300 bad rows are left out; the first is " in capsys.readouterr().err
     for more, words in (
         ([f"--out={own}"], [f"--out={own}: holds a tokenizer"]),
         ([], ["--out: must be given"]),
