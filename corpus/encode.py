@@ -19,7 +19,7 @@ from runtime.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """A task's tokens, the bytes of their text, and how many documents began in it, or were empty."""
+    """A task's tokens, the bytes of their text, and how many documents began in it, and how many were empty."""
 
     tokens: np.ndarray
     num_bytes: int
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """What stands before each document, and how many bytes of text it is: the end-of-text token, else a newline."""
+    """The tokens before each document (end-of-text, or else a newline), and how many bytes of text they are."""
     if tokenizer.eot is not None:
         return np.array([tokenizer.eot], tokenizer.dtype), 0
     return tokenizer.encode("\n", replace_unknown=True), 1
@@ -86,12 +86,12 @@ def symbols(pieces: list[Piece]) -> set[str]:
 
 # --- Many processes -----------------------------------------------------------------------------------------------
 
-_tokenizer: Tokenizer | None = None  # of a worker, which is handed it once and not with each task
+_tokenizer: Tokenizer | None = None  # a worker's, which is sent once and not with each task
 
 
 def _start_worker(saved: dict[str, Any] | None) -> None:
     global _tokenizer  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone reacts to Ctrl-C
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -108,12 +108,10 @@ def _work(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
 def work(
     tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int, unknown: str = ""
 ) -> Iterator[tuple[Task, Any]]:
-    """Each task with its `Encoded`, or without a tokenizer its `symbols`, in order.
+    """Each task with its `Encoded`, or with its `symbols` if there is no tokenizer, in order.
 
-    One process is this one. Of several, each has two tasks under way, so that nothing piles up.
-
-    Raises:
-      UserError: as `encode`; a worker was killed.
+    With `processes` 1 this process does the work. Otherwise at most two tasks for each worker are in flight, so that
+    results do not pile up. Raises UserError as `encode`, or if a worker was killed.
     """
     if processes == 1:
         for task in tasks:

@@ -17,8 +17,8 @@ from corpus.formats import Bad, Source
 from corpus.load_text import find_files
 from runtime.errors import UserError
 
-# Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
-# between letters, or after a newline between two visible characters of which the second is no punctuation.
+# Where a text may be cut without changing what any tiktoken pattern finds on either side: before a single space
+# between letters, or after a newline between two visible characters of which the second is not punctuation.
 _CUT = re.compile(
     rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[\xd0\xd1][\x80-\xbf])(?= [\xd0\xd1])|(?<=[!-~]\n)(?=[A-Za-z0-9])"
     rb"|(?:(?<=[\xe4-\xe9][\x80-\xbf]{2}\n)|(?<=\xe3\x80\x82\n))(?=[\xe4-\xe9A-Za-z0-9])"
@@ -30,7 +30,7 @@ KEPT = 2**22  # bytes of an unpacked stream, more than lie between what is asked
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the shards, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
+    """What the shards depend on, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
 
     tokenizer: str
     val_fraction: float
@@ -54,12 +54,12 @@ class Piece(NamedTuple):
 
 
 class TextFiles:
-    """Text files end to end, each a document; a position is that of a byte.
+    """Text files end to end, each of them a document; a position counts bytes.
 
     Attributes:
       size: the number of positions.
-      empty: documents without a byte.
-      identity: distinguishes these files from others, and from themselves after a change.
+      empty: the number of empty documents.
+      identity: names, sizes and times of change, to recognise the same, unchanged files.
     """
 
     unit, step = "bytes", 2**20
@@ -77,7 +77,7 @@ class TextFiles:
         return [self.boundary(end) for end in ends_of_splits(self.size, val_fraction, test_fraction)]
 
     def boundary(self, place: int) -> int:
-        """The first position from this one on where a cut changes no token."""
+        """The first position at or after `place` where a cut changes no token."""
         number = bisect_right(self._starts, place) - 1
         if self._tokenizer == "byte" or place in (self._starts[number], self.size):
             return place
@@ -118,11 +118,11 @@ class _TextFile:
     def read(self, start: int, size: int) -> bytes:
         with self.source.reading():
             if not self.source.packed:
-                with self.source.open() as file:
+                with self.source.stream() as file:
                     file.seek(start)
                     return file.read(size)
             if self._file is None or start < self._begin:
-                self._file, self._begin, self._data = self.source.open(), 0, b""
+                self._file, self._begin, self._data = self.source.stream(), 0, b""
             end = start + size
             while self._begin + len(self._data) < end and (more := self._file.read(2**20)):
                 behind = max(0, min(len(self._data), start - KEPT - self._begin))
@@ -202,7 +202,7 @@ def open_corpus(dataset: str, settings: Settings, data_dir: Path, say: Callable[
     """The files of a corpus: a named data set, a file, a directory, or a glob, in sorted order.
 
     Raises:
-      UserError: there are none, they cannot be read, are of two kinds, or all empty.
+      UserError: there are no files, they cannot be read, are of two kinds, or are all empty.
     """
     sources = [Source(path) for path in find_files(dataset, data_dir, say)]
     of_rows = [source for source in sources if source.has_rows]

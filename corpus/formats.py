@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from runtime.errors import UserError, one_line
-from runtime.files import parse_json
+from runtime.files import open_regular, parse_json
 
 HEAD_BYTES = 512  # of a file, in which all of these show
 MAX_ROW_BYTES = 2**30  # of a line; more comes of a damaged file, or of one that is made to fill the memory
@@ -190,12 +190,12 @@ class Source:
 
     def __init__(self, path: Path):
         self.path, self._unpack = path, None
-        with self.reading(), self.open() as file:
+        with self.reading(), self.stream() as file:
             name, head = path.name, file.read(HEAD_BYTES)
         kind = _format_of(name, head)
         if kind.unpack:
             self._unpack = kind.unpack
-            with self.reading(), self.open() as file:
+            with self.reading(), self.stream() as file:
                 head = file.read(HEAD_BYTES)
             kind = _format_of(_PACKED.sub("", name), head)
         if kind.advice or kind.unpack:
@@ -203,23 +203,23 @@ class Source:
             raise UserError(f"config.dataset: {path} is {kind.name}, not plain text; {advice}")
         self.packed, self.has_rows, self._groups = self._unpack is not None, kind.groups is not None, kind.groups
 
-    def open(self) -> IO[bytes]:
+    def stream(self) -> IO[bytes]:
         """What is in the file, decompressed. Raises OSError, or as `reading` knows."""
-        return self._unpack(self.path) if self._unpack else self.path.open("rb")
+        return self._unpack(self.path) if self._unpack else open_regular(self.path)
 
     def chunks(self, size: int = 2**20) -> Iterator[bytes]:
         """All of that, in order."""
-        with self.reading(), self.open() as file:
+        with self.reading(), self.stream() as file:
             while chunk := file.read(size):
                 yield chunk
 
     def num_rows(self, column: str) -> int:
-        with self.reading(), self.open() as file:
+        with self.reading(), self.stream() as file:
             return sum(count for count, _ in self._groups(file, column))
 
     def rows(self, column: str, any_bytes: bool, start: int = 0) -> Iterator[bytes | Bad]:
         """The texts of the rows from number `start` on, in UTF-8; with `any_bytes` a column of bytes as it is."""
-        with self.reading(), self.open() as file:
+        with self.reading(), self.stream() as file:
             for count, values in self._groups(file, column):
                 if start < count:
                     yield from (_text(value, any_bytes) for value in islice(values(), start, None))
@@ -235,7 +235,8 @@ class Source:
         except PermissionError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check its permissions") from error
         except _failures() as error:
-            raise UserError(f"{self.path}: cannot be read ({one_line(error)}); copy it again") from error
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(f"{self.path}: cannot be read ({reason}); copy it again") from error
 
 
 def _failures() -> tuple[type[BaseException], ...]:

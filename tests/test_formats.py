@@ -379,8 +379,8 @@ def test_a_compressed_text_is_unpacked_as_it_is_read(tmp_path, monkeypatch, bpe)
     text = make_text(100_000)
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
     opened, most = [], []
-    source_open, read = formats.Source.open, corpus_files._TextFile.read
-    monkeypatch.setattr(formats.Source, "open", lambda self: opened.append(1) or source_open(self))
+    source_open, read = formats.Source.stream, corpus_files._TextFile.read
+    monkeypatch.setattr(formats.Source, "stream", lambda self: opened.append(1) or source_open(self))
     monkeypatch.setattr(
         corpus_files._TextFile, "read", lambda self, *where: (read(self, *where), most.append(len(self._data)))[0]
     )

@@ -225,7 +225,7 @@ def test_blocks_that_no_checkpoint_has_are_refused_at_once(copy, tmp_path, capsy
     saved = json.loads((copy / "config.json").read_text())
     saved["config"]["num_blocks"] = number
     (copy / "config.json").write_text(json.dumps(saved))
-    monkeypatch.setattr(run_lib, "init_params", None)  # would be traced block by block
+    monkeypatch.setattr(run_lib, "shapes_of", None)  # would be traced block by block
     for command in (["sample"], ["eval"], ["report"], ["sample", "--step=30"]):
         assert main.main([*command, f"--workdir={copy}"]) == 2
         assert_one_line(capsys.readouterr().err, f"{copy / 'config.json'}: num_blocks is {number}, and the checkpoint")
