@@ -177,6 +177,17 @@ def is_named_so(path: Path) -> bool:
     return name.endswith(TEXT_ENDINGS) or any(kind.groups and name.endswith(kind.endings) for kind in _TABLE)
 
 
+def require_plain(path: Path, head: bytes) -> None:
+    """Raises UserError if the file, whose first HEAD_BYTES are `head`, begins as one of these formats."""
+    if (kind := _format_of("", head)) is not _PLAIN:
+        raise _refused(path, kind)
+
+
+def _refused(path: Path, kind: Format) -> UserError:
+    advice = kind.advice or ("decompress it first" if kind.unpack else _UNPACK)
+    return UserError(f"config.dataset: {path} is {kind.name}, not plain text; {advice}")
+
+
 class Source:
     """A file of texts: what it is, and its content.
 
@@ -199,8 +210,7 @@ class Source:
                 head = file.read(HEAD_BYTES)
             kind = _format_of(_PACKED.sub("", name), head)
         if kind.advice or kind.unpack:
-            advice = kind.advice or "decompress it"
-            raise UserError(f"config.dataset: {path} is {kind.name}, not plain text; {advice}")
+            raise _refused(path, kind)
         self.packed, self.has_rows, self._groups = self._unpack is not None, kind.groups is not None, kind.groups
 
     def stream(self) -> IO[bytes]:
