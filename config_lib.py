@@ -56,6 +56,7 @@ FREE_ON_RESUME = {
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "mesh", "report"),
+    *("text_column", "skip_bad_rows"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # to get a run over a spike

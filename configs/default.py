@@ -56,10 +56,14 @@ def get_config() -> ConfigDict:
     # zero also starts an untied head at zero
 
     # --- Data --------------------------------------------------------------------------------------------------
-    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | fineweb | a text file | a glob of them | tokens:
-    # a directory that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT)
+    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | fineweb | a text file | a glob of them |
+    # documents: a directory of texts, or .jsonl, .csv, .parquet, .arrow files, compressed or not | tokens: a directory
+    # that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT, Megatron-LM)
+    config.text_column = "text"  # of rows: the column, or the key of a JSON object, that holds the text
+    config.skip_bad_rows = False  # rows without a text are left out and counted, not refused
     config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
-    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
+    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's) | a directory
+    # that `main.py tokenizer` made
     config.unknown_characters = "refuse"  # of a text, those that init_from's vocabulary lacks: refuse | replace | drop
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
