@@ -122,7 +122,7 @@ class Trainer:
             self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        self.model_config = run_lib.model_config_for(config, self.tokenizer)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_parts(self.mesh)
@@ -380,7 +380,8 @@ class Trainer:
     def _sample(self, model: Transformer) -> None:
         config, prompt = self.config, self.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
-        text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
+        begin = run_lib.prompt_of(config, self.tokenizer, prompt)
+        text = prompt + generate(model, self.tokenizer, [begin], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
         self.console.sample(self.step, text)
         self.trackers.samples(partial(run_lib.read_samples, self.workdir))

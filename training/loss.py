@@ -26,7 +26,7 @@ def batch_loss(
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)
     x_BTD, _ = model.hidden(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs)
-    targets_BT = batch_BT1[:, 1:]
+    targets_BT = targets_of(config, batch_BT1)
     if not 0 < config.loss_chunk < targets_BT.size:
         return loss_sum(constrain(model.logits(x_BTD), "BTV"), targets_BT)
     graph, weights = nnx.split(model.output)
@@ -35,6 +35,18 @@ def batch_loss(
         return loss_sum(head_logits(nnx.merge(graph, weights), x_CD, config), targets_C)[0]
 
     return chunked_loss_sum(chunk_loss, weights, x_BTD, targets_BT, config.loss_chunk)
+
+
+def targets_of(config: TransformerConfig, batch_BT1: jax.Array) -> jax.Array:
+    """The targets [B, T] of a batch; of conversations, what the assistant says and the end of its turn, else -1."""
+    inputs_BT, targets_BT = batch_BT1[:, :-1], batch_BT1[:, 1:]
+    if config.answer_start < 0:
+        return targets_BT
+    place_T = 2 * jnp.arange(inputs_BT.shape[1])
+    ends_BT = (inputs_BT == config.answer_end) | (inputs_BT == config.document_start)
+    mark_BT = jnp.where(inputs_BT == config.answer_start, place_T + 1, jnp.where(ends_BT, place_T, 0))
+    inside_BT = jax.lax.cummax(mark_BT, axis=1) % 2 == 1  # the last mark is odd: an answer has begun
+    return jnp.where(inside_BT & (targets_BT != config.document_start), targets_BT, -1)
 
 
 def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
