@@ -38,7 +38,7 @@ from transformer.model import model_of, params_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh
 
-WORDS = "heron lamp miller eels aunt river clock moss kettle stone".split()
+WORDS = ["heron", "lamp", "miller", "eels", "aunt", "river", "clock", "moss", "kettle", "stone"]
 TALKS = [
     [
         {"role": "user", "content": f"What about the {word}?"},
@@ -55,7 +55,7 @@ HARD = [
     {"role": "assistant", "content": " It is 😀\n\n"},
     {"role": "user", "content": "{{ no }} 'quotes' \"too\""},
 ]
-T = 48
+T = 112
 
 
 @cache
