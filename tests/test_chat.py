@@ -293,7 +293,7 @@ def learned():
     write_json(folder / "own" / "tokenizer.json", own().to_dict())
     shape = {"context_len": 64, "embedding_dim": 64, "mlp_dim": 128, "position": "rope", "norm": "rmsnorm"}
     shape |= {"mlp": "swiglu", "mlp_bias": False, "attention_sink": False}  # as Llama has it
-    train_lib.train(tiny_config(tokenizer=str(folder / "own"), max_steps=2, **shape), folder / "text")
+    train_lib.train(tiny_config(tokenizer=str(folder / "own"), max_steps=2, use_muon=False, **shape), folder / "text")
     path = write_rows(folder / "talks.jsonl", [{"messages": talk} for talk in TALKS] * 2)
     config = chat.get_config(str(folder / "text"))
     usual = tiny_config()

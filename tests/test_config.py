@@ -155,7 +155,7 @@ def test_a_class_refuses_what_its_config_does_in_the_same_words(make, name, valu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_possible_and_survives_json(name):
     get_config = importlib.import_module(f"configs.{name}").get_config
-    config = get_config(str(finished_run().workdir)) if name == "finetune" else get_config()
+    config = get_config(str(finished_run().workdir)) if name in ("finetune", "chat") else get_config()
     before = config_lib.to_dict(config)
     config_lib.check(config)
     assert config_lib.to_dict(config) == before
