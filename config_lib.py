@@ -23,7 +23,6 @@ from transformer.config import Execution, TransformerConfig
 from transformer.kernels.choose import obstacle
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Range, require
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
-from transformer.xla import target
 
 CHOICES = {
     **{name: values for name, values in MODEL_CHOICES.items() if name != "dtype"},
@@ -160,15 +159,14 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" is bfloat16 where the hardware is made for it."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if target().platform == "cpu" else "bfloat16"
+def model_config_of(
+    config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "float32"
+) -> TransformerConfig:
+    """The model's shape, and how it is run.
 
-
-def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
+    Args:
+      eot: the tokenizer's end-of-text token.
+      auto: the arithmetic that dtype="auto" stands for: `run_lib.dtype_of`.
 
     Raises:
       UserError: documents are to be masked, and there is none.
@@ -179,7 +177,7 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    return transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+    return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

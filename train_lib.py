@@ -124,7 +124,8 @@ class Trainer:
             self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
+        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_shares(self.mesh)
@@ -148,7 +149,7 @@ class Trainer:
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():

@@ -47,8 +47,9 @@ def facts(
     step: Step,
     mesh: Mesh,
     steps: int,
+    why: str,
 ) -> Facts:
-    """What a person wants to know before a run starts; `lines` and `panels` show it."""
+    """What a person wants to know before a run starts; `lines` and `panels` show it. `why` is of the dtype."""
     model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
@@ -81,7 +82,7 @@ def facts(
         },
         "Optimizer": {"parts": ", ".join(parts), "rates": ", ".join([*rates, config.schedule]), "batch": batch},
         "Devices": {
-            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}",
+            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}{why and f' ({why})'}",
             **({} if is_data_parallel(mesh) else {"mesh": _mesh(model, step.state.params, mesh)}),
             "memory": f"about {sum(memory.values()) / 1e6:,.0f} MB a device ({by_use})",
             "run": str(workdir),
