@@ -168,9 +168,8 @@ class Trainer:
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
-        self.divergence = Divergence(
-            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
-        )
+        limits = config.max_bad_steps, config.skip_spikes
+        self.divergence = Divergence(*limits, step.state.params, counts, console.warn, vocab_size)
 
         self.tracing = False
         settings = config_lib.to_dict(config)
