@@ -20,14 +20,14 @@ from input_pipeline import load_dataset
 from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
+from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from training.health import first_not_finite
 from training.precision import Choice, best_here
 from training.step import Step, TrainState, regroup
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
-from transformer.model import Params, Transformer, init_params, model_of
+from transformer.model import Params, Transformer, model_of, shapes_of
 from transformer.sharding import DATA, FSDP
 from transformer.xla import target
 
@@ -134,8 +134,8 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
 
 
 def data_dir_of(config: ConfigDict) -> Path:
-    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
-    return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
+    """Where named data sets and encoded texts lie."""
+    return data_folder(config.data_dir)
 
 
 def load_data(
@@ -316,7 +316,7 @@ def load_weights(
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, None)
-        want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
+        want, have = shapes_of(model_config), shapes_of(source)
         if want != have:
             names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
             name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
@@ -346,7 +346,7 @@ def load_model(
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
-        abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
+        abstract = shapes_of(model_config)
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn)
         else:

@@ -318,6 +318,8 @@ class Trainer:
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
+            with self.clock.pause():
+                self.checkpoints.load_orbax()
         if due(config.sample_every):
             with self._beside("sample", "sampling"):
                 by_first(partial(self._sample, self._model()))

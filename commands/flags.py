@@ -13,7 +13,6 @@ from types import FrameType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from config_lib import key_docs, type_name, written
 from configs import default
 from runtime.errors import Interrupted, UserError, one_line
 from runtime.files import PROGRAM
@@ -100,6 +99,8 @@ def _in_time() -> Iterator[None]:
 
 def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
     """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
+    from config_lib import key_docs, written  # which loads JAX, and `prepare` needs none
+
     own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
     shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
     told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
@@ -145,6 +146,8 @@ def _with_config(argv: Sequence[str]) -> list[str]:
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
+    from config_lib import type_name
+
     known = default.get_config()
     for word in argv:
         key, equals, text = word.removeprefix("--config.").partition("=")

@@ -7,15 +7,12 @@ processes may fetch the same file at once, and a killed one leaves nothing that 
 
 import gzip
 import hashlib
-import http.client
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -292,6 +289,9 @@ def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> 
     `RETRIES` times, after `pause`, 2 `pause`, ... seconds. A server that cannot be reached, or that says no, is not.
     Raises FetchError.
     """
+    import http.client  # here, because most runs download nothing
+    import urllib.error
+
     for attempt in range(RETRIES + 1):
         try:
             return _stream(url, out, timeout)
@@ -307,7 +307,9 @@ def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> 
 
 
 def _stream(url: str, out: Path, timeout: float) -> None:
-    import rich.console  # here, because most runs download nothing
+    import urllib.request
+
+    import rich.console
     import rich.progress
 
     # urllib's default opener would follow a redirect to ftp: this one has no handler for anything but http and https.

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
 from typing import Any, NamedTuple, get_type_hints
 
 import jax
@@ -15,20 +14,14 @@ import numpy as np
 
 from interop.families import BUFFER, FAMILIES, FLAT, GPT2, GPT_OSS, LLAMA, ORIGINAL_RULES, QWEN3, Arrays, Family, Rule
 from transformer.config import TransformerConfig
-from transformer.model import init_params
+from transformer.model import shapes_of
 
 # --- Weights ------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    return {name: leaf.shape for name, leaf in params.items()}
-
-
 def _rules_of(rules: Iterable[Rule], config: TransformerConfig) -> list[Rule]:
     """The rules of each block, without those for parameters that the model has not."""
-    names, found = _shapes(config).keys(), []
+    names, found = shapes_of(config).keys(), []
     for rule in rules:
         for n in range(config.num_blocks if "{n}" in rule.theirs else 1):
             ours = tuple(name.format(n=n) for name in rule.ours)
@@ -91,11 +84,11 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
     Raises:
       ValueError: a weight is missing, unknown, no float, not finite, or of another shape than by the config; names it.
     """
-    shapes, params, left = _shapes(config), {}, set(weights)
+    shapes, params, left = shapes_of(config), {}, set(weights)
     for rule in _rules_of(rules, config):
         if rule.theirs not in weights:
             raise ValueError(f"{rule.theirs}: missing among the weights")
-        stand_ins = [np.broadcast_to(np.float32(0), shapes[name]) for name in rule.ours]
+        stand_ins = [np.broadcast_to(np.float32(0), shapes[name].shape) for name in rule.ours]
         want, have = rule.layout.join(*stand_ins).shape, weights[rule.theirs].shape
         if have != want and not (rule.layout is FLAT and math.prod(have) == math.prod(want)):
             raise ValueError(f"{rule.theirs}: its shape is {have}, by the config it would be {want}")
@@ -375,7 +368,7 @@ def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tu
         theirs |= {**_rope_to(full), "attention_dropout": 0.0}
         if "sliding_window" not in family.fixed:
             theirs |= _windows_to(family, full)
-    whole = {name: np.full(shape, name.endswith("scale"), np.float32) for name, shape in _shapes(full).items()}
+    whole = {name: np.full(x.shape, name.endswith("scale"), x.dtype) for name, x in shapes_of(full).items()}
     whole |= {name: np.asarray(value, np.float32) for name, value in params.items()}
     weights = join_weights(family.rules, full, whole) | family.constants(full)
     if family is GPT2 and full.tie_embeddings:  # named as OpenAI's own file has them; mlx-lm reads no others

@@ -36,6 +36,11 @@ def user_cache() -> Path:
     return _home("XDG_CACHE_HOME", ".cache") / "transformer-jax"
 
 
+def data_folder(data_dir: str) -> Path:
+    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
+    return (user_cache() if INSTALLED else PROGRAM) / data_dir
+
+
 def user_state() -> Path:
     """The user's folder for what is worth keeping, as the lines that were typed. Raises as `user_cache`."""
     return _home("XDG_STATE_HOME", ".local/state") / "transformer-jax"

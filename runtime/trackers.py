@@ -8,15 +8,11 @@ A new tracker is a maker as `start_wandb` is one, a line in `TRACKERS`, and its 
 `configs/default.py`.
 """
 
-import http.client
 import netrc
 import os
 import re
 import secrets
-import ssl
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +166,11 @@ def _key_in_netrc(url: str) -> bool:
 
 def _answers(url: str) -> bool:
     """Whether a server answers in time, whatever it says. Proxies of the environment are used."""
+    import http.client  # here, because most runs ask nobody
+    import ssl
+    import urllib.error
+    import urllib.request
+
     answered = threading.Event()
 
     def ask() -> None:

@@ -167,9 +167,10 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
     assert_one_line(capsys.readouterr().err, "error: standard input: ", "'µ' at 2")
 
 
+@pytest.mark.once
 def test_a_text_without_newlines_needs_no_prompt(tmp_path, capsys, monkeypatch):
     (tmp_path / "dna.txt").write_text("ACCGTTTGACA" * 30)
-    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7, num_blocks=1)
+    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7)
     run = train_lib.train(config, tmp_path / "run")
     ((_, sampled),) = run_lib.read_samples(tmp_path / "run")
     assert len(sampled) == 7 and set(sampled) <= set("ACGT")

@@ -149,8 +149,9 @@ def test_what_is_traced_asks_for_no_devices():
     assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
 
 
-def test_a_worker_that_encodes_text_loads_no_jax():
-    code = "import sys, corpus.encode; print(*sorted({'jax', 'jaxlib', 'flax', 'optax'} & sys.modules.keys()))"
+@pytest.mark.parametrize("module", ["corpus.encode", "commands.prepare"])
+def test_what_encodes_text_loads_no_jax(module):
+    code = f"import sys, {module}; print(*sorted({{'jax', 'jaxlib', 'flax', 'optax'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
@@ -220,3 +221,11 @@ def test_the_tree_of_the_readme_is_the_tree_that_is_there():
     named = {name for line in lines for name in ([line] if line != "LICENSE" else [line, "pyproject.toml"])}
     rest = {name for name in there - named if not re.fullmatch(r"requirements.*\.txt|README\.md", name)}
     assert (named - there, rest) == (set(), set())
+
+
+def test_training_begins_without_what_its_first_steps_do_not_need():
+    """Orbax comes with the first row, pictures at the end, and what asks the network when it is asked."""
+    code = "import sys, main; from commands.typos import load; load('train'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    later = {"orbax.checkpoint", "matplotlib", "wandb", "torch", "transformers", "urllib.request"}
+    assert {"jax", "optax"} < (loaded := set(done.stdout.split())) and not later & loaded

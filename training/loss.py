@@ -21,10 +21,7 @@ def batch_loss(
     config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
-    width, dtype = (
-        config.embedding_dim,
-        config.activation_dtype,
-    )  # those of the blocks come together where they are used
+    width, dtype = config.embedding_dim, config.activation_dtype  # the blocks' come together where they are used
     params = {n: p if n.startswith("blocks.") else bring_together(n, p, width, dtype) for n, p in params.items()}
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)

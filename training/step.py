@@ -17,7 +17,7 @@ from training.health import Health, fresh_health, see_gradients, see_loss
 from training.loss import batch_loss
 from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_of, make_optimizer, schedule_shape
 from transformer.config import TransformerConfig
-from transformer.model import Params, init_params
+from transformer.model import Params, init_params, shapes_of
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
 from transformer.xla import jit_for, settle, target_of, traced_for
 
@@ -243,15 +243,12 @@ def make_step(
     first_total: int | None = None,
 ) -> Step:
     """The step of a run of `total` real steps; `key` is dropout's, `first_total` the warm-up's."""
-    shapes = jax.eval_shape(partial(init_params, model_config), key)
+    shapes = shapes_of(model_config)
     labels = labels_of(shapes, settings)
     optimizer = make_optimizer(settings, shapes, total, mesh, first_total)
     schedule = schedule_shape(settings, total, first_total)
-    run = make_train_step(
-        *(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh),
-        spike_sigmas=spike_sigmas,
-        skip_spikes=skip_spikes,
-    )
+    steps, health = settings.accumulation_steps, (spike_sigmas, skip_spikes)
+    run = make_train_step(model_config, optimizer, schedule, labels, steps, key, mesh, *health)
     init = partial(init_state, model_config, optimizer, labels)
     born = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
     return Step(jax.eval_shape(born, key), labels, born, run)

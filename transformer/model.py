@@ -239,6 +239,11 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     return params_of(Transformer(config, nnx.Rngs(key)))
 
 
+def shapes_of(config: TransformerConfig) -> Params:
+    """The shape and dtype of each of `init_params`, as `jax.ShapeDtypeStruct`."""
+    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, (_, value) in _skeleton(config)[1].items()}
+
+
 def model_of(config: TransformerConfig, params: Params) -> Transformer:
     """The model that holds these parameters, traced or real.
 
@@ -246,7 +251,7 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
       ValueError: a name is missing or unknown, or a shape is not the config's.
     """
     graph, flat = _skeleton(config)
-    want = {name: part_shape(name, shape) for name, (_, shape) in flat.items()}
+    want = {name: part_shape(name, value.shape) for name, (_, value) in flat.items()}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
@@ -255,7 +260,7 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
 
 
 @lru_cache  # tracing it takes 45 ms for 4 blocks, and every program asks for it
-def _skeleton(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, tuple[int, ...]]]]:
-    """The model without its parameters, and the path in it and the shape of each, by dotted name."""
+def _skeleton(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, nnx.Variable]]]:
+    """The model without its parameters, and of each the path in it and what stands for it, by dotted name."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    return graph, {".".join(map(str, path)): (path, variable.shape) for path, variable in nnx.to_flat_state(state)}
+    return graph, {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}

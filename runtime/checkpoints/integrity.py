@@ -89,9 +89,10 @@ def _sums(x: jax.Array) -> jax.Array:
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
     weight = 2 * index + 1  # odd, so that it has an inverse modulo 2^32
-    linear = jnp.sum(words * weight, dtype=jnp.uint32)
-    mixed = jnp.sum(_mix(words ^ (weight * jnp.uint32(_GOLDEN))), dtype=jnp.uint32)
-    return jnp.stack([linear, mixed])
+    terms = words * weight, _mix(words ^ (weight * jnp.uint32(_GOLDEN)))
+    add = lambda sums, more: tuple(a + b for a, b in zip(sums, more, strict=True))
+    zeros = (jnp.uint32(0),) * 2  # one reduction of both: of one sum alone XLA's CPU backend would store all terms
+    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(words.ndim))))
 
 
 def _mix(word: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ items lies a list of all files' hashes, for `verify`.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import re
@@ -14,11 +15,12 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from runtime.checkpoints.integrity import (
@@ -85,6 +87,14 @@ def val_tokens_of(meta: Mapping[str, Any]) -> int:
     return meta.get("checkpoint_val_tokens", 0 if last else config["eval_tokens"])
 
 
+@cache
+def _orbax() -> ModuleType:
+    """Takes a fifth of the time that all imports take, and a new run's first steps need none of it."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 def _bytes_on_disk(state: Any) -> int:
     """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
@@ -122,11 +132,30 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._saving: int | None = None
         self._read_only = read_only
         self._retention = Retention(self._marks, keep)
+        if not read_only:
+            by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+            by_first(lambda: tidy_up(self.directory))
+        self._empty_trash()
+        for step in self._steps_on_disk():
+            try:
+                meta = self.meta(step)
+                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"], val_tokens_of(meta))
+            except DamagedError as error:
+                self._damaged[step] = str(error)
+        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+
+    def load_orbax(self) -> None:
+        """Load Orbax now, and not only at the first save, which should find nothing missing. All processes call it."""
+        _ = self._manager
+
+    @cached_property
+    def _manager(self) -> Any:
+        ocp = _orbax()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
-            todelete_subdir=None if read_only else DELETED,  # what a kill leaves there is no damage
-            create=not read_only,
-            read_only=read_only,
+            todelete_subdir=None if self._read_only else DELETED,  # what a kill leaves there is no damage
+            create=False,
+            read_only=self._read_only,
             cleanup_tmp_directories=False,  # we have done so
             lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
             async_options=ocp.AsyncOptions(
@@ -136,18 +165,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             ),
         )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
-        if not read_only:
-            by_first(lambda: tidy_up(self.directory))
-        self._empty_trash()
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
-        for step in self._steps_on_disk():
-            try:
-                meta = self.meta(step)
-                self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"], val_tokens_of(meta))
-            except DamagedError as error:
-                self._damaged[step] = str(error)
-        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+        manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
+        return manager
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -158,7 +178,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _known(self) -> dict[int, Mark]:
         """Of the checkpoints that are there and whose meta is sound."""
-        return {step: self._marks[step] for step in self._manager.all_steps() if step in self._marks}
+        there = self._manager.all_steps() if self._marks else ()
+        return {step: self._marks[step] for step in there if step in self._marks}
 
     def steps(self) -> list[int]:
         """All that are there, damaged ones included."""
@@ -237,6 +258,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             "checkpoint_val_tokens": mark.val_tokens,
             "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
         }
+        ocp = _orbax()
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
@@ -258,6 +280,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 by_first(lambda: finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
+                gc.collect()  # nor until Orbax's copies are gone, which it leaves in a circle of references
         except StorageError:
             raise
         except Exception as error:
@@ -289,7 +312,8 @@ class Checkpoints(contextlib.AbstractContextManager):
           StorageError: it could not be.
         """
         try:
-            self._manager.close()
+            if "_manager" in vars(self):
+                self._manager.close()
             if not self._read_only:
                 self._note_saved()
             self._empty_trash()
@@ -371,6 +395,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
         target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
         try:
+            ocp = _orbax()
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             found = self._manager.restore(step, args=args)[item]
         except Exception as error:
