@@ -167,9 +167,8 @@ class Trainer:
         periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
         self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
-        counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
-        limits = config.max_bad_steps, config.skip_spikes
-        self.divergence = Divergence(*limits, step.state.params, counts, console.warn, vocab_size)
+        watched = config.max_bad_steps, config.skip_spikes, step.state.params, jax.device_get(self.state.metrics)
+        self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
         self.tracing = False
         settings = config_lib.to_dict(config)
