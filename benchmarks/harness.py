@@ -25,7 +25,7 @@ import config_lib
 from runtime import devices
 from runtime.devices import environment
 from runtime.large_pages import SETTING
-from training.dispatch import held_back
+from training.dispatch import throttled
 from training.step import make_step
 from transformer.sharding import batch_sharded, make_mesh
 
@@ -129,7 +129,7 @@ class TrainerStep:
         step = make_step(settings, self.model_config, config.max_steps or 1000, key, self.mesh, *spikes)
         self._init = partial(step.init, key)
         self.reset()
-        self.train_step, self._run = step.run, held_back(step.run)
+        self.train_step, self._run = step.run, throttled(step.run)
 
     def reset(self) -> None:
         """Back to the state before the first step."""

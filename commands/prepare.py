@@ -48,5 +48,5 @@ def main(argv: list[str]) -> None:
     try:
         with spoken_in_flags():
             prepare(values.dataset, values.out, settings, data_dir, processes, Console())
-    except UserError as error:  # what lies below speaks of a run's directory
+    except UserError as error:  # the code below calls it the workdir
         raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

@@ -9,7 +9,7 @@ import input_pipeline
 import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from training import dispatch
-from training.dispatch import MOST, held_back, longest, spans
+from training.dispatch import MOST, longest, spans, throttled
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
 
@@ -65,7 +65,7 @@ def test_large_dispatches_on_two_devices(tmp_path):
 def test_the_devices_are_never_far_behind(monkeypatch):
     waited = []
     monkeypatch.setattr("training.dispatch.jax.block_until_ready", waited.append)
-    step = held_back(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
+    step = throttled(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
     state = 0
     for batch in range(5):
         state, step_metrics = step(state, batch)

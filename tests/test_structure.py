@@ -172,9 +172,7 @@ READERS = {  # who opens files, and why it is not `runtime.files` that does
     "runtime.watchdog": "writes while everything hangs",
     **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
     **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
-    **dict.fromkeys(
-        [f"corpus.{name}" for name in ("cache", "fetch", "files", "load_text", "prepare", "rebuild", "shards")], "data"
-    ),
+    **dict.fromkeys(["corpus.fetch", "corpus.prepare", "corpus.rebuild", "corpus.cache"], "data that it wrote"),
     "corpus.tokenizer": "what a library says",
 }
 

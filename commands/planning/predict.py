@@ -28,12 +28,12 @@ class Planned:
 
     @property
     def tokens(self) -> int:
-        """Of a real step."""
+        """Tokens of a real step."""
         return self.config.batch_size * self.config.context_len * self.config.accumulation_steps
 
     @property
     def flops(self) -> float:
-        """Of the model, a real step, over all devices (PaLM's count, in which nothing is computed twice)."""
+        """FLOPs of the model in a real step, over all devices (PaLM's count, without what remat computes again)."""
         return flops_per_token(self.model) * self.tokens
 
 

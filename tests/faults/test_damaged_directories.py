@@ -5,6 +5,7 @@ import faulthandler
 import io
 import random
 import shutil
+import sys
 import time
 import traceback
 from collections import Counter
@@ -73,7 +74,7 @@ def run_one(number: int, place: Path) -> tuple[str, int, str]:
         {p.name for p in place.iterdir()} - {"out"},
     )
     before, began, output = others(), time.process_time(), io.StringIO()
-    faulthandler.dump_traceback_later(120, exit=True)  # of what waits for ever
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)  # of what waits for ever; capsys has no fd
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
             status = main.main(command_line(command, run, place, rng))

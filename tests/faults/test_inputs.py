@@ -173,6 +173,7 @@ def test_an_alphabet_of_65000_symbols_is_warned_of_and_trains(tmp_path, capsys):
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), max_size=40))
+@example("A\u0301").via("a mark that would be printed onto the quote before it")
 @settings(max_examples=60)
 def test_any_prompt_is_known_or_its_strange_characters_are_named(prompt):
     tokenizer = finished_run().tokenizer

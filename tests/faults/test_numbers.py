@@ -95,7 +95,7 @@ def test_bad_steps_between_two_rows_are_warned_of(tmp_path, monkeypatch, capsys)
 def test_a_run_that_stays_bad_says_where_and_ends_no_later_than_the_next_row(tmp_path, monkeypatch):
     """Cut between two bad steps, it goes on counting."""
     monkeypatch.setattr(train_lib, "Batches", bad_batches(*range(12, 1000)))
-    config = tiny_config(max_steps=60, max_bad_steps=3, log_every=4, eval_every=100, sample_every=0)
+    config = tiny_config(max_steps=60, max_bad_steps=4, log_every=4, eval_every=100, sample_every=0)
     train_until(14, config, tmp_path)
     with pytest.raises(DivergedError) as diverged:
         train_lib.train(config, tmp_path)
