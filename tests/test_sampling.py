@@ -42,9 +42,6 @@ CONFIGS = {
         sliding_window=5,
         window_pattern="LG",
         qk_norm="scaled",
-        attention_sink="key",
-        attention_gate="head",
-        exclusive_attention=True,
         tie_embeddings=False,
     ),
     "half precision": TransformerConfig(
@@ -55,6 +52,11 @@ CONFIGS = {
         **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 3, "embedding_dim": 12, "mlp_dim": 14},
         **{"sliding_window": 5, "window_pattern": "LG", "dtype": "bfloat16_matmul", "position": "rope"},
         tie_embeddings=False,
+    ),
+    "sinks with keys, gates": TransformerConfig(
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
+        **{"mlp_dim": 14, "tie_embeddings": False, "sliding_window": 5, "window_pattern": "LG", "sink_pattern": "SN"},
+        **{"attention_sink": "key", "attention_gate": "head", "exclusive_attention": True},
     ),
     "learned positions": TransformerConfig(
         vocab_size=V, context_len=C, num_blocks=1, num_heads=2, embedding_dim=10, mlp_dim=14, tie_embeddings=False
