@@ -78,21 +78,23 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The keys and values of a batch of texts that are aligned at their ends, so that all grow into the same slot."""
+    """The keys and values of a batch of texts, aligned at their ends, so that all grow into the same slot, or not."""
 
     layers: list[LayerCache]
     start_B: jax.Array  # the slot of each text's first token; what lies before it is padding
-    length: jax.Array  # slots in use
+    length: jax.Array  # slots in use: a number, or [B] where each text has its own
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
-    """Put the keys and values of T tokens into the slots from `slot` on."""
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
+    """Put the keys and values of T tokens into the slots from `slot` on, a number or each text's own [B]."""
+    at = lambda old_KSH, new_KTH, slot: jax.lax.dynamic_update_slice(old_KSH, new_KTH, (0, slot, 0))
+    each = jax.vmap(at, in_axes=(0, 0, 0 if slot.ndim else None))
+    put = lambda old, new: each(old, new.swapaxes(1, 2).astype(old.dtype), slot)
     return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader writes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:
     """The mask [B, T, S] of T tokens that are about to be written: causal, and no padding."""
     slot_S = jnp.arange(cache.layers[0].k_BKSH.shape[2])
-    mask_1TS = visible((cache.length + jnp.arange(T))[None], slot_S, window)
-    return mask_1TS & (slot_S >= cache.start_B[:, None])[:, None]
+    mask_BTS = visible(cache.length.reshape(-1, 1) + jnp.arange(T), slot_S, window)
+    return mask_BTS & (slot_S >= cache.start_B[:, None])[:, None]
