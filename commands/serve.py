@@ -37,12 +37,16 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise UserError("serve: needs starlette and uvicorn; pip install -r requirements-serve.txt") from error
     workdir, host = Path(values.workdir), values.host
-    with StopSignals(lambda _: console.warn("stopping: what is being written is finished; once more stops at once")) as stop:
+    with StopSignals(
+        lambda _: console.warn("stopping: what is being written is finished; once more stops at once")
+    ) as stop:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, values.port), family=family, backlog=1024)
         except OSError as error:
-            raise UserError(f"--port={values.port}: cannot listen on {host} ({one_line(error)}); name another") from error
+            raise UserError(
+                f"--port={values.port}: cannot listen on {host} ({one_line(error)}); name another"
+            ) from error
         with listening:
             devices.set_up_compile_cache(console.warn)
             devices.wake_up()
@@ -59,9 +63,7 @@ def main(argv: list[str]) -> None:
                 names = [*local, host] if host in local else []
                 service = Service(engine, tokenizer, workdir.resolve().name, limits, chat_tokens, names)
                 quiet = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
-                server = uvicorn.Server(
-                    uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet)
-                )
+                server = uvicorn.Server(uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet))
                 # In the main thread, signals would be the library's.
                 thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)
                 thread.start()

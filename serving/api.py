@@ -131,8 +131,10 @@ class Service:
         self._model |= {"attention_sink": self._config.attention_sink}
         self._page = read_file(Path(__file__).parent / "page.html").decode()
         inline = (re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL) for tag in ("script", "style"))
-        script, style = (base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode() for found in inline if found)
-        policy = f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'"
+        script, style = (
+            base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode() for found in inline if found
+        )
+        policy = f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:"
         self._headers = {
             "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
             "X-Content-Type-Options": "nosniff",
@@ -150,7 +152,9 @@ class Service:
         routes += [Route(path, self._guarded(answer), methods=["POST"]) for path, answer in post.items()]
         errors = {
             Refusal: lambda call, refusal: refusal.response(),
-            HTTPException: lambda call, e: Refusal(f"{call.method} {call.url.path}: {e.detail}", None, e.status_code).response(),
+            HTTPException: lambda call, e: Refusal(
+                f"{call.method} {call.url.path}: {e.detail}", None, e.status_code
+            ).response(),
             Exception: lambda call, e: Refusal("an error of the server's own; its log has it", None, 500).response(),
         }
         return Starlette(routes=routes, exception_handlers=errors)
@@ -179,7 +183,9 @@ class Service:
         return await self._answer(call, chat=True)
 
     async def _body(self, call: Call) -> dict[str, Any]:
-        if not call.headers.get("content-type", "").startswith("application/json"):  # nor can other sites' pages send it
+        if not call.headers.get("content-type", "").startswith(
+            "application/json"
+        ):  # nor can other sites' pages send it
             raise Refusal("Content-Type: must be application/json", None, 415)
         data = b""
         try:
@@ -265,7 +271,9 @@ class Service:
         talk = []
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            if isinstance(content, list) and all(
+                isinstance(part, dict) and part.get("type") == "text" for part in content
+            ):
                 content = "".join(str(part.get("text", "")) for part in content)
             if not isinstance(content, str) or not isinstance(message.get("role"), str):
                 raise wrong
@@ -385,12 +393,10 @@ class Text:
         elif finish:
             text += self._cut.feed(self._decoder.flush()) + self._cut.flush()
         self._out += len(text)
-        count = len(self._held) if finish and not self._cut.ended else 0
-        while count < len(self._held):  # a token is out when the next one's place is
-            end = self._held[count + 1][0] if count + 1 < len(self._held) else self._came
-            if end > self._out and not (finish and self._held[count][0] < self._out):
-                break
-            count += 1
+        ends = [place for place, _ in self._held[1:]] + [self._came]
+        known = lambda place, end: place < self._out and (finish is not None or end <= self._out)
+        places = zip([place for place, _ in self._held], ends, strict=True) if self._held else ()
+        count = sum(known(*span) or (finish is not None and not self._cut.ended) for span in places)
         out, self._held = self._held[:count], self._held[count:]
         return Part(text, out, finish)
 

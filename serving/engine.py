@@ -120,7 +120,9 @@ def _decode(
         hidden_B1D, cache = model.hidden(rows.token[:, None], Cache(layers, start_B, slot_B))
         drawn = _draw(model, hidden_B1D[:, 0], rows, banned_V)
         ended_B = jnp.isin(drawn[0], jnp.array(ends, jnp.int32))
-        out = jax.tree.map(lambda old, new: old.at[i].set(new), out, (jnp.where(alive_B, drawn[0], NOTHING), *drawn[1:]))
+        out = jax.tree.map(
+            lambda old, new: old.at[i].set(new), out, (jnp.where(alive_B, drawn[0], NOTHING), *drawn[1:])
+        )
         rows = rows._replace(
             token=jnp.where(alive_B, drawn[0], rows.token),
             length=rows.length + alive_B,
@@ -130,7 +132,12 @@ def _decode(
         return i + 1, cache.layers, rows, out
 
     B, K = len(rows.token), min(ALTERNATIVES, config.vocab_size)
-    out = (jnp.full((CHUNK, B), NOTHING), jnp.zeros((CHUNK, B)), jnp.zeros((CHUNK, B, K), int), jnp.zeros((CHUNK, B, K)))
+    out = (
+        jnp.full((CHUNK, B), NOTHING),
+        jnp.zeros((CHUNK, B)),
+        jnp.zeros((CHUNK, B, K), int),
+        jnp.zeros((CHUNK, B, K)),
+    )
     unfinished = lambda carry: (carry[0] < CHUNK) & alive(carry[2]).any()
     _, layers, _, out = jax.lax.while_loop(unfinished, one_token, (0, layers, rows, out))
     return layers, out
@@ -286,7 +293,10 @@ class Engine:
         text, rows = self._texts[row], self._rows
         count = int((ids_C1 != NOTHING).sum())
         ids, likely = ids_C1[:count, 0].tolist(), text.alternatives
-        best = [list(zip(ids[0, :likely].tolist(), best[0, :likely].tolist(), strict=True)) for ids, best in zip(best_ids_C1K[:count], best_C1K[:count], strict=True)]
+        best = [
+            list(zip(ids[0, :likely].tolist(), best[0, :likely].tolist(), strict=True))
+            for ids, best in zip(best_ids_C1K[:count], best_C1K[:count], strict=True)
+        ]
         tokens = [Token(*parts) for parts in zip(ids, log_probs_C1[:count, 0].tolist(), best, strict=True)]
         text.tokens += ids
         text.made += count
