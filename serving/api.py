@@ -55,7 +55,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may take: new tokens of each text, and seconds, after which a text ends as if it were long enough."""
+    """What a request may take: new tokens of each text; seconds, after which a text ends."""
 
     tokens: int = 4096
     seconds: float = 600
@@ -131,12 +131,11 @@ class Service:
         self._model |= {"attention_sink": self._config.attention_sink}
         self._page = read_file(Path(__file__).parent / "page.html").decode()
         inline = (re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL) for tag in ("script", "style"))
-        script, style = (
-            base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode() for found in inline if found
-        )
-        policy = f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:"
+        hashed = (hashlib.sha256(found[1].encode()).digest() for found in inline if found)
+        script, style = (base64.b64encode(digest).decode() for digest in hashed)
+        policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{script}'"
         self._headers = {
-            "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+            "Content-Security-Policy": f"{policy}; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }

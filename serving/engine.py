@@ -2,9 +2,10 @@
 
 Shapes: B rows, C context, P padded prompt length, V vocabulary, K alternatives.
 
-Every program has one shape, whatever the requests are: B rows and C slots of keys and values in each, where a text begins
-in slot 0. So no text depends on what the other rows hold, and no request compiles anything, but for the first of each
-padded length. One thread owns the model and the cache; others hand it requests and get tokens by a callback.
+Every program has one shape, whatever the requests are: B rows, each with C slots of keys and values, in the first of
+which its text begins. So no text depends on what the other rows hold, and no request compiles anything, but for the
+first of each padded length. One thread owns the model and the cache; others hand it requests and get tokens by a
+callback.
 """
 
 import contextlib

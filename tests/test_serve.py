@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_one_line, finished_run
+from test_report import CHROMIUM
 from test_sampling import ANYTHING, CONFIGS
 
 import main
@@ -31,6 +35,8 @@ from transformer.sampling import Sampling, generate, generate_tokens
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 api = pytest.importorskip("serving.api")
+from starlette.responses import HTMLResponse, Response  # noqa: E402
+from starlette.routing import Route  # noqa: E402
 
 LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz.\n")
 CONFIG = TransformerConfig(
@@ -211,7 +217,7 @@ def chat_tokens(messages):
 
 @pytest.fixture(scope="module")
 def url(engine):
-    service = api.Service(engine, LETTERS, "letters", api.Limits(tokens=3000), chat_tokens, ["127.0.0.1"])
+    service = api.Service(engine, LETTERS, "letters", api.Limits(tokens=10**6), chat_tokens, ["127.0.0.1"])
     with serving(service) as url:
         yield url
 
@@ -322,7 +328,7 @@ TALK = {"messages": [{"role": "user", "content": "a"}]}
         (COMPLETIONS, {"prompt": 3}, "prompt", "must be a text"),
         (COMPLETIONS, {"prompt": [29]}, "prompt", "below 29"),
         (COMPLETIONS, {"prompt": ["a", 3]}, "prompt", "must be a text"),
-        (COMPLETIONS, {"max_tokens": 3001}, "max_tokens", "from 1 to 3000, got 3001"),
+        (COMPLETIONS, {"max_tokens": 10**6 + 1}, "max_tokens", "from 1 to 1000000, got 1000001"),
         (COMPLETIONS, {"max_tokens": True}, "max_tokens", "got true"),
         (COMPLETIONS, {"temperature": 2.1}, "temperature", "from 0 to 2"),
         (COMPLETIONS, {"temperature": float("nan")}, "temperature", "from 0 to 2"),
@@ -387,7 +393,7 @@ def until_free(engine):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_goes_away_frees_the_place(url, engine, stream):
-    ask = {"prompt": "a", "max_tokens": 3000, "n": 3, "stream": stream}
+    ask = {"prompt": "a", "max_tokens": 10**6, "n": 3, "stream": stream}
     with httpx.Client(timeout=60) as client:
         if stream:
             with client.stream("POST", url + COMPLETIONS, json=ask) as answer:
@@ -399,7 +405,7 @@ def test_who_goes_away_frees_the_place(url, engine, stream):
                 client.post(url + COMPLETIONS, json=ask, timeout=0.3)
     made = [text.made for text in engine._texts if text]
     until_free(engine)
-    assert all(count < 3000 for count in made)
+    assert all(count < 10**6 for count in made)
 
 
 def test_a_queue_that_is_full_and_a_time_that_is_over(engine, client):
@@ -443,6 +449,94 @@ def test_each_tokens_attention_to_the_sinks(url, model):
     want_TL = np.asarray(sink_shares_by_position(model, np.array(text[-41:-1])))
     assert shares[:5] != [None] * 5 and len(shares) == len(new)
     np.testing.assert_allclose(shares[-33:], want_TL[-33:], atol=1.1e-5)
+
+
+PROBE = """<!DOCTYPE html><iframe src="/" style="width:{width}px;height:1000px;border:0"></iframe><script>
+const until = async (what, holds) => {{
+  for (let i = 0; i < 1500; i++) {{ if (holds()) return; await new Promise(done => setTimeout(done, 20)); }}
+  throw new Error("never came: " + what);
+}};
+onload = async () => {{
+  const view = document.querySelector("iframe"), page = view.contentDocument, at = id => page.getElementById(id);
+  const press = (on, key, more) =>
+    on.dispatchEvent(new view.contentWindow.KeyboardEvent("keydown", {{key, bubbles: true, ...more}}));
+  const spans = () => [...page.querySelectorAll("#text .new")], found = {{}};
+  const set = (id, value) => {{ at(id).value = value; at(id).dispatchEvent(new view.contentWindow.Event("input")); }};
+  try {{
+    await until("the model's name", () => page.title === "letters");
+    set("prompt", "the cat"), set("max_tokens", 30), set("seed", 6);
+    found.outputs = [...page.querySelectorAll("output")].map(output => output.value);
+    press(at("prompt"), "Enter", {{ctrlKey: true}});
+    await until("a text", () => at("status").textContent.includes("a second"));
+    [found.text, found.count] = [at("text").textContent, spans().length];
+    spans()[0].focus();
+    press(page.activeElement, "ArrowRight");
+    found.moved = spans().indexOf(page.activeElement);
+    found.stops = page.querySelectorAll("#text [tabindex='0']").length;
+    await until("the sinks", () => at("about").textContent.includes("layer 2"));
+    found.about = at("about").textContent;
+    found.label = spans()[1].getAttribute("aria-label");
+    found.coloured = new Set(spans().map(span => span.style.background)).size;
+    found.wide = page.documentElement.scrollWidth;
+    const controls = [...page.querySelectorAll("button, input, textarea")];
+    found.small = controls.filter(control => control.getBoundingClientRect().height < 24).length;
+    found.unnamed = [...page.querySelectorAll("input, textarea")].filter(e => !e.labels.length).length;
+    found.paper = view.contentWindow.getComputedStyle(page.body).backgroundColor;
+    set("max_tokens", 1000);
+    at("write").click();
+    await until("a text to stop", () => spans().length > 3 && !at("stop").disabled);
+    press(page.body, "Escape");
+    await until("the end", () => at("stop").disabled);
+    [found.stopped, found.short] = [at("status").textContent, spans().length < 1000];
+    await until("quiet", () => !at("write").disabled);
+    set("prompt", "É");
+    at("write").click();
+    await until("an error", () => at("status").className === "wrong");
+    found.error = at("status").textContent;
+  }} catch (error) {{
+    found.thrown = String(error) + at("status").textContent;
+  }}
+  await fetch("/found", {{method: "POST", body: JSON.stringify(found)}});
+}};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, False)])
+def test_the_page_in_a_browser(engine, model, tmp_path, width, dark):
+    told = queue.Queue()
+
+    async def take(call):
+        told.put(await call.json())
+        return Response()
+
+    app = api.Service(engine, LETTERS, "letters", api.Limits(tokens=3000)).app()
+    probe = lambda call: HTMLResponse(PROBE.format(width=width))
+    app.router.routes += [Route("/probe", probe), Route("/found", take, methods=["POST"])]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    options += [f"--window-size={width + 40},1100", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    with serving(SimpleNamespace(app=lambda: app)) as url, (tmp_path / "console").open("w+") as console:
+        browser = subprocess.Popen(
+            [CHROMIUM, *options, "--remote-debugging-port=0", f"{url}/probe"], stdout=console, stderr=console
+        )
+        try:
+            found = told.get(timeout=120)
+        finally:
+            browser.terminate()
+            browser.wait(60)
+        console.seek(0)
+        complaints = [line for line in console if "CONSOLE" in line]
+    assert "thrown" not in found, found
+    want = text_of(model, "the cat", 30, temperature=0.8, seed=6)
+    assert found["text"] == "the cat" + want and found["count"] == 30 and found["outputs"] == ["0.8", "1", "30"]
+    assert found["moved"] == 1 and found["stops"] == 1 and found["coloured"] > 3
+    assert found["label"].startswith(f"{want[1]}, ") and " has a probability of " in found["about"]
+    assert found["wide"] <= width and found["small"] == found["unnamed"] == 0
+    assert found["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
+    assert found["stopped"].endswith("; stopped") and found["short"]
+    assert found["error"].startswith("prompt: characters not in the vocabulary: 'É' at 0")
+    assert [line for line in complaints if "400 (Bad Request)" not in line] == []
 
 
 # --- The command --------------------------------------------------------------------------------------------------
