@@ -87,14 +87,13 @@ class Cache(NamedTuple):
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
     """Put the keys and values of T tokens into the slots from `slot` on, a number or each text's own [B]."""
-    at = lambda old_KSH, new_KTH, slot: jax.lax.dynamic_update_slice(old_KSH, new_KTH, (0, slot, 0))
-    each = jax.vmap(at, in_axes=(0, 0, 0 if slot.ndim else None))
-    put = lambda old, new: each(old, new.swapaxes(1, 2).astype(old.dtype), slot)
+    each = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0 if slot.ndim else None, None))
+    put = lambda old, new: each(old, new.swapaxes(1, 2).astype(old.dtype), slot, 1)
     return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader writes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:
     """The mask [B, T, S] of T tokens that are about to be written: causal, and no padding."""
     slot_S = jnp.arange(cache.layers[0].k_BKSH.shape[2])
-    mask_BTS = visible(cache.length.reshape(-1, 1) + jnp.arange(T), slot_S, window)
-    return mask_BTS & (slot_S >= cache.start_B[:, None])[:, None]
+    query_BT = cache.length.reshape(-1, 1) + jnp.arange(T)
+    return visible(query_BT, slot_S, window) & (slot_S >= cache.start_B[:, None, None])
