@@ -23,21 +23,11 @@ def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
-    flags.DEFINE_enum(
-        "split",
-        None,
-        ["train", "val", "test", "all"],
-        "What to evaluate on; default val, and all of another text than the run's.",
-        **define,
-    )
+    split = "What to evaluate on; default val, and all of another text than the run's."
+    flags.DEFINE_enum("split", None, ["train", "val", "test", "all"], split, **define)
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
-    flags.DEFINE_enum(
-        "unknown_characters",
-        None,
-        UNKNOWN_CHARACTERS,
-        "What becomes of characters that the model lacks; default as the run's config says.",
-        **define,
-    )
+    unknown = "What becomes of characters that the model lacks; default as the run's config says."
+    flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
 
@@ -73,7 +63,7 @@ def main(argv: list[str]) -> None:
         "step": run_lib.real_step_of(meta),
         "split": name,
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it is no double
+        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it overflows
         "bits_per_byte": bits_per_byte(loss, tokens, split, tokenizer),
         "tokens": tokens,
     }
@@ -81,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 
 def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:
-    """A line for each token of the split: its place, id, text and log-probability, which the first one has not."""
+    """A line for each token of the split: its position, id, text and log-probability (null for the first token)."""
     with new_file(path, "--tokens") as file:
         place = 0
         for values in chain([[None]], (some.tolist() for some in log_probs(model, split, rows))):

@@ -1,22 +1,18 @@
-"""Services that take a run's numbers beside its own files, if they are switched on. None can stop a run.
+"""Services that receive a run's numbers besides its own files, if they are enabled. None can stop a run.
 
-Weights & Biases is the only one so far. Its settings are its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`,
+Weights & Biases is the only one so far. It is configured by its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`,
 `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL` and so on), from the environment or a `.env` file in the current
-directory. Its files go to the workdir; the key goes into none of them.
+directory. Its files go to the workdir; none of them holds the key.
 
-A new tracker is a maker as `start_wandb` is one, a line in `TRACKERS`, and its switch `<name>_enabled` in
+A new tracker is a function like `start_wandb`, a line in `TRACKERS`, and the key `<name>_enabled` in
 `configs/default.py`.
 """
 
-import http.client
 import netrc
 import os
 import re
 import secrets
-import ssl
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +23,8 @@ from runtime.files import read_text, write_text
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
-_MOST_SAMPLES = 100  # in a table: W&B keeps each of a run's tables whole
-_DEFAULTS = {  # for what the environment leaves open
+_MOST_SAMPLES = 100  # in a table: W&B stores every table that a run logs
+_DEFAULTS = {  # for variables that the environment does not set
     "WANDB_PROJECT": "transformer",
     "WANDB_SILENT": "true",  # the console is the run's own
     "WANDB_CONSOLE": "off",
@@ -41,10 +37,7 @@ _DEFAULTS = {  # for what the environment leaves open
 
 
 class Tracker:
-    """Receives what a run logs. This one drops it.
-
-    `where` tells people where to look, None if nowhere.
-    """
+    """Receives what a run logs; the base class drops it. `where` tells people where to look, None if nowhere."""
 
     where: str | None = None
 
@@ -52,10 +45,10 @@ class Tracker:
         """The numbers of one logged step."""
 
     def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        """There is a new sample: `read` gives all samples so far, with their steps, the newest last."""
+        """There is a new sample. `read` gives all samples so far as (step, text), the newest last."""
 
     def finish(self) -> None:
-        """Ends the run: uploads what is left, in half a minute at most."""
+        """Ends the run; uploading the rest takes half a minute at most."""
 
 
 class _WandbTracker(Tracker):
@@ -92,17 +85,16 @@ class _WandbTracker(Tracker):
 
 
 def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None]) -> Tracker:
-    """Starts W&B, or continues the W&B run that the workdir names; gives a null tracker where W&B cannot be started.
+    """Starts W&B, or continues the W&B run that the workdir names; a `Tracker` that drops all if W&B cannot start.
 
     The mode is chosen before W&B starts, because W&B itself would ask for a key, or wait long for a server: it is
-    offline without a key or when no server answers. What was logged offline can be sent later with `wandb sync`. Takes
-    10 seconds at most.
+    offline without a key or if no server answers. `wandb sync` can send an offline run later. Takes at most 10 seconds.
 
     Args:
         name: the run's name.
         config: the resolved config, shown with the run.
         workdir: keeps W&B's files in `wandb/` and the run's id in `wandb_id.txt`.
-        warn: takes at most one line from here, and one for the rest of the run.
+        warn: takes at most one line at the start, and one during the run.
     """
     try:
         _load_settings()
@@ -128,7 +120,7 @@ def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable
 
 
 def _load_settings() -> None:
-    """Puts W&B's settings into the environment: what is set there stays, then comes `.env`, then our defaults."""
+    """Sets W&B's variables in the environment: those set there stay, then come those of `.env`, then our defaults."""
     from dotenv import dotenv_values
 
     for settings in (dotenv_values(".env"), _DEFAULTS):
@@ -141,7 +133,7 @@ def _run_id(workdir: Path) -> str:
     """The id by which a resumed run continues the same W&B run."""
     path = workdir / ID_FILE
     found = read_text(path) if path.exists() else ""
-    if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes a part of W&B's paths and addresses
+    if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes part of W&B's paths and addresses
         found = secrets.token_hex(4) + "\n"
         write_text(path, found)
     return found.strip()
@@ -169,7 +161,12 @@ def _key_in_netrc(url: str) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers in time, whatever it says. Proxies of the environment are used."""
+    """Whether a server answers in time, with any answer. The environment's proxies are used."""
+    import http.client  # here, because most runs ask nobody
+    import ssl
+    import urllib.error
+    import urllib.request
+
     answered = threading.Event()
 
     def ask() -> None:
@@ -178,7 +175,7 @@ def _answers(url: str) -> bool:
         except urllib.error.HTTPError:
             pass
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # a certificate is for W&B to judge
+            if not isinstance(error.reason, ssl.SSLError):  # W&B judges certificates itself
                 return
         except (OSError, ValueError, http.client.HTTPException):
             return
@@ -191,18 +188,11 @@ def _answers(url: str) -> bool:
     return answered.is_set()
 
 
-TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": start_wandb}  # name -> maker, called as `start_wandb` is
+TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": start_wandb}  # name -> function like `start_wandb`
 
 
 class Trackers:
-    """Those of a run.
-
-    A tracker keeps its own errors from the run: see `Tracker`.
-
-    Args:
-      names: keys of `TRACKERS`.
-      settings: as `start_wandb` takes them.
-    """
+    """The trackers of a run: `names` are keys of `TRACKERS`, `settings` the arguments of `start_wandb`."""
 
     def __init__(self, names: Iterable[str], **settings: Any) -> None:
         self._trackers = {name: TRACKERS[name](**settings) for name in names}
