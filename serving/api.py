@@ -135,7 +135,7 @@ class Service:
         script, style = (base64.b64encode(digest).decode() for digest in hashed)
         policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{script}'"
         self._headers = {
-            "Content-Security-Policy": f"{policy}; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'",
+            "Content-Security-Policy": f"{policy}; style-src 'sha256-{style}'; base-uri 'none'; frame-ancestors 'self'",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
