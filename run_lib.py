@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import config_lib
 from configs import default
 from corpus.dataset import Dataset
-from corpus.tokenizer import Tokenizer, tokenizer_from_dict
+from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices, trackers
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
@@ -131,7 +131,7 @@ def load_data(
     With `whole`, each split is the whole data set. Raises UserError if the text cannot be used, or if the config names
     another tokenizer than the run's.
     """
-    if vocabulary and vocabulary.name != config.tokenizer:
+    if vocabulary and not is_called(vocabulary, config.tokenizer):
         raise UserError(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
@@ -146,6 +146,8 @@ def load_data(
         train_shards=config.train_shards,
         whole=whole,
         unknown_characters=config.unknown_characters,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
         say=say,
         vocabulary=vocabulary,
     )
@@ -172,7 +174,8 @@ def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], N
         return
     problem = (
         f"config.mask_documents: {config.dataset} has no end-of-text token to train on, so nothing is masked; set it "
-        "to False, or make shards of the files with `main.py prepare`, which puts one before each"
+        "to False, or name a directory of the files, or make shards of them with `main.py prepare`; both put one "
+        "before each"
     )
     if warn is None:
         raise UserError(problem)

@@ -28,6 +28,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
     unknown = "What becomes of characters that the model lacks; default as the run's config says."
     flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
+    flags.DEFINE_string("text_column", None, "Of rows: the column to read; default as the config says.", **define)
+    flags.DEFINE_bool("skip_bad_rows", None, "Leave out rows without a text; default as the config says.", **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
 
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn)
     meta = run_lib.meta_of(workdir, number)
     own = meta.get("data_sha256")  # an imported model has none
-    for name in ("dataset", "unknown_characters"):
+    for name in ("dataset", "unknown_characters", "text_column", "skip_bad_rows"):
         if values[name].value is not None:
             config[name] = values[name].value
     with spoken_in_flags():

@@ -22,6 +22,7 @@ from runtime.screen.text import nearest
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 _CONFIG_SECONDS = 60.0  # how long a config file may run
+config_flags.register_flag_parser_for_type(object, flags.ArgumentParser())  # for a key that takes words and switches
 
 
 def parse_flags(
@@ -182,7 +183,8 @@ def spoken_in_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"\bconfig\.(dataset|tokenizer|unknown_characters)", r"--\1", str(error))) from error
+        keys = "dataset|tokenizer|unknown_characters|text_column|skip_bad_rows"
+        raise UserError(re.sub(rf"\bconfig\.({keys})", r"--\1", str(error))) from error
 
 
 def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:
