@@ -153,8 +153,12 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
-def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
+def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "") -> TransformerConfig:
+    """The model's shape, and how it is run.
+
+    Args:
+      eot: the tokenizer's end-of-text token.
+      auto: what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
 
     Raises UserError if documents are to be masked and there is no such token.
     """
@@ -164,7 +168,7 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    auto = "float32" if target().platform == "cpu" else "bfloat16"
+    auto = auto or ("float32" if target().platform == "cpu" else "bfloat16")
     return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
 
 

@@ -23,10 +23,13 @@ from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from training.health import first_not_finite
+from training.precision import Choice, best_here
 from training.step import Step, TrainState, regroup
+from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
 from transformer.sharding import DATA, FSDP
+from transformer.xla import target
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -223,6 +226,26 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
         raise NoCheckpointError(f"{workdir}: a checkpoint's config: {one_line(error)}; {_ODD_META}") from error
 
 
+def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
+    """The arithmetic of a run: its config's, where that is "auto" the one that it began with, else the best one here.
+
+    Args:
+      meta: of a checkpoint; None where there is none yet. Older builds, which kept none, took float32 on a CPU.
+
+    Raises:
+      NoCheckpointError: it names none that there is.
+    """
+    if config.dtype != "auto":
+        return Choice(config.dtype)
+    platform = target().platform
+    if meta is None or IMPORTED_FROM in meta:
+        return best_here(platform)
+    kept = meta.get("arithmetic", {}).get("dtype", "float32" if platform == "cpu" else "bfloat16")
+    if kept not in MODEL_CHOICES["dtype"]:
+        raise NoCheckpointError(f"a checkpoint's dtype: {kept!r}; {_ODD_META}")
+    return Choice(kept, "auto: as the run began")
+
+
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint.
 
@@ -292,7 +315,6 @@ def load_model(
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # the run's own may need another device
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
@@ -306,8 +328,10 @@ def load_model(
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
                 ) from error
-        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+        require_same_model(workdir, config, tokenizer, meta := checkpoints.meta(step))
     check_finite(params, workdir)
+    how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
+    model_config = dataclasses.replace(model_config, **how)
     return model_of(model_config, params), tokenizer, config, step
 
 

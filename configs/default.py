@@ -97,8 +97,9 @@ def get_config() -> ConfigDict:
     config.epochs = 1  # passes over the training text; 0: no limit
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
     config.seed = 0  # of initial weights, data order and dropout
-    config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
-    # bfloat16_matmul: products of bfloat16, the rest float32; for CPUs with AMX or AVX512-BF16, where bfloat16 is slow
+    config.dtype = "auto"  # of the arithmetic; weights are float32: float32 | bfloat16 | bfloat16_matmul (products of
+    # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
+    # bfloat16_matmul where a short measurement finds it faster, else float32. A run keeps what it began with
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
