@@ -23,6 +23,7 @@ import numpy as np
 
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
+from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sampling import CHUNK, NOTHING, Sampling, pick_each, power_of_two
 from transformer.xla import jit_where_it_lies
@@ -140,7 +141,8 @@ def _decode(
         jnp.zeros((CHUNK, B, K)),
     )
     unfinished = lambda carry: (carry[0] < CHUNK) & alive(carry[2]).any()
-    _, layers, _, out = jax.lax.while_loop(unfinished, one_token, (0, layers, rows, out))
+    with with_rounded_weights() if config.operand_dtype == "bfloat16" else contextlib.nullcontext():
+        _, layers, _, out = jax.lax.while_loop(unfinished, one_token, (0, layers, rows, out))
     return layers, out
 
 
@@ -169,6 +171,8 @@ class Engine:
     ) -> None:
         self.model, self._queue, self._warn = model, queue, warn
         self._params, self._run = params_of(model), {"config": model.config}
+        half = model.config.operand_dtype != "float32"
+        self._weights = round_weights(self._params, rows=rows) if half else self._params  # once, not for each token
         self._ends = ends
         self._banned_V = np.isin(np.arange(model.config.vocab_size), list(unsampled))
         self._texts: list[Request | None] = [None] * rows
@@ -282,7 +286,7 @@ class Engine:
 
     def _decode(self) -> None:
         old = Rows(*map(np.copy, self._rows))  # the program reads them while they are changed here
-        self._layers, out = _decode(self._params, self._layers, old, self._banned_V, ends=self._ends, **self._run)
+        self._layers, out = _decode(self._weights, self._layers, old, self._banned_V, ends=self._ends, **self._run)
         out = [np.asarray(array) for array in out]
         for row, text in enumerate(self._texts):
             if text:
