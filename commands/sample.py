@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +15,7 @@ from absl import flags
 
 import run_lib
 from commands.flags import DEFAULT_WORKDIR, parse_flags
-from corpus.tokenizer import Tokenizer, UnknownCharacters
+from corpus.tokenizer import Tokenizer, UnknownCharacters, until
 from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.files import new_file, parse_json, read_file, user_state
@@ -109,23 +109,6 @@ def main(argv: list[str]) -> None:
     except BrokenPipeError:  # the reader has seen enough
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text of `pieces` before the first of `stops` to be complete. What may begin a stop is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if ends := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-            yield held[: min(ends)[1]]
-            return
-        begins = (at for at in range(len(held)) if any(stop.startswith(held[at:]) for stop in stops))
-        known = next(begins, len(held))
-        if known:
-            yield held[:known]
-        held = held[known:]
-    if held:
-        yield held
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

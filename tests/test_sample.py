@@ -16,7 +16,8 @@ import main
 import run_lib
 import train_lib
 from commands import sample
-from commands.sample import Talk, until
+from commands.sample import Talk
+from corpus.tokenizer import until
 from runtime.errors import UserError
 from transformer.sampling import Sampling, generate
 

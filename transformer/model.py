@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
         c, T = self.config, tokens_BT.shape[1]
         position_BT = jnp.arange(T)[None]
         if cache is not None:
-            position_BT = jnp.maximum(cache.length + position_BT - cache.start_B[:, None], 0)
+            position_BT = jnp.maximum(cache.length.reshape(-1, 1) + position_BT - cache.start_B[:, None], 0)
         x_BTD = self.embedding(tokens_BT)
         if c.position == "learned":
             x_BTD = x_BTD + self.positions(position_BT)
