@@ -16,6 +16,7 @@ from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
+from runtime.workdir import WEIGHTS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
@@ -32,6 +33,7 @@ CHOICES = {
     "order": ORDERS,
     "warning_signal": ("save", "stop"),
     "unknown_characters": UNKNOWN_CHARACTERS,
+    "init_weights": WEIGHTS,
 }
 
 
@@ -55,7 +57,7 @@ FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "mesh", "report"),
+    *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike

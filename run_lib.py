@@ -55,7 +55,7 @@ class Run:
     workdir: Path
     step: int  # real steps made
     val_loss: float | None  # of the last evaluation, nats per token
-    best_val_loss: float | None
+    best_val_loss: float | None  # the lowest; of the averaged weights, where the run keeps them
     best_step: int | None
     best_tokens: int = 0  # that the best one stands on, the first of the validation split; 0: all
 
@@ -282,9 +282,9 @@ def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Chec
 
 
 def load_weights(
-    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
+    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None], weights: str
 ) -> Params:
-    """The weights of a run's best checkpoint, for a model of the same shape.
+    """The weights, of WEIGHTS those that `weights` says, of a run's best checkpoint, for a model of the same shape.
 
     Raises:
       UserError, NoCheckpointError: there is no such run, or its model has another shape.
@@ -301,17 +301,17 @@ def load_weights(
                 f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
                 "init_from needs a model of the same shape"
             )
-        step, params = checkpoints.restore_best_params(want, sharding, warn)
+        step, params = checkpoints.restore_best_params(want, sharding, warn, weights)
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     return params
 
 
 def load_model(
-    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None
+    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None, weights: str = "auto"
 ) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
     """A run's model at a checkpoint (the best sound one by default), on one device; takes no lock, writes nothing.
 
-    Also its tokenizer, the run's config, and the checkpoint's number, which `step` may name.
+    Also its tokenizer, the run's config, and the checkpoint's number, which `step` may name. `weights`: of WEIGHTS.
 
     Raises:
       UserError, NoCheckpointError: there is no such run or checkpoint, or the one asked for is damaged.
@@ -326,10 +326,10 @@ def load_model(
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
         if step is None:
-            step, params = checkpoints.restore_best_params(abstract, place, warn)
+            step, params = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
             try:
-                params = checkpoints.restore_params(step, abstract, place)
+                params = checkpoints.restore_params(step, abstract, place, weights)
             except DamagedError as error:
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"

@@ -34,11 +34,12 @@ from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_wo
 from training.clock import Clock, beside
 from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import held_back, longest, several_steps, spans
+from training.ema import average_of, begin_with
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
 from training.optimizer import groups_of, schedule_shape
 from training.step import Step, make_step
-from transformer.model import Transformer, model_of
+from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_shares, shardings_of, whole
 
@@ -207,8 +208,8 @@ class Trainer:
         self.state = init(key)
         if self.config.init_from:
             source = Path(self.config.init_from)
-            weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
-            self.state = self.state._replace(params=weights)
+            which = self.placement, self.console.warn, self.config.init_weights
+            self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.compiled_before = -devices.compile_seconds()
@@ -278,17 +279,8 @@ class Trainer:
         self.console.doing("drawing the curves")
         history = run_lib.read_metrics(self.workdir, self.console.warn)
         by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
-        run = Run(
-            model=self._model(),
-            tokenizer=self.tokenizer,
-            history=history,
-            workdir=self.workdir,
-            step=self.step,
-            val_loss=self.val_loss,
-            best_val_loss=self.best_val_loss,
-            best_step=self.best_step,
-            best_tokens=self.val_tokens,
-        )
+        made = self._model(self.state.params), self.tokenizer, history, self.workdir, self.step
+        run = Run(*made, self.val_loss, self.best_val_loss, self.best_step, self.val_tokens)
         if self.config.report:
             self.console.doing("writing report.html")
             by_first(lambda: write_after_training(run, self.console.warn))
@@ -314,21 +306,22 @@ class Trainer:
                     if last and self.val_tokens:
                         row |= self._evaluate(0) | {f"prefix_{key}": value for key, value in compared.items()}
                     if self.sinks:
-                        by_first(partial(self.sinks.append, self._model(), row))
+                        by_first(partial(self.sinks.append, self._model(self.state.params), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
         if due(config.sample_every):
             with self._beside("sample", "sampling"):
-                by_first(partial(self._sample, self._model()))
+                by_first(partial(self._sample, self._model(average_of(self.state.opt_state) or self.state.params)))
         self.reported = True
-        improved = evaluated and (self.best_val_loss is None or compared["val_loss"] < self.best_val_loss)
+        score = compared.get("ema_val_loss", compared["val_loss"]) if evaluated else None
+        improved = evaluated and (self.best_val_loss is None or score < self.best_val_loss)
         if improved:
-            self.best_val_loss, self.best_step = compared["val_loss"], step
+            self.best_val_loss, self.best_step = score, step
         asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
         if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
-                self._save(compared["val_loss"] if evaluated else None)
+                self._save(score)
             if asked:
                 self.console.line(f"saved step {step}, as a signal asked for it")
 
@@ -380,11 +373,14 @@ class Trainer:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
         per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
-        return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
+        row = {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
+        if average := average_of(self.state.opt_state):
+            row["ema_val_loss"], _ = self.evaluate(average, val, max_tokens, self.stop.raise_if_set)
+        return row
 
-    def _model(self) -> Transformer:
+    def _model(self, params: Params) -> Transformer:
         """The model on the first device alone. All processes bring it together."""
-        params = whole(self.state.params, self.mesh)
+        params = whole(params, self.mesh)
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
     def _sample(self, model: Transformer) -> None:

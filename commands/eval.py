@@ -8,9 +8,10 @@ from pathlib import Path
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags, spoken_in_flags
+from commands.flags import define_checkpoint, parse_flags, spoken_in_flags
 from corpus.dataset import UNKNOWN_CHARACTERS, Split
 from runtime import devices
+from runtime.checkpoints.manager import average_in
 from runtime.errors import UserError
 from runtime.files import new_file
 from runtime.screen.console import Console
@@ -21,8 +22,7 @@ from transformer.sharding import make_mesh
 
 def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
+    define_checkpoint(values)
     flags.DEFINE_enum(
         "split",
         None,
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     devices.set_up_compile_cache(console.warn)
     [device, *_] = devices.wake_up()
     workdir = Path(values.workdir)
-    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn)
+    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     meta = run_lib.meta_of(workdir, number)
     own = meta.get("data_sha256")  # an imported model has none
     for name in ("dataset", "unknown_characters"):
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     loss, tokens = evaluate(params_of(model), split)
     result = {
         "step": run_lib.real_step_of(meta),
+        **({"weights": "trained" if values.weights == "trained" else "ema"} if average_in(meta) else {}),
         "split": name,
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it is no double

@@ -83,6 +83,8 @@ def get_config() -> ConfigDict:
     config.lr_warmup_ratio = 0.0  # share of all steps
     config.decay_ratio = 0.5  # constant_linear: share of all steps that decays, at the end
     config.min_lr_ratio = 0.0  # last learning rate as a share of the peak
+    config.ema_decay = 0.0  # of an average of the weights over the last 1 / (1 - ema_decay) real steps or so, evaluated
+    # and saved beside them; 0: none is kept
 
     # --- Training ----------------------------------------------------------------------------------------------
     config.batch_size = 16  # sequences a micro-batch, over all devices
@@ -102,6 +104,7 @@ def get_config() -> ConfigDict:
     # devices that are left. data splits the batch; fsdp the batch, parameters and optimizer; tensor heads, hidden units
     # and the vocabulary; sequence the tokens of each row. "": all devices on data
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
+    config.init_weights = "auto"  # of init_from: trained | ema (their average) | auto (the average where there is one)
     config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen at each row)
     config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off
     config.skip_spikes = False  # the gradient of such a step is not applied

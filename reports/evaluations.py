@@ -6,7 +6,7 @@ from typing import Any
 
 Row = dict[str, Any]  # of metrics.jsonl
 
-_FIGURES = ("val_loss", "bits_per_byte", "val_tokens")
+_FIGURES = ("val_loss", "bits_per_byte", "val_tokens", "ema_val_loss")
 _PREFIXES = ("", "prefix_")  # the last step's row tells of the whole split, and of the part that the others were about
 
 
