@@ -56,7 +56,7 @@ SHAPE_KEYS -= {"vocab_size", "document_start"}
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
-    *(f"{name}_enabled" for name in TRACKERS),
+    *("trackers", "wandb_enabled"),
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
@@ -122,6 +122,10 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.cpu_devices: {config.cpu_devices} devices cannot share batch_size {config.batch_size}; use fewer"
         )
+    for name in trackers_of(config):
+        if name not in TRACKERS:
+            near = nearest(name, list(TRACKERS)) or f"; use some of {', '.join(TRACKERS)}"
+            raise UserError(f"config.trackers: unknown tracker {name!r}{near}")
     if config.val_fraction + config.test_fraction >= 1:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
     if not config.epochs and not config.max_steps:
@@ -182,6 +186,12 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             "set it to False, or take one that has, such as gpt2"
         )
     return transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+
+
+def trackers_of(config: ConfigDict) -> list[str]:
+    """The trackers that a config switches on, each once; `wandb_enabled` is what runs had before there were others."""
+    names = ["wandb"] * config.wandb_enabled + [name.strip() for name in config.trackers.split(",") if name.strip()]
+    return list(dict.fromkeys(names))
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

@@ -17,11 +17,12 @@ from configs import default
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, tokenizer_from_dict
 from input_pipeline import load_dataset
-from runtime import devices, trackers
+from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
 from runtime.multihost import require_same
+from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
 from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
@@ -36,7 +37,7 @@ SINKS_FILE = "sinks.jsonl"
 REPORT_FILE = "report.html"
 CURVES_FILE = "loss.png"
 GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # cut back to what a checkpoint knows when a run goes on
-FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, trackers.ID_FILE  # that a run writes to
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, WANDB_ID_FILE  # that a run writes to
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone

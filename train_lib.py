@@ -28,7 +28,7 @@ from runtime.files import MetricsFile, append_text, cut_back, size_of, write_jso
 from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
-from runtime.trackers import TRACKERS, Trackers
+from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
 from training.clock import Clock, beside
@@ -177,8 +177,9 @@ class Trainer:
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
-            enabled = [name for name in TRACKERS if config[f"{name}_enabled"] and is_first()]
-            self.trackers = Trackers(enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn)
+            enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
+            kept = {"name": workdir.name, "config": settings, "workdir": workdir, "step": logged}
+            self.trackers = Trackers(enabled, **kept, warn=console.warn)
         for name, where in self.trackers.where.items():
             console.line(f"{name:<12}{where}")
 

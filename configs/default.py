@@ -122,7 +122,8 @@ def get_config() -> ConfigDict:
     config.temperature = 0.8  # of the samples; 0 is greedy
     config.report = True  # measure the sinks' shares of attention at each evaluation; at the end, write report.html
     config.print_per_layer_params = False  # list every parameter at the start
-    config.wandb_enabled = False  # Weights & Biases; its settings come from the environment or .env
+    config.trackers = ""  # services that take the numbers too: some of wandb,tensorboard,trackio
+    config.wandb_enabled = False  # as trackers="wandb": Weights & Biases, whose settings are in the environment or .env
 
     # --- Checkpoints -------------------------------------------------------------------------------------------
     config.save_every = 250  # real steps; the last step and each best evaluation are saved too

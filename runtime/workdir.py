@@ -18,7 +18,7 @@ from runtime.processes import by_first, is_first, wait_for_all
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-DIRECTORIES = CHECKPOINTS, "wandb", "profile"  # that a run writes to
+DIRECTORIES = CHECKPOINTS, "wandb", "tensorboard", "trackio", "profile"  # that a run writes to
 WEIGHTS = ("auto", "trained", "ema")  # of a checkpoint; ema: their average; auto: that, where there is one
 LAST_MOVED = "metrics.jsonl"
 _OLD = re.compile(r"old-\d+")
