@@ -1,20 +1,24 @@
-"""Exact loss of a trained model over a whole split of its text, or over any other text."""
+"""Exact loss of a trained model over a split of its text or another text, or its score in tasks."""
 
 import json
 import math
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 import run_lib
 from commands.flags import define_checkpoint, parse_flags, spoken_in_flags
 from corpus.dataset import UNKNOWN_CHARACTERS, Split
+from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
 from runtime.checkpoints.manager import average_in
-from runtime.errors import UserError
-from runtime.files import new_file
+from runtime.errors import UserError, one_line
+from runtime.files import new_file, parse_json, read_file
 from runtime.screen.console import Console
+from training import tasks
 from training.evaluate import Evaluator, bits_per_byte, log_probs
 from transformer.model import Transformer, params_of
 from transformer.sharding import make_mesh
@@ -38,6 +42,7 @@ def _define(values: flags.FlagValues) -> None:
         "What becomes of characters that the model lacks; default as the run's config says.",
         **define,
     )
+    flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
 
@@ -49,10 +54,21 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir)
     model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     meta = run_lib.meta_of(workdir, number)
+    about = {"step": run_lib.real_step_of(meta)}
+    if average_in(meta):
+        about["weights"] = "trained" if values.weights == "trained" else "ema"
     own = meta.get("data_sha256")  # an imported model has none
     for name in ("dataset", "unknown_characters"):
         if values[name].value is not None:
             config[name] = values[name].value
+    if values.tasks:
+        for name in ("split", "dataset", "tokens"):
+            if values[name].value is not None:
+                raise UserError(f"--{name}: is of a text; leave it out, or leave out --tasks")
+        for path in map(Path, values.tasks):
+            told = _score(path, model, tokenizer, config.unknown_characters, console)
+            console.line(json.dumps({**about, "task": path.name.removesuffix(".jsonl"), **told}))
+        return
     with spoken_in_flags():
         name = values.split or "val"
         if values.dataset is not None or name == "all":
@@ -70,8 +86,7 @@ def main(argv: list[str]) -> None:
     evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
-        "step": run_lib.real_step_of(meta),
-        **({"weights": "trained" if values.weights == "trained" else "ema"} if average_in(meta) else {}),
+        **about,
         "split": name,
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it is no double
@@ -79,6 +94,39 @@ def main(argv: list[str]) -> None:
         "tokens": tokens,
     }
     console.line(json.dumps(result))
+
+
+def _score(path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, console: Console) -> dict[str, Any]:
+    """What a model makes of the questions of a file, a JSON object on each line.
+
+    Raises:
+      UserError: the file cannot be read, has none, or one cannot be asked.
+    """
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            return tokenizer.encode(text, replace_unknown=unknown == "replace")
+        except UnknownCharacters as error:
+            if unknown == "drop":
+                return tokenizer.encode("".join(c for c in text if c not in error.characters))
+            raise ValueError(f"{error}; give --unknown_characters=replace or drop") from error
+
+    questions, requests = [], []
+    try:
+        lines = read_file(path, 2**30).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tasks={path}: cannot be read ({one_line(error)}); name a file of JSON lines") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                questions.append(tasks.read_question(parse_json(line)))
+                requests += tasks.encode(questions[-1], tokenizer, encode)
+            except ValueError as error:
+                raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
+    if not questions:
+        raise UserError(f"--tasks={path}: has no question; write a JSON object on each line")
+    with console.progress(len(requests), 0) as bar:
+        return tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
 
 
 def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:
