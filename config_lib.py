@@ -1,4 +1,4 @@
-"""Read, check and compare configs, which nothing changes after `check`. The classes say what their fields may be."""
+"""Read, check and compare configs. After `check` nothing changes a config. Dataclasses say what their fields may be."""
 
 import contextlib
 import dataclasses
@@ -36,8 +36,7 @@ CHOICES = {
     "init_weights": WEIGHTS,
 }
 
-
-# What the numbers may be that are neither the model's nor the optimizer's.
+# Allowed numbers for the keys that belong neither to the model nor to the optimizer.
 RANGES = {
     **dict.fromkeys(["train_shards", "batch_size", "steps_per_dispatch", "max_bad_steps", "peer_seconds"], Count),
     **dict.fromkeys(["eval_every", "log_every", "save_every", "keep"], Count),
@@ -46,13 +45,13 @@ RANGES = {
     **{"test_fraction": BelowOne, "val_fraction": Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]},
 }
 
-# Of the model's settings how it is run, and the others: its shape, but for what follows from the text.
+# The model's settings that say how it is run, and those that say its shape, except what follows from the text.
 EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
 SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
 SHAPE_KEYS -= {"vocab_size", "document_start"}
 
-# What may differ when a run goes on: how long it runs, how it is watched and kept, and where its text lies, which is
-# known by its hash. All else would make it another run.
+# Keys that may change when a run goes on: how long it runs, how it is watched and saved, and where its text is (which
+# has to have the same hash). A change of any other key would make it another run.
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
     *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
@@ -60,10 +59,10 @@ FREE_ON_RESUME = {
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
-    *("spike_sigmas", "skip_spikes"),  # so that a run can be helped over a spike
+    *("spike_sigmas", "skip_spikes"),  # to get a run over a spike
 }
 
-# What may differ under --rebatch: how the sequences that follow are cut into steps.
+# Keys that may change with --rebatch: how the remaining sequences are divided into steps.
 REBATCH = {"batch_size", "accumulation_steps"}
 
 
@@ -76,11 +75,7 @@ def type_name(kind: type) -> str:
 
 
 def check(config: ConfigDict) -> None:
-    """Every key is there, of the right type, and possible; no array is made yet.
-
-    Raises:
-      UserError: `config.<key>: <what is wrong>; <what would be right>`.
-    """
+    """Raises UserError, `config.<key>: <what is wrong>; <what to do>`, if a key is missing or its value not allowed."""
     known = default.get_config()
     for key in config:
         if key not in known:
@@ -107,7 +102,7 @@ def check(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _of_the_config() -> Iterator[None]:
-    """Raises what the layers below say of a setting, `<key>: ...`, as a UserError of the config."""
+    """Turns a ValueError of the layers below, `<key>: ...`, into a UserError about the config."""
     try:
         yield
     except ValueError as error:
@@ -115,7 +110,7 @@ def _of_the_config() -> Iterator[None]:
 
 
 def _check_together(config: ConfigDict) -> None:
-    """Values that are possible alone and not together."""
+    """Raises UserError for texts with a format of their own, and for values that are not allowed together."""
     if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
         raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
     if config.cpu_devices != "auto" and not config.mesh and int(config.cpu_devices) > config.batch_size:
@@ -139,11 +134,7 @@ def _check_together(config: ConfigDict) -> None:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """The mesh must be one of the devices, the batch split evenly over it, and they must have the attention kernel.
-
-    Raises:
-      UserError: one of these is not so, and what would be.
-    """
+    """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel."""
     with _of_the_config():
         sizes = mesh_sizes(config.mesh, num_devices)
     parts = sizes[DATA] * sizes[FSDP]
@@ -151,13 +142,13 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         below = config.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
-    model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on GPU and TPU
+    model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on a GPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
     if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
         raise UserError(f"config.attention_kernel: {problem}")
 
 
-# --- From config to what the layers below take --------------------------------------------------------------------
+# --- From a config to the dataclasses of the layers below ---------------------------------------------------------
 
 
 def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
@@ -166,18 +157,10 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
-def resolve_dtype(dtype: str) -> str:
-    """ "auto" is bfloat16 where the hardware is made for it."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if target().platform == "cpu" else "bfloat16"
-
-
 def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
     """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
 
-    Raises:
-      UserError: documents are to be masked, and there is none.
+    Raises UserError if documents are to be masked and there is no such token.
     """
     start = eot if config.mask_documents else -1
     if start is None:
@@ -185,7 +168,8 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    return transformer_config(config, vocab_size, resolve_dtype(config.dtype), start)
+    auto = "float32" if target().platform == "cpu" else "bfloat16"
+    return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
 
 
 def trackers_of(config: ConfigDict) -> list[str]:
@@ -199,16 +183,12 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Plain JSON values."""
+    """The config as plain JSON values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """The config that `to_dict` wrote; keys that came later take their defaults.
-
-    Raises:
-      UserError: as `check`.
-    """
+    """The config that `to_dict` wrote; keys that it lacks take their defaults. Raises UserError as `check` does."""
     config = default.get_config()
     for key, value in values.items():
         if key not in config:
@@ -222,14 +202,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool = False) -> None:
-    """Whether a run made with `old` may go on with `new`.
-
-    Args:
-      rebatch: batch_size and accumulation_steps may differ.
-
-    Raises:
-      UserError: a key differs that would make it another run; names the ways out.
-    """
+    """Raises UserError if a run made with `old` may not go on with `new`; with `rebatch` keys of REBATCH may differ."""
     for key in sorted(set(new) - FREE_ON_RESUME - (REBATCH if rebatch else set())):
         if old[key] != new[key]:
             raise UserError(
@@ -255,7 +228,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
         )
 
 
-# --- What configs/default.py says of each key: its section and its comment, read from there -----------------------
+# --- The documentation of each key: its section and its comment, read from configs/default.py ---------------------
 
 _SECTION = re.compile(r"# --- (.+?) -+$")
 _ASSIGNMENT = re.compile(r"\s*config\.(\w+) = ")
@@ -292,7 +265,7 @@ def key_docs() -> dict[str, KeyDoc]:
 
 
 def written(value: Any) -> str:
-    """A value as one writes it after `--config.KEY=`; text that would not be seen so is quoted."""
+    """A value as one writes it after `--config.KEY=`; text is quoted if it would not be visible as it is."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     if isinstance(value, str) and (not value or not value.isprintable() or value != value.strip()):

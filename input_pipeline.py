@@ -1,10 +1,10 @@
 """From the corpus that a config names to batches on the devices; a batch is a function of the seed and the step.
 
-Nothing here remembers a position: `Batches(...)(step)` gives the same tokens whenever and wherever it is asked, so a
-checkpoint needs only the step, and several processes can each build their own rows.
+There is no state: `Batches(...)(step)` always gives the same tokens, so a checkpoint needs only the step, and each of
+several processes can build its own rows.
 
 Steps are micro-steps, counted from 0. A batch is int32 [rows, context_len + 1]: its inputs are `batch[:, :-1]`, its
-targets `batch[:, 1:]`. IGNORED (-1) fills what lies beyond the split's end: no target, and as an input it reads as 0.
+targets `batch[:, 1:]`. IGNORED (-1) fills places beyond the split's end: not a target, and 0 as an input.
 """
 
 import math
@@ -34,13 +34,9 @@ IGNORED = -1
 def load_dataset(
     dataset: str, tokenizer: str, *, train_shards: int = 1, unknown_characters: str = "refuse", **settings: Any
 ) -> Dataset:
-    """The corpus that `dataset` names, by `load_shards` where that holds tokens, by `load_text` where it is text.
+    """The corpus that `dataset` names: `load_shards` reads it if it holds tokens, `load_text` if it is text.
 
-    Args:
-        train_shards, unknown_characters: what one of them takes; `settings`: what both do.
-
-    Raises:
-        UserError: as these do.
+    `settings` are the arguments that both take. Raises UserError as they do.
     """
     if holds_shards(dataset, tokenizer):
         return load_shards(dataset, tokenizer, train_shards=train_shards, **settings)
@@ -49,15 +45,14 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class Batches:
-    """The training batches of a split that holds a window at least; each is a function of its step.
+    """The training batches of a split, which holds at least one window; each is a function of its step.
 
-    Windows of context_len + 1 tokens start every context_len tokens and share their last token with the next one's
-    first, so that an epoch predicts every token but the first exactly once. Epochs follow each other without a seam.
+    Windows of context_len + 1 tokens start every context_len tokens. The last token of one is the first of the next,
+    so an epoch predicts every token but the first exactly once. A batch may span the end of an epoch.
 
-    order: "shuffle" permutes the windows anew in each epoch; "sequential" takes them as they stand; "random" draws
+    order: "shuffle" permutes the windows differently in each epoch; "sequential" keeps their order; "random" draws
     windows that start anywhere, with replacement, so that an epoch is only a number of windows.
-    offset: how many more windows (or, below 0, fewer) were read before a step than batches of this size would have:
-    other than 0 in a run whose batch size was changed on the way.
+    offset: windows read so far minus step * batch_size; not 0 in a run whose batch size was changed on the way.
     """
 
     split: Split
@@ -86,11 +81,11 @@ class Batches:
         return _windows(self.split.tokens, starts.tolist(), len(starts), self.context_len)
 
     def position(self, step: int) -> int:
-        """How many windows are read before a step."""
+        """How many windows were read before a step."""
         return self.offset + step * self.batch_size
 
     def steps(self, epochs: float) -> int:
-        """At which step `epochs` epochs end, the last one filled up to a whole batch."""
+        """The step at which `epochs` epochs end, rounded up to a whole batch."""
         windows = Fraction(str(epochs)) * self.split.num_windows(self.context_len)
         return math.ceil((windows - self.offset) / self.batch_size)
 
@@ -98,8 +93,8 @@ class Batches:
 def eval_batches(split: Split, context_len: int, batch_size: int, max_tokens: int = 0) -> Iterator[np.ndarray]:
     """Every token of the split but the first, predicted once: int32 [batch_size, context_len + 1] at a time.
 
-    The last batch is filled up with rows of IGNORED. With `max_tokens` above 0, only the first windows, the same each
-    time, that together predict at most so many tokens (but one window at least).
+    The last batch is filled up with rows of IGNORED. If `max_tokens` is above 0, only the first windows, at least one,
+    that together predict at most `max_tokens` tokens.
     """
     num_windows = split.num_windows(context_len)
     if 0 < max_tokens < split.num_tokens - 1:
@@ -110,7 +105,7 @@ def eval_batches(split: Split, context_len: int, batch_size: int, max_tokens: in
 
 
 def _windows(tokens: np.ndarray | ShardedTokens, starts: Sequence[int], num_rows: int, context_len: int) -> np.ndarray:
-    """The windows at `starts`; a loop, as it copies whole slices where fancy indexing builds an index per token."""
+    """The windows at `starts`. A loop copies whole slices; fancy indexing would build an index for each token."""
     batch = np.full((num_rows, context_len + 1), IGNORED, np.int32)
     for row, start in zip(batch, starts, strict=False):
         window = tokens[start : start + context_len + 1]
@@ -119,10 +114,10 @@ def _windows(tokens: np.ndarray | ShardedTokens, starts: Sequence[int], num_rows
 
 
 def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator[T]:
-    """Yields make(x) for each x, made `size` items before it is asked for.
+    """Yields make(x) for each x, computed `size` items ahead.
 
-    No thread: JAX dispatches asynchronously, so while the device works on a step the caller is back here, where `make`
-    builds a later batch and starts its transfer.
+    No thread is needed: JAX dispatches asynchronously, so while the device works on a step, `make` builds a later batch
+    here and starts its transfer.
     """
     ahead: deque[T] = deque()
     for x in of:
@@ -133,9 +128,9 @@ def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator
 
 
 def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
-    """The batches of a dispatch on the devices, as the step for `most` micro-steps takes them.
+    """The batches of a dispatch on the devices, in the form that the step for `most` micro-steps takes.
 
-    For one: [B, T + 1]. For several: [most, B, T + 1], of which the first are those of `span`, and how many those are.
+    For one: [B, T + 1]. For several: [most, B, T + 1], where the first len(span) are those of `span`, and that length.
     """
     if num_processes() > 1:
         return _place_own_rows(batches, mesh, most, span)
@@ -148,7 +143,7 @@ def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
 
 
 def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
-    """The same in one of several processes: it reads the rows that its own devices take."""
+    """The same in one of several processes, which reads only the rows of its own devices."""
     B, T1 = batches.batch_size, batches.context_len + 1
 
     def rows(step: int, index: tuple[slice, slice]) -> np.ndarray:
@@ -166,7 +161,7 @@ def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any
     return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
 
 
-# Random numbers are hashes of an index: nothing is stored, whatever the size.
+# Random numbers are hashes of an index, so that no permutation is stored.
 _GOLDEN, _MIX1, _MIX2 = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 _U0, _U1, _U27, _U30, _U31 = np.array([0, 1, 27, 30, 31], np.uint64)
 _ROUND_KEYS = np.array([1, 2, 3], np.uint64)  # each serves two rounds; after only four, neighbours stay related
@@ -176,9 +171,9 @@ def permute(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
     """Where each `index` [n] in [0, size) goes under a keyed permutation; `key` is one for all, or one for each.
 
     An alternating Feistel network in mixed radix (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002):
-    index = high * radix + low, radix about sqrt(size); each round adds a hash of one digit to the other, which can be
-    undone, so the whole is a bijection. Its range exceeds `size` by less than the radix; an index that lands out there
-    goes through again until it is back inside, which keeps it a bijection. `size` may be 1 to 2**62.
+    index = high * radix + low, radix about sqrt(size). Each round adds a hash of one digit to the other, which can be
+    undone, so the whole is a bijection. Its range exceeds `size` by less than the radix; a result outside `size` is
+    permuted again until it lies inside, which keeps it a bijection. `size` may be 1 to 2**62.
     """
     radix = np.uint64(math.isqrt(size - 1) + 1)
     highs = np.uint64(-(-size // int(radix)))

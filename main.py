@@ -7,7 +7,7 @@ python main.py COMMAND --help
 import sys
 from pathlib import Path
 
-if __package__:  # installed: the modules find each other in its folder, as they do in a clone
+if __package__ or sys.flags.safe_path:  # installed, or `python -P`: the folder of the modules has to be on the path
     sys.path.insert(0, str(Path(__file__).parent))
 
 from runtime.errors import ExpectedError, Interrupted
@@ -36,12 +36,12 @@ def _parted(argv: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
-    if argv[:1] in (["--help"], ["-h"], ["help"]):
-        print(__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items()), sep="\n")
-        return 0
     from commands.typos import check_words, load
     from runtime.screen.console import Console
 
+    if argv[:1] in (["--help"], ["-h"], ["help"]):
+        Console().line("\n".join([__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items())]))
+        return 0
     command, flags = _parted(argv)
     try:
         check_words(command, flags, list(COMMANDS))
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ExpectedError, OSError) as error:
-        from runtime.files import disk_error
+        from runtime.files import expected_error
 
-        expected = error if isinstance(error, ExpectedError) else disk_error(error)
+        expected = error if isinstance(error, ExpectedError) else expected_error(error)
         if expected is None or "--debug" in flags:
             raise
         Console().print_error(expected)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def run() -> int:
-    """The program: a command, in large memory pages where they can be had; returns its exit status."""
+    """Runs the command of the process, with large memory pages if possible; returns its exit status."""
     if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
         restart_with_large_pages()
     return main(sys.argv[1:])

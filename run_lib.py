@@ -1,4 +1,4 @@
-"""What a run's directory holds, read back: its config, its tokenizer, its data, its model. Writes nothing."""
+"""Reads a run's directory: its config, its tokenizer, its data, its model. It writes nothing."""
 
 import contextlib
 import dataclasses
@@ -20,13 +20,13 @@ from input_pipeline import load_dataset
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, MetricsFile, read_json, read_text, user_cache
+from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
 from training.step import Step, TrainState, regroup
 from transformer.config import TransformerConfig
-from transformer.model import Params, Transformer, init_params, model_of
+from transformer.model import Params, Transformer, model_of, shapes_of
 from transformer.sharding import DATA, FSDP
 
 CONFIG_FILE = "config.json"
@@ -36,12 +36,11 @@ SAMPLES_FILE = "samples.txt"
 SINKS_FILE = "sinks.jsonl"
 REPORT_FILE = "report.html"
 CURVES_FILE = "loss.png"
-GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # cut back to what a checkpoint knows when a run goes on
-FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, WANDB_ID_FILE  # that a run writes to
+GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # on resume they are cut back to their size at the checkpoint
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, WANDB_ID_FILE  # that a run writes
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
-IMPORTED_FROM = "imported_from"  # marks a checkpoint that holds weights alone
-
+IMPORTED_FROM = "imported_from"  # a key of a checkpoint's meta that holds only weights
 
 _SAMPLE = re.compile(r"^--- step ([0-9]{1,18}) ---\n", re.MULTILINE)
 
@@ -58,16 +57,16 @@ class Run:
     val_loss: float | None  # of the last evaluation, nats per token
     best_val_loss: float | None  # the lowest; of the averaged weights, where the run keeps them
     best_step: int | None
-    best_tokens: int = 0  # that the best one stands on, the first of the validation split; 0: all
+    best_tokens: int = 0  # the best loss was computed on so many first tokens of the validation split; 0: all
 
 
 def sample_entry(step: int, text: str) -> str:
-    """What a sample adds to `samples.txt`."""
+    """The text that a sample adds to `samples.txt`."""
     return f"--- step {step} ---\n{text}\n\n"
 
 
 def read_samples(workdir: Path) -> list[tuple[int, str]]:
-    """What the model wrote, by step."""
+    """The samples of a run as (step, text)."""
     path = workdir / SAMPLES_FILE
     if not path.exists():
         return []
@@ -76,12 +75,10 @@ def read_samples(workdir: Path) -> list[tuple[int, str]]:
 
 
 def read_metrics(workdir: Path, warn: Callable[[str], None]) -> list[dict[str, float | None]]:
-    """The logged steps, each once and in order, in numbers; what is none is None. `warn` is told of damaged rows.
+    """The logged steps, each once and in order; values that are not numbers are None. `warn` is told of damaged rows.
 
-    Beside what was logged a row has `training_seconds`: those since the run began, without compilation.
-
-    Raises:
-      UserError: the file is there and cannot be read.
+    A row also has `training_seconds`: the time since the run began, without compilation. Raises UserError if the file
+    cannot be read.
     """
     rows = {}
     for row in MetricsFile(workdir / METRICS_FILE).read(warn):
@@ -93,19 +90,14 @@ def read_metrics(workdir: Path, warn: Callable[[str], None]) -> list[dict[str, f
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that trained the run.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """The config of the run. Raises UserError if it is missing or damaged."""
     return _checked(workdir, read_config_file(workdir)["config"])
 
 
 def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a saved config in JSON's types, checked. Those that this version does not know stay.
+    """Every key of a saved config in JSON's types, checked; keys that this version does not know are kept as they are.
 
-    Raises:
-      UserError: one of the values cannot be.
+    Raises UserError if a value is not allowed.
     """
     known = default.get_config()
     checked = _checked(workdir, {key: value for key, value in saved.items() if key in known})
@@ -120,11 +112,7 @@ def _checked(workdir: Path, saved: dict[str, Any]) -> ConfigDict:
 
 
 def read_config_file(workdir: Path) -> dict[str, Any]:
-    """The run's config as plain JSON values under "config", and what it ran on.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
+    """`config.json`: the config as JSON values under "config", and the environment. UserError if missing or damaged."""
     saved = read_json(workdir / CONFIG_FILE)
     if not isinstance(saved.get("config"), dict):
         raise UserError(f"{workdir / CONFIG_FILE}: holds no config; is {workdir} a run's directory?")
@@ -132,19 +120,17 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
 
 
 def data_dir_of(config: ConfigDict) -> Path:
-    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
-    return (user_cache() if INSTALLED else PROGRAM) / config.data_dir
+    """The folder of named data sets and encoded texts."""
+    return data_folder(config.data_dir)
 
 
 def load_data(
     config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None, whole: bool = False
 ) -> Dataset:
-    """The data set that a config names; `vocabulary` is the run's own tokenizer where there is one.
+    """The data set that a config names; `vocabulary` is the run's own tokenizer if there is one.
 
-    With `whole` nothing is cut: all of it is each of the splits.
-
-    Raises:
-      UserError: the text cannot be used, or the config wants another tokenizer than the run has.
+    With `whole`, each split is the whole data set. Raises UserError if the text cannot be used, or if the config names
+    another tokenizer than the run's.
     """
     if vocabulary and vocabulary.name != config.tokenizer:
         raise UserError(
@@ -167,10 +153,9 @@ def load_data(
 
 
 def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
-    """Whether the text is the one that a run began with, wherever it lies; None is of a run that began with none.
+    """Raises UserError unless the text has the hash of the run's text; None: the run has no text (imported weights).
 
-    Raises:
-      UserError: it is not; `or_else` says what to do instead of putting the old text back.
+    `or_else` says what to do instead of putting the old text back.
     """
     if sha256 not in (None, data.sha256):
         raise UserError(
@@ -180,12 +165,9 @@ def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
 
 
 def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], None] | None) -> None:
-    """Whether there are documents to mask, where a config wants that.
+    """Raises UserError if documents are to be masked and the training text has no end-of-text token.
 
-    A run that is resumed gives `warn`, which is told instead.
-
-    Raises:
-      UserError: no end-of-text token is in the training text.
+    If a resumed run gives `warn`, it gets the line instead.
     """
     if not config.mask_documents or data.train.holds(data.tokenizer.eot):
         return
@@ -199,11 +181,7 @@ def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], N
 
 
 def load_tokenizer(workdir: Path) -> Tokenizer:
-    """The tokenizer that lies in a run's directory.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """The tokenizer in a run's directory. Raises UserError if it is missing or damaged."""
     try:
         return tokenizer_from_dict(read_json(workdir / TOKENIZER_FILE))
     except ValueError as error:
@@ -211,14 +189,14 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
 
 
 def identity(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What every checkpoint says of the run it belongs to."""
+    """What every checkpoint says about its run."""
     return {"config": config_lib.to_dict(config), "tokenizer": tokenizer.fingerprint}
 
 
 def micro_step_of(meta: dict[str, Any]) -> int:
     """The micro-steps of a checkpoint, in micro-batches of its own config.
 
-    It is not the checkpoint's number in a run that was rebatched; checkpoints of older builds had no other.
+    It differs from the checkpoint's number in a run whose batches were changed. Older builds stored only the number.
     """
     return meta.get("micro_step", meta["step"])
 
@@ -229,18 +207,14 @@ def real_step_of(meta: dict[str, Any]) -> int:
 
 
 _ODD_META = "this program did not write it so; put a copy of the run back, or begin anew with --fresh"
-_SESSION: dict[str, tuple[type, ...]] = {  # what a checkpoint says to the session that goes on from it
+_SESSION: dict[str, tuple[type, ...]] = {  # keys of `meta` that resuming needs, and their types
     **{"data_sha256": (str,), "elapsed_seconds": (int, float), "reported": (bool,), "sizes": (dict,)},
     **dict.fromkeys(["val_loss", "best_val_loss", "best_step"], (int, float, type(None))),
 }
 
 
 def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
-    """The config with which a checkpoint was made.
-
-    Raises:
-      NoCheckpointError: it says none that can be.
-    """
+    """The config with which a checkpoint was made. Raises NoCheckpointError if it has none, or a wrong one."""
     try:
         return config_lib.from_dict(meta["config"])
     except (KeyError, AttributeError, UserError) as error:
@@ -248,10 +222,9 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
 
 
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
-    """Whether config.json and tokenizer.json still say what the checkpoint says: the arrays' shapes show but little.
+    """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint.
 
-    Raises:
-      UserError: one of them does not.
+    The shapes of its arrays alone would not show every difference.
     """
     saved = config_of(meta, workdir)
     for name in sorted(config_lib.SHAPE_KEYS):
@@ -268,12 +241,11 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
 
 
 def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Checkpoints, step: int | None) -> None:
-    """Whether a checkpoint (None: the best) has an array at least for each block: listing millions takes for ever.
+    """Raises UserError if the config has more blocks than the checkpoint (None: the best) has arrays.
 
-    Raises:
-      UserError: it has not.
+    A damaged config.json may ask for millions, and to list their shapes would take for ever.
     """
-    with contextlib.suppress(DamagedError):  # which is told of later
+    with contextlib.suppress(DamagedError):  # it is reported later
         arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
         if config.num_blocks > len(arrays):
             raise UserError(
@@ -287,14 +259,13 @@ def load_weights(
 ) -> Params:
     """The weights, of WEIGHTS those that `weights` says, of a run's best checkpoint, for a model of the same shape.
 
-    Raises:
-      UserError, NoCheckpointError: there is no such run, or its model has another shape.
+    Raises UserError or NoCheckpointError if there is no such run, or if its model has another shape.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, None)
-        want, have = (jax.eval_shape(lambda c=c: init_params(c, jax.random.key(0))) for c in (model_config, source))
+        want, have = shapes_of(model_config), shapes_of(source)
         if want != have:
             names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
             name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
@@ -310,22 +281,20 @@ def load_weights(
 def load_model(
     workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None, weights: str = "auto"
 ) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
-    """A run's model at a checkpoint (the best sound one by default), on one device; takes no lock, writes nothing.
+    """A run's model on one device, its tokenizer, its config, and the checkpoint's number; takes no lock.
 
-    Also its tokenizer, the run's config, and the checkpoint's number, which `step` may name. `weights`: of WEIGHTS.
-
-    Raises:
-      UserError, NoCheckpointError: there is no such run or checkpoint, or the one asked for is damaged.
+    The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
+    NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # its own may need another device
+    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # the run's own may need another device
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
-        abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
+        abstract = shapes_of(model_config)
         if step is None:
             step, params = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
@@ -341,27 +310,19 @@ def load_model(
 
 
 def meta_of(workdir: Path, number: int) -> dict[str, Any]:
-    """What a checkpoint says of itself; raises as `Checkpoints.meta`."""
+    """The JSON item of a checkpoint; raises as `Checkpoints.meta`."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.meta(number)
 
 
 def check_finite(params: Params, workdir: Path) -> None:
-    """Whether the weights of a run are numbers: nothing can be learned or written from others.
-
-    Raises:
-      NoCheckpointError: one is not.
-    """
+    """Raises NoCheckpointError if a weight is NaN or infinite."""
     if name := first_not_finite(params):
         raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
 
 
 def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
-    """Whether all processes of a run train the same model on the same text.
-
-    Raises:
-      UserError: one of them does not.
-    """
+    """Raises UserError unless all processes of a run have the same config and the same text."""
     own = ("cpu_devices", "data_dir")
     require_same({key: value for key, value in config_lib.to_dict(config).items() if key not in own}, "config")
     require_same((data.sha256, data.tokenizer.fingerprint), f"config.dataset: {config.dataset}")
@@ -371,11 +332,7 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 
 
 def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None:
-    """Whether a run may begin: not where steps are logged whose checkpoints must be elsewhere, as on an unmounted disk.
-
-    Raises:
-      NoCheckpointError: that is so.
-    """
+    """Begins a run. Raises NoCheckpointError if steps are logged whose checkpoints are gone (an unmounted disk?)."""
     if (rows := metrics.read()) and not checkpoints.never_saved():
         raise NoCheckpointError(
             f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
@@ -386,19 +343,19 @@ def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: its state, and what its checkpoint says."""
+    """The point from which a run goes on: its state, and its checkpoint's meta."""
 
     step: Step
     state: TrainState
-    micro_step: int  # in micro-batches of the config that goes on
-    ahead: int  # how far the numbers of checkpoints are ahead of that: they count on over a change of batches
+    micro_step: int  # in micro-batches of the new config
+    ahead: int  # the checkpoint's number minus micro_step; not 0 if the batches were changed: numbers always grow
     meta: dict[str, Any]
 
 
 def arithmetic_of(model_config: TransformerConfig, mesh: Mesh) -> dict[str, Any]:
-    """What decides the bits of a run beside its config and data; each of its checkpoints keeps it.
+    """What the bits of a run depend on besides its config and data; each checkpoint stores it.
 
-    `dtype` is the resolved one. Dropout draws anew for each part of the batch, so that it depends on the devices.
+    `dtype` is the resolved one. Dropout depends on the devices, because each part of the batch has its own random keys.
     """
     parts = mesh.shape[DATA] * mesh.shape[FSDP]
     dropped = f"by {parts} of {mesh.size} devices" if mesh.size > 1 else "by one device"
@@ -407,7 +364,7 @@ def arithmetic_of(model_config: TransformerConfig, mesh: Mesh) -> dict[str, Any]
 
 
 def other_arithmetic(meta: dict[str, Any], now: dict[str, Any]) -> str:
-    """How that differs from a checkpoint's: "jax 0.10.2, now 0.12.0; ..."; "" where it does not, or was not kept."""
+    """How `now` differs from a checkpoint's arithmetic: "jax 0.10.2, now 0.12.0; ..."; "" if not, or not stored."""
     before = meta.get("arithmetic", {})
     changed = [name for name, value in now.items() if before.get(name, value) != value]
     said = lambda value: "unset" if value in (None, "") else value
@@ -415,11 +372,7 @@ def other_arithmetic(meta: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, rebatch: bool) -> None:
-    """Whether a config can go on from a checkpoint.
-
-    Raises:
-      UserError: it cannot, and why.
-    """
+    """Raises UserError, which says why, if a config cannot go on from a checkpoint."""
     if IMPORTED_FROM in meta:
         raise UserError(
             f"workdir {workdir}: holds imported weights and no optimizer's state; train from them in another --workdir "
@@ -445,13 +398,12 @@ def resume(
     sharding: Placement,
     warn: Callable[[str], None],
 ) -> Resumed | None:
-    """The newest sound checkpoint, brought into the shape that `config` needs; None where there is none.
+    """The newest sound checkpoint, converted for `config`; None if there is no checkpoint.
 
     Args:
-      build: makes the step of a run that goes on after so many micro-batches of `config`, from a checkpoint's meta.
-      allow: raises where `config` cannot go on from a checkpoint (`require_same_run`).
-
-    `warn` is told of what is damaged, which is set aside.
+      build: makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
+      allow: raises if `config` cannot go on from a checkpoint (`require_same_run`).
+      warn: is told of damaged checkpoints, which are set aside.
 
     Raises:
       UserError: this config, text or tokenizer cannot go on from it.

@@ -1,4 +1,4 @@
-"""The trainer: the loop, read from top to bottom. The step is training/step.py, evaluation training/evaluate.py."""
+"""The trainer, to be read from top to bottom. The step is in training/step.py, evaluation in training/evaluate.py."""
 
 import contextlib
 import math
@@ -30,10 +30,10 @@ from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
-from runtime.workdir import WorkdirLock, leaving_nothing, move_aside, prepare_workdir
-from training.clock import Clock, beside
+from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if_unused
+from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
-from training.dispatch import held_back, longest, several_steps, spans
+from training.dispatch import longest, several_steps, spans, throttled
 from training.ema import average_of, begin_with
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
@@ -41,7 +41,7 @@ from training.optimizer import groups_of, schedule_shape
 from training.step import Step, make_step
 from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
-from transformer.sharding import make_mesh, most_shares, shardings_of, whole
+from transformer.sharding import make_mesh, most_parts, shardings_of, whole
 
 
 def total_steps(config: ConfigDict, batches: Batches) -> int:
@@ -62,16 +62,14 @@ def train(
     """Train a model, or go on where the run in `workdir` stopped.
 
     Args:
-      fresh: move what an earlier run left in `workdir` aside and begin anew.
-      profile: write a trace of these real steps, from the first to before the second, to `workdir/profile`.
-      rebatch: the run may go on with another batch size or accumulation; it reads on where it was.
+      fresh: move an earlier run in `workdir` aside and start from step 0.
+      profile: write a trace of the real steps from the first number to before the second to `workdir/profile`.
+      rebatch: the run may go on with another batch size or accumulation; it continues in the data where it stopped.
 
-    Raises:
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
-      UserError, NoCheckpointError, DivergedError, StorageError: as `runtime.errors` says.
+    Raises Interrupted after a signal, when the state is saved, and the errors of `runtime.errors`.
     """
     config_lib.check(config)
-    with leaving_nothing(workdir), Console(silent=not is_first()) as console:
+    with removed_if_unused(workdir), Console(silent=not is_first()) as console:
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
@@ -97,7 +95,7 @@ def train(
 
 
 class Trainer:
-    """One session of a run: what it is made of, and the loop over it."""
+    """One session of a run: its set-up, and its loop."""
 
     def __init__(
         self,
@@ -113,7 +111,7 @@ class Trainer:
         self.console, self.stop, self.watchdog = console, stop, watchdog
         latest = checkpoints.latest()
         allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
-        if latest is not None:  # before anything is loaded: the newest may prove damaged later
+        if latest is not None:  # checked before anything is loaded
             allow(latest)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         console.doing("reading the text")
@@ -128,7 +126,7 @@ class Trainer:
         self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
-        of_model, of_batch = most_shares(self.mesh)
+        of_model, of_batch = most_parts(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
             2 * config.batch_size * config.context_len * config.embedding_dim // of_batch,
@@ -141,10 +139,10 @@ class Trainer:
         step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
-        self.val_tokens = some if some < whole_split else 0  # on which evaluations are compared; 0: on all of the split
+        self.val_tokens = some if some < whole_split else 0  # evaluations on so many are compared; 0: the whole split
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         several = config.steps_per_dispatch > 1
-        self.train_step = held_back(several_steps(step.run, step.state), most=2) if several else held_back(step.run)
+        self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and config.attention_sink
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
@@ -166,7 +164,7 @@ class Trainer:
             checkpoints.require_room(1 if resumed else 2, self.state)
         periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
-        self.beside = beside(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
+        self.work_ahead = side_work(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
         self.divergence = Divergence(
             *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
@@ -185,11 +183,11 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Real steps made."""
+        """The number of real steps made."""
         return self.micro_step // self.config.accumulation_steps
 
     def _build(self, key: jax.Array, micro_step: int = 0, meta: dict[str, Any] | None = None) -> Step:
-        """The step of a run after so many micro-batches, from a checkpoint of this meta; its batches and lengths."""
+        """Make the step, and set the batches and the run's length, after `micro_step` micro-batches of a checkpoint."""
         config, read = self.config, meta["position"] if meta else 0
         at = lambda c, micro_step: {"batch_size": c.batch_size, "offset": read - micro_step * c.batch_size}
         self.batches = Batches(
@@ -205,7 +203,7 @@ class Trainer:
         return make_step(settings, self.model_config, self.total, key, self.mesh, *health, self.first_total)
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
-        """A new run: fresh weights, or those of `init_from`."""
+        """Start a new run, with initial weights or those of `init_from`."""
         self.state = init(key)
         if self.config.init_from:
             source = Path(self.config.init_from)
@@ -248,22 +246,22 @@ class Trainer:
         k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
         every = [value for key, value in self.config.items() if key.endswith("_every")]
         most = self.config.steps_per_dispatch
-        if most > 1:  # 1 is another program
+        if most > 1:  # at least 2, because 1 means the step without a loop
             most = max(2, longest(self.micro_step, end, most, k, every))
         make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
         dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
-            if not self.reported:  # the last session was stopped between the step and its report
+            if not self.reported:  # the last session stopped between the step and its report
                 self._report(self.state.metrics)
             with self.console.progress(self.total, self.step, "compiling the step") as bar:
                 for span, batch in prefetch(make_batch, dispatches):
                     self.stop.raise_if_set()
                     if profile:
                         self._profile(*profile)
-                    with jax.transfer_guard("disallow"):  # nothing may slip to or from the host unseen
+                    with jax.transfer_guard("disallow"):  # no implicit transfer to or from the host
                         self.state, step_metrics = self.train_step(self.state, batch)
                     self.micro_step = span.stop
-                    if not self.clock.in_laps:  # the session's first step compiles, which is kept out of the timings
+                    if not self.clock.in_laps:  # the session's first step compiles, so it is not timed
                         jax.block_until_ready(step_metrics)
                         self.clock.start_laps(self.micro_step)
                     self.watchdog.beat()
@@ -280,8 +278,8 @@ class Trainer:
         self.console.doing("drawing the curves")
         history = run_lib.read_metrics(self.workdir, self.console.warn)
         by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
-        made = self._model(self.state.params), self.tokenizer, history, self.workdir, self.step
-        run = Run(*made, self.val_loss, self.best_val_loss, self.best_step, self.val_tokens)
+        losses, model = (self.val_loss, self.best_val_loss, self.best_step), self._model(self.state.params)
+        run = Run(model, self.tokenizer, history, self.workdir, self.step, *losses, self.val_tokens)
         if self.config.report:
             self.console.doing("writing report.html")
             by_first(lambda: write_after_training(run, self.console.warn))
@@ -291,7 +289,7 @@ class Trainer:
     def _report(self, step_metrics: dict[str, jax.Array]) -> None:
         """All that is due after a real step: evaluation, log, sample, checkpoint.
 
-        When a signal breaks it off, the checkpoint remembers that it was not done, and the next session does it.
+        If a signal interrupts it, the checkpoint says so (`reported`), and the next session does it again.
         """
         config, step, last = self.config, self.step, self.step == self.total
         due = lambda every: last or (every > 0 and step % every == 0)
@@ -301,7 +299,7 @@ class Trainer:
         if logged:
             row = self._row(step_metrics)
             if evaluated:
-                with self._beside("evaluation", "evaluating"):
+                with self._side_work("evaluation", "evaluating"):
                     compared = self._evaluate(self.val_tokens)
                     row |= compared
                     if last and self.val_tokens:
@@ -311,8 +309,10 @@ class Trainer:
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
+            with self.clock.pause():
+                self.checkpoints.load_orbax()
         if due(config.sample_every):
-            with self._beside("sample", "sampling"):
+            with self._side_work("sample", "sampling"):
                 by_first(partial(self._sample, self._model(average_of(self.state.opt_state) or self.state.params)))
         self.reported = True
         score = compared.get("ema_val_loss", compared["val_loss"]) if evaluated else None
@@ -327,16 +327,16 @@ class Trainer:
                 self.console.line(f"saved step {step}, as a signal asked for it")
 
     @contextlib.contextmanager
-    def _beside(self, work: str, doing: str) -> Iterator[None]:
-        """What is done beside the steps and may want memory that they do not: where it is not there, they are saved."""
+    def _side_work(self, work: str, doing: str) -> Iterator[None]:
+        """Work besides the steps, with its time kept apart. If it runs out of memory, the state is saved first."""
         advice = "set it to 512, or lower it: of so many tokens are the logits there at once"
-        rescue = self._save if num_processes() == 1 else lambda: None  # of several the others are elsewhere
+        rescue = self._save if num_processes() == 1 else lambda: None  # several processes would have to save together
         enough = devices.memory_limit("config.loss_chunk", advice, rescue)
         with self.clock.pause(work), self.watchdog.pause(), self.console.busy(doing), enough:
             yield
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
-        """The numbers of this step, in the order in which people read them."""
+        """The row of metrics.jsonl for this step."""
         config, step, device = self.config, self.step, self.mesh.local_devices[0]
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
@@ -353,21 +353,20 @@ class Trainer:
         return row | on_host
 
     def _timing(self) -> dict[str, float | None]:
-        """Seconds a real step since the last row, and what follows from it; evaluation, samples, saving left out."""
-        k = self.config.accumulation_steps
-        row: dict[str, float | None] = dict.fromkeys(
-            ("step_seconds", "tokens_per_second", "mfu", "eta_seconds"), None
-        ) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
+        """Seconds per real step since the last row, without evaluations, samples and saves, and derived numbers."""
+        k, names = self.config.accumulation_steps, ("step_seconds", "tokens_per_second", "mfu", "eta_seconds")
+        row: dict[str, float | None] = dict.fromkeys(names, None)
+        row |= {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
             kind = self.mesh.devices.flat[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
-            row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.beside)
+            row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.work_ahead)
         return row
 
     def _compiled(self) -> float:
-        """Of `elapsed_seconds`, those in which XLA compiled."""
+        """The part of `elapsed_seconds` in which XLA compiled."""
         return self.compiled_before + devices.compile_seconds()
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
@@ -380,7 +379,7 @@ class Trainer:
         return row
 
     def _model(self, params: Params) -> Transformer:
-        """The model on the first device alone. All processes bring it together."""
+        """The model on the first device alone. All processes must call it."""
         params = whole(params, self.mesh)
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
@@ -393,7 +392,7 @@ class Trainer:
         self.trackers.samples(partial(run_lib.read_samples, self.workdir))
 
     def _save(self, val_loss: float | None = None) -> None:
-        """A checkpoint of this micro-step, with what a later session must know beside the arrays."""
+        """Save a checkpoint of this micro-step, with what a later session needs besides the arrays."""
         if self.saved == (self.micro_step, self.reported):
             return
         self.saved = (self.micro_step, self.reported)
@@ -417,7 +416,7 @@ class Trainer:
         self.checkpoints.save(number, self.state.params, self.state[1:], meta, val_loss, position, self.val_tokens)
 
     def _profile(self, first: int, last: int) -> None:
-        """Trace the real steps from `first` to before `last` (called before each dispatch, and after the loop)."""
+        """Trace the real steps from `first` to before `last`; called before each dispatch, and after the loop."""
         k = self.config.accumulation_steps
         if self.tracing and (self.micro_step >= last * k or self.step == self.total):
             jax.block_until_ready(self.state)

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ import config_lib
 from runtime import devices
 from runtime.devices import environment
 from runtime.large_pages import SETTING
-from training.dispatch import held_back
+from training.dispatch import throttled
 from training.step import make_step
 from transformer.sharding import batch_sharded, make_mesh
 
@@ -128,7 +129,7 @@ class TrainerStep:
         step = make_step(settings, self.model_config, config.max_steps or 1000, key, self.mesh, *spikes)
         self._init = partial(step.init, key)
         self.reset()
-        self.train_step, self._run = step.run, held_back(step.run)
+        self.train_step, self._run = step.run, throttled(step.run)
 
     def reset(self) -> None:
         """Back to the state before the first step."""
@@ -195,10 +196,10 @@ class Worker:
 
     ready = ""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, root: Path = ROOT) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._command = " ".join(command)
-        self._process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, **pipes)
+        self._process = subprocess.Popen([sys.executable, "-m", *command], cwd=root, env=ENVIRONMENT, **pipes)
 
     def hear(self) -> str:
         """The next line that it says; empty when it ended."""
@@ -222,17 +223,31 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Worker]]:
-    """A `Worker` for each side's command, which all end with the block."""
+def workers(
+    commands: Mapping[str, Sequence[str]], roots: Mapping[str, Path] | None = None
+) -> Iterator[dict[str, Worker]]:
+    """A `Worker` for each side's command, which all end with the block; `roots` are those of other builds' sides."""
     made: dict[str, Worker] = {}
     try:
         for side, command in commands.items():  # one after the other: compiling takes all cores
-            made[side] = Worker(*command)
+            made[side] = Worker(*command, root=(roots or {}).get(side, ROOT))
             made[side].ready = made[side].hear()
         yield made
     finally:
         for worker in made.values():
             worker.end()
+
+
+@contextlib.contextmanager
+def build_of(revision: str) -> Iterator[Path]:
+    """The source as it stood at a revision, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        place, git = f"{folder}/build", partial(subprocess.run, cwd=ROOT, check=True)
+        git(["git", "worktree", "add", "--quiet", "--detach", place, revision])
+        try:
+            yield Path(place)
+        finally:
+            git(["git", "worktree", "remove", "--force", place])
 
 
 def answer(ready: object, reply: Callable[[str], object]) -> None:

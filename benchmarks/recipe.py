@@ -36,7 +36,7 @@ from corpus.dataset import Dataset
 from input_pipeline import Batches
 from run_lib import load_data
 from runtime.large_pages import restart_with_large_pages
-from training.dispatch import held_back
+from training.dispatch import throttled
 from training.evaluate import Evaluator
 from training.muon import scale_by_muon
 from training.optimizer import GROUPS, OptimizerConfig
@@ -99,7 +99,7 @@ def cost(config: ConfigDict, vocab_size: int, rounds: int, steps: int) -> list[d
     gradients = jax.jit(make_loss_and_grads(first.model_config, first.mesh), compiler_options=compiler_options())
     batch, key = first.random_batch(), jax.random.key(0)
 
-    one = held_back(lambda params, batch_BT1: (params, gradients(params, batch_BT1, key)))
+    one = throttled(lambda params, batch_BT1: (params, gradients(params, batch_BT1, key)))
 
     def gradients_alone() -> None:
         for _ in range(steps):

@@ -1,6 +1,7 @@
 """A training step on a CPU: here, and of the same model in PyTorch.
 
     python -m benchmarks.step
+    python -m benchmarks.step --against=50f8da0 --shapes "4 x 128" "6 x 384"      # and an earlier build, in float32
 
 All sides in GPT-2's exact settings, without sinks, with AdamW and gradients clipped at 1: this project; transformers'
 GPT2LMHeadModel; the same under torch.compile; and each of them in half precision, here `dtype=bfloat16_matmul`, there
@@ -14,6 +15,7 @@ demand, as a run of `main.py` does; `GLIBC_TUNABLES= python -m benchmarks.step` 
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks.harness import (
     TrainerStep,
     about,
     answer,
+    build_of,
     matrix_rate,
     report,
     seconds_of_one,
@@ -45,6 +48,7 @@ SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, voc
 KEYS = ("num_blocks", "embedding_dim", "num_heads", "mlp_dim", "context_len", "batch_size")
 HALF = ", half precision"
 SIDES = tuple(side + precision for precision in ("", HALF) for side in ("here", "torch eager", "torch compiled"))
+EARLIER = "the earlier build"
 RECIPE = "shakespeare.py"
 
 
@@ -118,15 +122,22 @@ def work(side: str, shape: str) -> None:
     answer(parameters, lambda block: seconds_of_one(several, float(block), least=2))
 
 
-def measure(shape: str, sides: list[str], rounds: int, block: float) -> tuple[dict[str, list[float]], float]:
+def measure(
+    shape: str, sides: list[str], rounds: int, block: float, earlier: Path | None = None
+) -> tuple[dict[str, list[float]], float]:
     """Seconds a step in each round by side (none where it did not start), and the machine's FLOP/s in these rounds.
+
+    With the source of an `earlier` build its own benchmark's step is the side EARLIER.
 
     Raises:
       SystemExit: the sides differ in their number of parameters.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     rates = []
-    with workers({side: ("benchmarks.step", f"--work={side}", "--shapes", shape) for side in sides}) as made:
+    commands = {side: ("benchmarks.step", f"--work={side}", "--shapes", shape) for side in sides}
+    if earlier:
+        commands[EARLIER], seconds[EARLIER] = ("benchmarks.step", "--work=here", "--shapes", shape), []
+    with workers(commands, earlier and {EARLIER: earlier}) as made:
         started = {side: worker for side, worker in made.items() if worker.ready}
         if len(parameters := {worker.ready for worker in started.values()}) > 1:
             raise SystemExit(f"{shape}: the sides have {' and '.join(parameters)} parameters")
@@ -146,6 +157,7 @@ def rows_of(shape: str, seconds: dict[str, list[float]], rate: float) -> list[di
     for side, values in seconds.items():
         row = {"model": about(config) + (f", {RECIPE}" if shape == RECIPE else ""), "side": side}
         cells = ("ms a step", "quartiles", "tokens/s", "of the matrix rate", "times as fast as the best torch")
+        cells += (f"as {EARLIER}",) * (EARLIER in seconds)
         if not values:
             rows.append(row | dict.fromkeys(cells, "") | {"ms a step": "did not start"})
             continue
@@ -153,7 +165,10 @@ def rows_of(shape: str, seconds: dict[str, list[float]], rate: float) -> list[di
         second = ms["median"] / 1000
         ratio = f"{min(theirs) / second:.2f}" if side.startswith("here") and theirs else ""
         quartiles = f"{ms['low']:.3g} - {ms['high']:.3g}"
-        measured = (ms["median"], quartiles, tokens / second, f"{flops / second / rate:.0%}", ratio)
+        measured = [ms["median"], quartiles, tokens / second, f"{flops / second / rate:.0%}", ratio]
+        if EARLIER in seconds:
+            before = seconds[EARLIER]
+            measured.append(f"{statistics.median(before) / second:.2f}" if side.startswith("here") and before else "")
         rows.append(row | dict(zip(cells, measured, strict=True)))
     return rows
 
@@ -165,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--block", type=float, default=0.5, help="seconds of steps of a side in a round")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--against", metavar="REVISION", help="an earlier build to measure beside, as git names it")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # PyTorch stays there too
@@ -172,13 +188,15 @@ def main(argv: list[str] | None = None) -> None:
         return work(flags.work, flags.shapes[0])
     wake_devices(shakespeare.get_config())
     rows, rates = [], []
-    for shape in flags.shapes:
-        sides = [side for side in flags.sides if side.startswith("here") or shape != RECIPE]
-        seconds, rate = measure(shape, sides, flags.rounds, flags.block)
-        rows += rows_of(shape, seconds, rate)
-        rates.append(rate / 1e9)
+    with build_of(flags.against) if flags.against else nullcontext() as earlier:
+        for shape in flags.shapes:
+            sides = [side for side in flags.sides if side.startswith("here") or shape != RECIPE]
+            seconds, rate = measure(shape, sides, flags.rounds, flags.block, earlier)
+            rows += rows_of(shape, seconds, rate)
+            rates.append(rate / 1e9)
+    earlier = f"The earlier build is {flags.against}. " if flags.against else ""
     note = f"Matrix rate: {', '.join(f'{rate:.0f}' for rate in rates)} GFLOP/s beside the models in turn. "
-    report("step", "A training step", rows, note + f"Medians of {flags.rounds} rounds.", flags.out)
+    report("step", "A training step", rows, note + earlier + f"Medians of {flags.rounds} rounds.", flags.out)
 
 
 if __name__ == "__main__":

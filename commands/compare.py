@@ -11,13 +11,10 @@ from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_float(
-        "target",
-        None,
-        "The loss whose tokens and seconds are shown; default the worst of the runs' best.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("out", compare.DEFAULT_OUT, "Where the page and the pictures go.", flag_values=values)
+    define = {"flag_values": values}
+    target = "The loss whose tokens and seconds are shown; default the worst of the runs' best."
+    flags.DEFINE_float("target", None, target, **define)
+    flags.DEFINE_string("out", compare.DEFAULT_OUT, "Where the page and the pictures go.", **define)
 
 
 def main(argv: list[str]) -> None:

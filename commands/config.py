@@ -2,8 +2,6 @@
 
 from itertools import groupby
 
-from absl import flags
-
 import config_lib
 from commands.flags import parse_flags
 from config_lib import key_docs, written
@@ -12,12 +10,8 @@ from runtime.screen.console import Console
 from runtime.screen.text import Table
 
 
-def _define(values: flags.FlagValues) -> None:
-    """It has no flags of its own."""
-
-
 def main(argv: list[str]) -> None:
-    config = parse_flags("config", __doc__, argv, _define, config=True).config
+    config = parse_flags("config", __doc__, argv, lambda values: None, config=True).config
     config_lib.check(config)
     console = Console()
     for section, docs in groupby(key_docs().values(), key=lambda doc: doc.section):

@@ -27,21 +27,11 @@ from transformer.sharding import make_mesh
 def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     define_checkpoint(values)
-    flags.DEFINE_enum(
-        "split",
-        None,
-        ["train", "val", "test", "all"],
-        "What to evaluate on; default val, and all of another text than the run's.",
-        **define,
-    )
+    split = "What to evaluate on; default val, and all of another text than the run's."
+    flags.DEFINE_enum("split", None, ["train", "val", "test", "all"], split, **define)
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
-    flags.DEFINE_enum(
-        "unknown_characters",
-        None,
-        UNKNOWN_CHARACTERS,
-        "What becomes of characters that the model lacks; default as the run's config says.",
-        **define,
-    )
+    unknown = "What becomes of characters that the model lacks; default as the run's config says."
+    flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
     flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
@@ -89,7 +79,7 @@ def main(argv: list[str]) -> None:
         **about,
         "split": name,
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it is no double
+        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it overflows
         "bits_per_byte": bits_per_byte(loss, tokens, split, tokenizer),
         "tokens": tokens,
     }
@@ -130,7 +120,7 @@ def _score(path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, c
 
 
 def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:
-    """A line for each token of the split: its place, id, text and log-probability, which the first one has not."""
+    """A line for each token of the split: its position, id, text and log-probability (null for the first token)."""
     with new_file(path, "--tokens") as file:
         place = 0
         for values in chain([[None]], (some.tolist() for some in log_probs(model, split, rows))):

@@ -21,13 +21,8 @@ from transformer.model import params_of
 def _define(values: flags.FlagValues) -> None:
     define_checkpoint(values)
     flags.DEFINE_string("out", None, "A new directory for the files.", flag_values=values)
-    flags.DEFINE_enum(
-        "format",
-        "hf",
-        ["hf", "safetensors"],
-        "hf: a directory for transformers' AutoModelForCausalLM; safetensors: any model, with our names.",
-        flag_values=values,
-    )
+    what = "hf: a directory for transformers' AutoModelForCausalLM; safetensors: any model, with our names."
+    flags.DEFINE_enum("format", "hf", ["hf", "safetensors"], what, flag_values=values)
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +42,7 @@ def main(argv: list[str]) -> None:
                 theirs, weights = to_theirs(model.config, params)
             except ValueError as error:
                 raise UserError(f"config.{error}; change the setting, or export with --format=safetensors") from error
-            start = tokenizer.eot if theirs["model_type"] == "gpt2" else None  # where one token serves for both
+            start = tokenizer.eot if theirs["model_type"] == "gpt2" else None  # in GPT-2 one token is both
             several = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eot
             ends = {"bos_token_id": start, "eos_token_id": several, "pad_token_id": None}
             write_json(out / "config.json", theirs | ends)

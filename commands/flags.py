@@ -1,4 +1,4 @@
-"""The command line: flags, `--config`, and what they say when something is wrong."""
+"""The command line: flags, `--config`, and the messages for wrong ones."""
 
 import contextlib
 import re
@@ -13,16 +13,16 @@ from types import FrameType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from config_lib import key_docs, type_name, written
 from configs import default
 from runtime.errors import Interrupted, UserError, one_line
 from runtime.files import PROGRAM
+from runtime.screen.console import Console
 from runtime.screen.text import nearest
 from runtime.workdir import WEIGHTS
 
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
-_CONFIG_SECONDS = 60.0  # that a config file may take
+_CONFIG_SECONDS = 60.0  # how long a config file may run
 
 
 def parse_flags(
@@ -33,12 +33,12 @@ def parse_flags(
     config: bool = False,
     words: tuple[str, list[str]] | None = None,
 ) -> flags.FlagValues:
-    """Flags of one command, from `argv` without the program's name and the command's. `--help` prints them and exits.
+    """Parses the flags of one command; `argv` starts after the command's name. `--help` prints them and exits.
 
     Args:
-      define: adds the command's own flags to the FlagValues it is given.
+      define: adds the command's own flags to the FlagValues that it gets.
       config: whether the command takes --config and --config.KEY.
-      words: for a command that takes words beside its flags: what `--help` calls them, and the list that gets them.
+      words: for a command that takes words besides its flags: their name in `--help`, and the list that receives them.
 
     Raises:
       UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
@@ -55,7 +55,7 @@ def parse_flags(
         with _in_time():
             rest = values(["main.py", *argv])[1:]
             if config:
-                len(values.config)  # a config file that could not be loaded says so only when it is read
+                len(values.config)  # a config file that cannot be loaded raises only when it is read
     except Interrupted:
         raise
     except flags.UnrecognizedFlagError as error:
@@ -85,7 +85,7 @@ def define_checkpoint(values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """A config file is a program: what runs inside ends in time, and Ctrl-C is the user's, not the program's."""
+    """Limits the time of what runs inside, and lets Ctrl-C end it: a config file is a program, which may loop."""
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         if signum == signal.SIGINT:
@@ -108,25 +108,28 @@ def _in_time() -> Iterator[None]:
 
 def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
     """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
+    from config_lib import key_docs, written  # which loads JAX, and `prepare` needs none
+
+    say = Console().line
     own = [values[name] for name in sorted(set(values) - {"h", "help", "config"})]
     shown = lambda flag: f"={written(flag.default)}" if type(flag.default) in (str, int, float) else ""
-    told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # after it stands absl's own
+    told = [(f"--{flag.name}{shown(flag)}", flag.help.split(";\n")[0]) for flag in own]  # absl appends its own text
     if config:
         told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
         docs = map(key_docs().__getitem__, default.MOST_USED)
         told += [(f"  {doc.key}={written(doc.default)}", doc.comment) for doc in docs]
-    print(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
+    say(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
     for name, text in told:
         if name.startswith(" "):  # a key: one line, so that all fit on the screen
             text = textwrap.shorten(text, 49, placeholder=" ...")
         indent = f"  {name:<26} " if len(name) <= 26 else f"  {name}\n{'':29}"
-        print(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
+        say(textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=" " * 29))
     if config:
-        print("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
+        say("\nDefaults are those of configs/default.py; `main.py config` shows every key.")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    """What the last --config=PATH or --config PATH names."""
+    """The path in the last --config=PATH or --config PATH."""
     path = None
     for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word.startswith("--config="):
@@ -137,9 +140,9 @@ def _config_path(argv: Sequence[str]) -> str | None:
 
 
 def _with_config(argv: Sequence[str]) -> list[str]:
-    """`argv` in which the last --config names a file that is there: as it stands, else one of those beside main.py.
+    """`argv` with the last --config replaced by an existing file: the path itself, or else one beside main.py.
 
-    There `configs/shakespeare.py`, `shakespeare.py` and `shakespeare` are the same; without --config it is the default.
+    There `configs/shakespeare.py`, `shakespeare.py` and `shakespeare` mean the same. Without --config: the default.
     """
     named = _config_path(argv)
     path, *argument = (named or DEFAULT_CONFIG).split(":", 1)
@@ -152,7 +155,9 @@ def _with_config(argv: Sequence[str]) -> list[str]:
 
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:
-    """One line for a value that did not parse: the library's own text names flags, we name the key and its type."""
+    """One line for a value that did not parse: it names the key and its type; the library's text names flags."""
+    from config_lib import type_name
+
     known = default.get_config()
     for word in argv:
         key, equals, text = word.removeprefix("--config.").partition("=")
@@ -181,7 +186,7 @@ def _explain_value(argv: Sequence[str], error: BaseException) -> str:
 
 @contextlib.contextmanager
 def spoken_in_flags() -> Iterator[None]:
-    """Inside, what lies below speaks of keys of a config that this command has as flags of its own."""
+    """Renames config keys in errors to the flags of the same name, for commands that have these keys as flags."""
     try:
         yield
     except UserError as error:

@@ -30,19 +30,18 @@ from runtime.workdir import WorkdirLock, prepare_workdir
 from training.cost import parameter_counts
 from transformer.model import model_of
 
-UNFINISHED = ".import"  # where a run is made, within its directory, until all of it is there
+UNFINISHED = ".import"  # a run is made in this folder of its directory until it is complete
 MADE_HERE = "checkpoints", run_lib.TOKENIZER_FILE, run_lib.CONFIG_FILE
-LONG_CONTEXT = 8192  # tokens; with more than that a key/value cache is worth a word
+LONG_CONTEXT = 8192  # tokens; a longer key/value cache is large enough to mention
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("from", None, "The directory with the model's files.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "The new run's directory.", flag_values=values)
-    flags.DEFINE_string(
-        "tokenizer", None, "char, byte or a tiktoken encoding, where the files hold none.", flag_values=values
-    )
-    flags.DEFINE_string("dataset", None, "The text to evaluate on; char takes its alphabet.", flag_values=values)
-    flags.DEFINE_integer("context_len", None, "A shorter context than the model has.", flag_values=values)
+    define = {"flag_values": values}
+    flags.DEFINE_string("from", None, "The directory with the model's files.", **define)
+    flags.DEFINE_string("workdir", None, "The new run's directory.", **define)
+    flags.DEFINE_string("tokenizer", None, "char, byte or a tiktoken encoding, where the files hold none.", **define)
+    flags.DEFINE_string("dataset", None, "The text to evaluate on; char takes its alphabet.", **define)
+    flags.DEFINE_integer("context_len", None, "A shorter context than the model has.", **define)
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
         settings = config_lib.to_dict(config)
         with Checkpoints(unfinished) as checkpoints:
             meta = {**run_lib.identity(config, tokenizer), run_lib.IMPORTED_FROM: str(source)}
-            rest = {"micro_step": np.zeros((), np.int32)}  # no optimizer has been at work
+            rest = {"micro_step": np.zeros((), np.int32)}  # there is no state of an optimizer
             checkpoints.save(0, params, rest, meta, None)
         write_json(unfinished / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
         write_json(unfinished / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
@@ -72,16 +71,14 @@ def main(argv: list[str]) -> None:
     counts = parameter_counts(model_config)
     console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
     if config.context_len > LONG_CONTEXT:
-        console.line(
-            f"its context is {config.context_len:,} tokens, for which `sample` keeps room; --context_len cuts it"
-        )
+        long = f"its context is {config.context_len:,} tokens, for which `sample` keeps room; --context_len cuts it"
+        console.line(long)
 
 
 def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
-    """Where to make the run: a new directory in `workdir`, which holds nothing but what an import left that was cut.
+    """A new directory in `workdir` to make the run in. What an interrupted import left is removed.
 
-    Raises:
-      UserError: it holds something else.
+    Raises UserError if `workdir` holds anything else.
     """
     unfinished = workdir / UNFINISHED
     ours = {".lock", UNFINISHED, *MADE_HERE} if unfinished.is_dir() else {".lock"}
@@ -100,10 +97,9 @@ def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
 def read_model(
     source: Path, tokenizer: str | None, dataset: str | None, say: Callable[[str], None]
 ) -> tuple[ConfigDict, Arrays, Tokenizer]:
-    """A run's config, parameters and tokenizer from whatever lies in `source`.
+    """A run's config, parameters and tokenizer from the files in `source`, of whichever kind.
 
-    Raises:
-      UserError: there is no model, or it does not fit; names what.
+    Raises UserError, which says why, if there is no model or if it cannot be imported.
     """
     weights, metadata = source / WEIGHTS, read_metadata(source / WEIGHTS)
     try:
@@ -135,11 +131,7 @@ def read_model(
 
 
 def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[ConfigDict, Arrays]:
-    """The same model with a shorter context.
-
-    Raises:
-      UserError: it would be longer, or empty.
-    """
+    """The same model with a shorter context. Raises UserError if it would be longer, or empty."""
     if not 1 <= context_len <= config.context_len:
         raise UserError(f"--context_len: must be from 1 to the model's {config.context_len}, got {context_len}")
     config.context_len = context_len
@@ -182,7 +174,7 @@ def _ends_of_text(source: Path, theirs: Mapping[str, Any], vocab_size: int) -> l
 def _tokenizer(
     source: Path, name: str | None, config: ConfigDict, vocab_size: int, ends: list[int], say: Callable[[str], None]
 ) -> Tokenizer:
-    """The one in the files, or the one named."""
+    """The tokenizer in the files, or the one called `name`."""
     file, name = source / "tokenizer.json", None if name == "imported" else name
     if name is None and not file.exists():
         raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
@@ -193,7 +185,7 @@ def _tokenizer(
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
     check_tokenizer_name(name)
-    if name == "char":  # its alphabet is the text's
+    if name == "char":  # its vocabulary is the characters of the text
         config = config.copy_and_resolve_references()
         config.update({"tokenizer": name, "context_len": 1})
         tokenizer = run_lib.load_data(config, say).tokenizer

@@ -22,13 +22,13 @@ from training.cost import parameter_counts, peak_flops
 from transformer.sharding import make_mesh, parse_mesh
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
-MOST_BLOCKS = 1000  # each is compiled: as many as any published model has
+MOST_BLOCKS = 1000  # each is compiled; no published model has more
 SOURCES = (
     "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -16 % and +30 % of compiled CPU "
     "steps. compiled: for simulated CPU devices, where what is bfloat16 may travel as float32 and attention is chunked."
     " assumed: the share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
 )
-VOCABULARIES = {  # size and end-of-text token, so that nothing has to be fetched
+VOCABULARIES = {  # size and end-of-text token, so that no file has to be downloaded
     "byte": (256, None),
     "gpt2": (50_257, 50_256),
     "cl100k_base": (100_277, 100_257),
@@ -78,7 +78,7 @@ def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
 
 
 def report(planned: Planned, hardware: str, mfu: float, budget: float, console: Console) -> None:
-    """Print the plan, and beside each figure where it comes from."""
+    """Print the plan, and for each figure where it comes from."""
     config, mesh, n = planned.config, planned.mesh, planned.mesh.size
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     parameters = sum(parameter_counts(planned.model).values())

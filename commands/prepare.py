@@ -5,12 +5,12 @@ import re
 
 from absl import flags
 
-import run_lib
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
 from corpus.files import Settings
 from corpus.prepare import MAX_SHARD_TOKENS, prepare
 from runtime.errors import UserError
+from runtime.files import data_folder
 from runtime.screen.console import Console
 
 
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
         values.tokenizer, values.val_fraction, values.test_fraction, values.shard_tokens, values.text_column
     )
     processes = values.processes or len(os.sched_getaffinity(0))
-    data_dir = run_lib.data_dir_of(default.get_config())
+    data_dir = data_folder(default.get_config().data_dir)
     try:
         with spoken_in_flags():
             prepare(values.dataset, values.out, settings, data_dir, processes, Console())
-    except UserError as error:  # what lies below speaks of a run's directory
+    except UserError as error:  # the code below calls it the workdir
         raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

@@ -26,24 +26,21 @@ from transformer.sampling import Sampling, prompt_tokens, stream
 
 
 def _define(values: flags.FlagValues) -> None:
-    default = Sampling()
+    default, define = Sampling(), {"flag_values": values}
     define_checkpoint(values)
-    flags.DEFINE_string(
-        "prompt", None, "What the text goes on from; default: typed, or else standard input.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "prompts", None, 'A file with a prompt on each line; a .jsonl has objects with a "prompt".', flag_values=values
-    )
-    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", flag_values=values)
-    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", flag_values=values)
-    flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", flag_values=values)
-    flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", flag_values=values)
-    flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", flag_values=values)
-    flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", flag_values=values)
-    flags.DEFINE_float("min_p", default.min_p, "Only tokens this likely, against the top one.", flag_values=values)
-    flags.DEFINE_integer("seed", default.seed, "Another seed writes another text.", flag_values=values)
-    flags.DEFINE_bool("replace_unknown", False, "Replace characters that the model lacks.", flag_values=values)
+    flags.DEFINE_string("prompt", None, "What the text goes on from; default: typed, or else standard input.", **define)
+    lines = 'A file with a prompt on each line; a .jsonl has objects with a "prompt".'
+    flags.DEFINE_string("prompts", None, lines, **define)
+    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", **define)
+    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", **define)
+    flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", **define)
+    flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", **define)
+    flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", **define)
+    flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", **define)
+    flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", **define)
+    flags.DEFINE_float("min_p", default.min_p, "Only tokens this likely, against the top one.", **define)
+    flags.DEFINE_integer("seed", default.seed, "Another seed writes another text.", **define)
+    flags.DEFINE_bool("replace_unknown", False, "Replace characters that the model lacks.", **define)
 
 
 def main(argv: list[str]) -> None:
@@ -114,10 +111,7 @@ def main(argv: list[str]) -> None:
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text of `pieces` up to the stop that is the first to be there whole, without it.
-
-    What may be the beginning of a stop is held back until that is known.
-    """
+    """The text of `pieces` before the first of `stops` to be complete. What may begin a stop is held back."""
     held = ""
     for piece in pieces:
         held += piece
@@ -134,13 +128,13 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a file, each under the name of its line; empty lines are left out.
+    """The prompts of a file, by the names of their lines; empty lines and a byte order mark are left out.
 
-    Raises:
-      UserError: it cannot be read, is not UTF-8, has none, or a line of JSON has no prompt.
+
+    Raises UserError if the file cannot be read, is not UTF-8, has no prompt, or has a line of JSON without one.
     """
     try:
-        lines = read_file(path).decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = read_file(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts={path}: cannot be read ({one_line(error)}); name a file of text") from error
     found = {f"{path}: line {number}": line for number, line in enumerate(lines, start=1) if line.strip()}
@@ -158,21 +152,18 @@ def _read_prompts(path: Path) -> dict[str, str]:
 
 
 def _read_prompt() -> str:
-    """Standard input without its last line break, which a shell puts there; nothing where there is none.
-
-    Raises:
-      UserError: it is not UTF-8.
-    """
+    """Standard input without a byte order mark and the last line break; "" on a terminal. UserError if not UTF-8."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        text = sys.stdin.buffer.read().decode("utf-8") if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin.read()
+        binary = isinstance(sys.stdin, io.TextIOWrapper)
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if binary else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 at byte {error.start}; give text") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
-# --- Talking: what is typed is gone on from, line by line, with settings that can be changed ----------------------
+# --- Talking: the model continues each line that is typed, and commands change the settings -----------------------
 
 HELP = """\
 Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.
@@ -183,14 +174,13 @@ Type the beginning of a text; the model goes on from it. An empty line goes on f
   /help        this                           /quit or Ctrl-D ends
 Ctrl-C stops the text. A line that ends in \\ goes on in the next one; // stands for a / at the beginning."""
 PROMPT = "> "
-_KEPT_LINES = 1000  # of the history
+_KEPT_LINES = 1000  # in the file of the history
 
 
 def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[str, int]:
-    """A prompt as the model reads it, and how many tokens that is.
+    """A prompt as the model reads it, and its number of tokens.
 
-    Raises:
-      UnknownCharacters: it has characters that the tokenizer lacks, and they are not to be replaced.
+    Raises UnknownCharacters if the tokenizer lacks some and `replace_unknown` is false.
     """
     if replace_unknown:
         prompt = tokenizer.decode(tokenizer.encode(prompt, replace_unknown=True))
@@ -203,7 +193,7 @@ class Talk:
     Args:
       say: takes one line for the person.
       write: takes pieces of the model's text.
-      replace_unknown: characters that the model lacks are replaced; otherwise such a prompt is refused.
+      replace_unknown: replace characters that the model lacks, and do not refuse the prompt.
       stops: each text ends before the first of these.
     """
 
@@ -224,7 +214,7 @@ class Talk:
         self._text = ""
 
     def answer(self, line: str) -> bool:
-        """Does what a line asks for; False when it asks to end."""
+        """Executes a command or continues the text; False if the line ends the conversation."""
         if line.startswith("/") and not line.startswith("//"):
             return self._command(*line[1:].partition(" ")[::2])
         prompt = (line[1:] if line.startswith("//") else line) or self._text
@@ -279,7 +269,7 @@ class Talk:
 
 @contextlib.contextmanager
 def heard_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C raises nothing (JAX may be in the middle of a compilation): the function says whether it came."""
+    """Inside, Ctrl-C raises nothing, as JAX may be compiling; the function that it gives says whether Ctrl-C came."""
     came: list[int] = []
 
     def note(signum: int, _frame: FrameType | None) -> None:
@@ -293,7 +283,7 @@ def heard_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def talk(answer: Callable[[str], bool], say: Callable[[str], None]) -> None:
-    """Reads lines from the terminal until one, or Ctrl-D, ends it. Ctrl-C drops the line."""
+    """Reads lines from the terminal until a command or Ctrl-D ends the conversation. Ctrl-C drops the line."""
     with line_history():
         say("type the beginning of a text; /help says more")
         lines: list[str] = []
@@ -320,7 +310,7 @@ def talk(answer: Callable[[str], bool], say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def line_history() -> Iterator[None]:
-    """Arrow keys edit a line and bring back earlier ones, those of earlier sessions too, where Python has readline."""
+    """Arrow keys edit a line and bring back earlier ones, also from earlier sessions, if Python has readline."""
     try:
         import readline
     except ImportError:  # a Python that was built without it
@@ -328,7 +318,7 @@ def line_history() -> Iterator[None]:
         return
     try:
         path = user_state() / "history"
-    except UserError:  # such a user has no earlier sessions
+    except UserError:  # without a home there is no history
         yield
         return
     readline.parse_and_bind("tab: self-insert")

@@ -30,7 +30,7 @@ from runtime.signals import SIGNALS, WARNINGS, hangup_ignored
 from runtime.workdir import require_own
 
 MAIN = PROGRAM / "main.py"
-FINISHED_FILE = "sweep.json"  # in a run's directory: the config with which it came to its end
+FINISHED_FILE = "sweep.json"  # in a run's directory: the config of the run that finished there
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
 
@@ -42,21 +42,13 @@ class Point(NamedTuple):
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_multi_string(
-        "set",
-        [],
-        "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
-        "semicolons: --set 'betas=0.9,0.95;0.9,0.99'.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", flag_values=values)
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>.",
-        flag_values=values,
-    )
-    flags.DEFINE_float("target", None, "As in compare.", flag_values=values)
+    define = {"flag_values": values}
+    sets = "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
+    flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", **define)
+    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", **define)
+    where = "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>."
+    flags.DEFINE_string("workdir", None, where, **define)
+    flags.DEFINE_float("target", None, "As in compare.", **define)
 
 
 def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
@@ -74,13 +66,9 @@ def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
 
 
 def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
-    """Every run of the sweep, checked; the last --set changes fastest, then the seed.
+    """Every run of the sweep, checked; the seed changes fastest, then the last --set.
 
-    Args:
-      argv: the command's flags, --config and --config.KEY among them.
-
-    Raises:
-      UserError: a key or value of the grid cannot be; no run was begun.
+    `argv` are all flags of the command. Raises UserError, before any run begins, if a key or value is not allowed.
     """
     if seeds < 1:
         raise UserError(f"--seeds: must be at least 1, got {seeds}")
@@ -105,18 +93,18 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
 
 
 def point_name(values: dict[str, Any]) -> str:
-    """`key=value,...`, in characters that file systems take; what that leaves out is told apart by a hash."""
+    """`key=value,...` in characters that file systems take, with a hash if some had to be replaced or cut."""
     exact = ",".join(f"{key}={written(value)}" for key, value in values.items())
     safe = re.sub(r"[^A-Za-z0-9._+=,-]", "_", exact)
     if safe == exact and len(exact) <= _LONGEST_NAME:
         return exact
-    seed = f",seed={values['seed']}"  # stays readable, so that seeds of one config share what stands before it
+    seed = f",seed={values['seed']}"  # kept apart, so that names of one config differ only in the seed
     kept = safe.removesuffix(seed)[: _LONGEST_NAME - 30]
     return f"{kept}-{sha256(exact.removesuffix(seed).encode()).hexdigest()[:8]}{seed}"
 
 
 def command_line(config: ConfigDict, workdir: Path) -> list[str]:
-    """The process that trains one run."""
+    """The command of the process that trains one run."""
     usual = default.get_config()
     base = f"--config={PROGRAM / 'configs' / 'default.py'}"
     changed = [f"--config.{key}={_flag_text(value)}" for key, value in config.items() if value != usual[key]]
@@ -128,11 +116,11 @@ def _flag_text(value: Any) -> str:
 
 
 def run_child(command: list[str]) -> tuple[int, int | None]:
-    """Run a process to its end: its exit status, negative for a signal that killed it, and the signal that came to us.
+    """Run a process to its end. Returns its exit status, negative if a signal killed it, and the signal to stop for.
 
-    It stands in a process group of its own, so that a signal reaches it once, from here, whoever else in the terminal
-    got it too. A scheduler's warning, passed on, stops the sweep only where it ended the process. Ctrl-Z stops that
-    together with this one, and both go on together.
+    It has a process group of its own, so that it gets each signal once, from here, and not from the terminal as well.
+    A scheduler's warning is passed on; it stops the sweep only if it ended the process. Ctrl-Z stops both processes,
+    and both go on together.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -144,8 +132,8 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
 
     def suspend(signum: int, _frame: FrameType | None = None) -> None:
         if child is not None:
-            child.send_signal(signal.SIGTSTP)  # not SIGSTOP: it takes its live view away first
-            # Woken before it has stopped, it would stop then, and nobody would wake it again.
+            child.send_signal(signal.SIGTSTP)  # not SIGSTOP: it removes its live view first
+            # Wait until it has stopped: a SIGCONT before that would be lost, and nothing would wake it again.
             if hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
                 with contextlib.suppress(ChildProcessError):
                     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -162,7 +150,7 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         child = subprocess.Popen(command, process_group=0)
-        for signum in list(received):  # those that came before there was a process
+        for signum in list(received):  # signals that came before the process was there
             child.send_signal(signum)
         status = child.wait()
     finally:

@@ -11,25 +11,16 @@ from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The run's directory; default runs/<config file's name>, or runs/<config.run>.",
-        flag_values=values,
-    )
-    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and begin anew.", flag_values=values)
-    flags.DEFINE_bool(
-        "rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, where several processes train and no launcher tells.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", flag_values=values)
+    define = {"flag_values": values}
+    workdir = "The run's directory; default runs/<config file's name>, or runs/<config.run>."
+    flags.DEFINE_string("workdir", None, workdir, **define)
+    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and begin anew.", **define)
+    flags.DEFINE_bool("rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", **define)
+    coordinator = "HOST:PORT of process 0, where several processes train and no launcher tells."
+    flags.DEFINE_string("coordinator", None, coordinator, **define)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", **define)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", **define)
+    flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", **define)
 
 
 def _profile_steps(text: str | None) -> tuple[int, int] | None:

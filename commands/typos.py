@@ -1,8 +1,9 @@
-"""What is wrong with a command line or an installation, as far as it can be told at once, before what takes seconds.
+"""Finds mistakes in a command line or an installation at once, before the imports, which take seconds.
 
 The names of flags and keys are read from the source of a command and of configs/default.py.
 """
 
+import gc
 import importlib
 import re
 import sys
@@ -17,29 +18,24 @@ from runtime.screen.text import nearest
 _FLAG = re.compile(r'\bDEFINE_(\w+)\(\s*"(\w+)"')
 _KEY = re.compile(r"^    config\.(\w+) = (\S+)", re.MULTILINE)
 _OF_ALL = {"debug": "bool", "help": "bool", "h": "bool", "flagfile": "string", "undefok": "string"}
-_ALSO_CALLED = {  # what others call our commands and keys
+_ALSO_CALLED = {  # names of our commands and keys in other programs
     **{"generate": "sample", "chat": "sample", "evaluate": "eval", "tokenize": "prepare", "resume": "train"},
     **{"learning_rate": "lr", "n_layer": "num_blocks", "num_layers": "num_blocks", "num_hidden_layers": "num_blocks"},
-    **{
-        "n_head": "num_heads",
-        "num_attention_heads": "num_heads",
-        "n_embd": "embedding_dim",
-        "d_model": "embedding_dim",
-    },
-    **{"hidden_size": "embedding_dim", "block_size": "context_len", "seq_len": "context_len", "data": "dataset"},
+    **{"n_head": "num_heads", "num_attention_heads": "num_heads", "block_size": "context_len", "data": "dataset"},
+    **dict.fromkeys(("n_embd", "d_model", "hidden_size"), "embedding_dim"),
     **{"max_iters": "max_steps", "steps": "max_steps", "num_epochs": "epochs", "name": "run", "d_ff": "mlp_dim"},
-    **{"gradient_accumulation_steps": "accumulation_steps", "eval_interval": "eval_every"},
+    **{"gradient_accumulation_steps": "accumulation_steps", "eval_interval": "eval_every", "seq_len": "context_len"},
 }
 
 
 def hint(word: str, words: Sequence[str]) -> str:
-    """ "; did you mean X?": one of `words` that is spelled much the same, or that others call so; or nothing."""
+    """ "; did you mean X?" for one of `words` with a similar spelling, or known elsewhere as `word`; or ""."""
     other = _ALSO_CALLED.get(word, word)
     return nearest(other if other in words else word, words, alike=0.78)  # "stop" is no misspelt "step"
 
 
 def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
-    """A command's flags, each with its type, and the keys of --config.KEY, where it takes a config."""
+    """A command's flags, each with its type, and the keys of --config.KEY if it takes a config."""
     source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
     if "define_checkpoint(" in source:  # flags that several commands have
         shared = Path(__file__).with_name("flags.py").read_text(encoding="utf-8")
@@ -53,11 +49,7 @@ def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
 
 
 def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> None:
-    """Whether the command is one of `commands`, and each word that looks like a flag names one of its flags or a key.
-
-    Raises:
-      UserError: one does not.
-    """
+    """Raises UserError if the command is none of `commands`, or if a flag in `words` is none of its flags or keys."""
     if command not in commands:
         near = hint(command, commands) or ";"
         raise UserError(f"{command}: unknown command{near} use one of {', '.join(commands)}")
@@ -85,11 +77,8 @@ def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> 
 
 
 def load(command: str) -> ModuleType:
-    """The command's module, with all that it needs.
-
-    Raises:
-      UserError: a package is not installed.
-    """
+    """The command's module, imported. Raises UserError if a package is not installed."""
+    gc.disable()  # nearly all objects that imports make are kept: looking for others took a quarter of the time
     try:
         return importlib.import_module(f"commands.{command}")
     except ModuleNotFoundError as error:
@@ -100,3 +89,6 @@ def load(command: str) -> ModuleType:
             f"{package}: not installed for {sys.executable}; activate the environment that has it (source "
             ".venv/bin/activate), or pip install -r requirements.txt"
         ) from error
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -1,4 +1,4 @@
-"""What is worked out once from a text and kept beside it: arrays on disk that are known to be what was written."""
+"""Arrays that are computed once from a text and cached on disk, each with a hash of its bytes."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.files import replacing
+from runtime.files import open_regular, replacing
 
 
 def cached(
     path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Callable[[str], None] = print
 ) -> np.ndarray:
-    """The array that `make` gives, 1-D and of type `dtype`, memory-mapped from `path` as soon as it was written there.
+    """The array that `make` gives, 1-D and of type `dtype`, memory-mapped from `path` once it was written there.
 
-    The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. Reading it all to check
-    that costs no more than the text's own sha256, by which the file was found. A damaged file is made again, and
-    `say` gets a line; a file of an earlier version of this program, which has no hash, is made again silently.
+    The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. A damaged file is made
+    again, and `say` gets a line; a file of an earlier version of this program, which has no hash, is made again
+    silently.
     """
     values = _load(path, np.dtype(dtype), say)
     if values is None:
@@ -34,8 +34,8 @@ def cached(
 
 def _load(path: Path, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray | None:
     try:
-        values = np.load(path, mmap_mode="r")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            values = np.load(path, mmap_mode="r")
             file.seek(values.offset + values.nbytes)
             kept = file.read()
         if values.dtype != dtype or values.ndim != 1:

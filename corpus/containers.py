@@ -1,15 +1,15 @@
-"""Files that hold texts inside something else: known by their first bytes, so that those are not taken for the text."""
+"""Formats that are not plain text, recognised by their first bytes, so that nobody trains on binary content."""
 
 import re
 from pathlib import Path
 
 from runtime.errors import UserError
 
-HEAD_BYTES = 512  # of a file, in which all of these show
+HEAD_BYTES = 512  # of a file; enough to recognise each format below
 PARQUET = "a Parquet file"
 
 _DECOMPRESS, _UNPACK = "decompress it first", "write its texts to text files, or to Parquet for `main.py prepare`"
-_KINDS = [  # what it is, what it begins with, how its name ends if that says nothing, and what to do
+_KINDS = [  # name, pattern of the first bytes, suffix that the file must have besides, and advice
     (PARQUET, rb"PAR1\x15", "", "`main.py prepare` reads it"),
     ("gzip", rb"\x1f\x8b\x08", "", _DECOMPRESS),
     ("Zstandard", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "", _DECOMPRESS),
@@ -31,12 +31,12 @@ _TABLE = [(name, re.compile(magic, re.DOTALL), ending, advice) for name, magic, 
 
 
 def kind_of(path: Path, head: bytes) -> tuple[str, str] | None:
-    """What a file is whose text is inside, and what to do with it; None for others. `head`: its first HEAD_BYTES."""
+    """The file's format and what to do with it; None if it is plain text. `head`: its first HEAD_BYTES."""
     fits = lambda magic, ending: path.name.lower().endswith(ending) and magic.match(head)
     return next(((name, advice) for name, magic, ending, advice in _TABLE if fits(magic, ending)), None)
 
 
 def require_plain(path: Path, head: bytes) -> None:
-    """Raises UserError where `kind_of` knows the file."""
+    """Raises UserError if `kind_of` recognises the file."""
     if kind := kind_of(path, head):
         raise UserError(f"config.dataset: {path} is {kind[0]}, not plain text; {kind[1]}")

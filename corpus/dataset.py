@@ -1,4 +1,4 @@
-"""What a corpus becomes: its splits as tokens, and the tokenizer that made them."""
+"""An encoded corpus: its splits as tokens, and the tokenizer that made them."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ COUNTED_AT_ONCE = 2**24  # tokens
 class Split:
     """One part of a corpus: `tokens` [num_tokens], memory-mapped where possible, and its text's bytes where known.
 
-    files: the names of the shards that it is made of, below the folder common to all; none where it is text.
+    files: the names of its shards, relative to the folder common to all; () if the corpus is text.
     """
 
     tokens: np.ndarray | ShardedTokens
@@ -41,7 +41,7 @@ class Split:
         return -(-(self.num_tokens - 1) // context_len)
 
     def holds(self, token: int) -> bool:
-        """Whether the token occurs."""
+        """Whether the token occurs in the split."""
         starts = range(0, self.num_tokens, COUNTED_AT_ONCE)
         return any((self.tokens[start : start + COUNTED_AT_ONCE] == token).any() for start in starts)
 
@@ -53,7 +53,7 @@ class Split:
 
 
 def count_bytes(tokens: np.ndarray | ShardedTokens, num_tokens: int, tokenizer: Tokenizer) -> int:
-    """The bytes of text that the first `num_tokens` of `tokens` stand for; those of end-of-text tokens are none."""
+    """The bytes of text that the first `num_tokens` of `tokens` stand for; an end-of-text token counts as 0."""
     lengths = np.array([len(piece) for piece in tokenizer.pieces], np.uint16)
     ends = [*range(COUNTED_AT_ONCE, num_tokens, COUNTED_AT_ONCE), num_tokens]
     return sum(int(lengths[tokens[start:end]].sum(dtype=np.int64)) for start, end in pairwise([0, *ends]))
@@ -71,7 +71,7 @@ class Dataset:
 
 
 def check_length(split: Split, context_len: int, found: str) -> None:
-    """Raises UserError unless a window fits into the split, or with a context_len of 0 any; `found` is its length."""
+    """Raises UserError unless a window fits into the split (two tokens if context_len is 0). `found`: its length."""
     if not context_len and split.num_tokens < 2:
         raise UserError(f"config.dataset: {found}, and the first is not predicted; give two tokens or more")
     if split.num_tokens <= context_len:

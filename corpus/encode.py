@@ -1,4 +1,4 @@
-"""Spans of files to tokens, in this process or in many."""
+"""Encodes spans of files, in this process or in many."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ from runtime.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """A task's tokens, the bytes of their text, and how many documents began in it, or were empty."""
+    """A task's tokens, the bytes of their text, and how many documents began in it, and how many were empty."""
 
     tokens: np.ndarray
     num_bytes: int
@@ -30,17 +30,16 @@ class Encoded(NamedTuple):
 
 
 def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """What stands before each document, and how many bytes of text it is: the end-of-text token, else a newline."""
+    """The tokens before each document (end-of-text, or else a newline), and how many bytes of text they are."""
     if tokenizer.eot is not None:
         return np.array([tokenizer.eot], tokenizer.dtype), 0
     return tokenizer.encode("\n", replace_unknown=True), 1
 
 
 def encode(tokenizer: Tokenizer, text_column: str, spans: list[Span]) -> Encoded:
-    """The tokens of spans, a separator before each document that begins in them; empty documents are left out.
+    """The tokens of spans, with a separator before each document that begins there; empty documents are left out.
 
-    Raises:
-      UserError: a file cannot be read, is not UTF-8, or has changed.
+    Raises UserError if a file cannot be read, is not UTF-8, or has changed.
     """
     mark, mark_bytes = separator(tokenizer)
     parts, num_bytes, documents, empty = [], 0, 0, 0
@@ -69,7 +68,7 @@ def symbols(text_column: str, spans: list[Span]) -> set[str]:
 
 
 def _pieces(text_column: str, spans: list[Span]) -> Iterator[tuple[bool, bytes, Path, int]]:
-    """Whether a document begins, its UTF-8, and from which byte of which file it is."""
+    """For each piece of text: whether a document begins with it, its bytes, its file, and its first byte there."""
     for path, start, stop, group in spans:
         if group is None:
             with open_file(path) as file:
@@ -87,12 +86,12 @@ def _row_group(path: str, column: str, group: int) -> list[bytes]:
 
 # --- Many processes -----------------------------------------------------------------------------------------------
 
-_tokenizer: Tokenizer | None = None  # of a worker, which is handed it once and not with each task
+_tokenizer: Tokenizer | None = None  # a worker's, which is sent once and not with each task
 
 
 def _start_worker(saved: dict[str, Any] | None) -> None:
     global _tokenizer  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone reacts to Ctrl-C
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -109,12 +108,10 @@ def _work(text_column: str, spans: list[Span]) -> Encoded | set[str]:
 def work(
     tokenizer: Tokenizer | None, text_column: str, tasks: Iterable[Task], processes: int
 ) -> Iterator[tuple[Task, Any]]:
-    """Each task with its `Encoded`, or without a tokenizer its `symbols`, in order.
+    """Each task with its `Encoded`, or with its `symbols` if there is no tokenizer, in order.
 
-    One process is this one. Of several, each has two tasks under way, so that nothing piles up.
-
-    Raises:
-      UserError: as `encode`; a worker was killed.
+    With `processes` 1 this process does the work. Otherwise at most two tasks for each worker are in flight, so that
+    results do not pile up. Raises UserError as `encode`, or if a worker was killed.
     """
     if processes == 1:
         for task in tasks:

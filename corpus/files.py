@@ -17,20 +17,21 @@ from corpus.containers import HEAD_BYTES, PARQUET, kind_of, require_plain
 from corpus.dataset import SPLITS, ends_of_splits
 from corpus.load_text import find_files
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 
-# Where a text may be cut so that every tiktoken pattern finds the same pieces on both sides: before a single space
-# between letters, or after a newline between two visible characters of which the second is no punctuation.
+# Where a text may be cut without changing what any tiktoken pattern finds on either side: before a single space
+# between letters, or after a newline between two visible characters of which the second is not punctuation.
 _CUT = re.compile(
     rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[\xd0\xd1][\x80-\xbf])(?= [\xd0\xd1])|(?<=[!-~]\n)(?=[A-Za-z0-9])"
     rb"|(?:(?<=[\xe4-\xe9][\x80-\xbf]{2}\n)|(?<=\xe3\x80\x82\n))(?=[\xe4-\xe9A-Za-z0-9])"
 )
 _BEHIND = 4  # bytes before the cut that the pattern looks at
-LOOK_FOR_CUT = 2**16  # bytes; a longer text without such a place is cut between any two characters
+LOOK_FOR_CUT = 2**16  # bytes; if they hold no such place, the text is cut between any two characters
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the shards, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
+    """What the shards depend on, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
 
     tokenizer: str
     val_fraction: float
@@ -40,7 +41,7 @@ class Settings:
 
 
 class Span(NamedTuple):
-    """Bytes `start` to `stop` of a text file; with a row group, those of its rows."""
+    """Bytes `start` to `stop` of a text file, or rows `start` to `stop` of a row group of a Parquet file."""
 
     path: str
     start: int
@@ -49,12 +50,12 @@ class Span(NamedTuple):
 
 
 class TextFiles:
-    """Text files end to end, each a document; a position is that of a byte.
+    """Text files end to end, each of them a document; a position counts bytes.
 
     Attributes:
       size: the number of positions.
-      empty: documents without a byte.
-      identity: distinguishes these files from others, and from themselves after a change.
+      empty: the number of empty documents.
+      identity: names, sizes and times of change, to recognise the same, unchanged files.
     """
 
     unit, step = "bytes", 2**20
@@ -70,7 +71,7 @@ class TextFiles:
         self.identity = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
 
     def boundary(self, place: int) -> int:
-        """The first position from this one on where a cut changes no token."""
+        """The first position at or after `place` where a cut changes no token."""
         number = bisect_right(self._starts, place) - 1
         if self._tokenizer == "byte" or place in (self._starts[number], self.size):
             return place
@@ -96,7 +97,7 @@ class TextFiles:
 
 
 def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The share of each part between two positions, as (part, from, to); part i begins at starts[i]."""
+    """What lies between two positions, part by part, as (part, from, to); part i begins at starts[i]."""
     number = bisect_right(starts, start) - 1
     while start < stop:
         begin, end = starts[number : number + 2]
@@ -107,7 +108,7 @@ def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, in
 
 
 class ParquetFiles:
-    """Parquet files end to end, each row a document; a position is that of a row. Attributes as `TextFiles`."""
+    """Parquet files end to end, each row a document; a position counts rows. Attributes: see `TextFiles`."""
 
     unit, step = "rows", 256
 
@@ -135,7 +136,7 @@ def _groups(path: Path, text_column: str) -> Iterator[tuple[int, int]]:
 def open_file(path: str | Path) -> IO[bytes]:
     """A file to read bytes from. Raises UserError if it cannot be read."""
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -150,10 +151,10 @@ def open_corpus(
     """The files of a corpus: a named data set, a file, or a glob, in sorted order.
 
     Raises:
-      UserError: there are none, they cannot be read, are of two kinds, or all empty.
+      UserError: there are no files, they cannot be read, are of two kinds, or are all empty.
     """
     paths = find_files(dataset, data_dir, say)
-    parquet = [path for path in paths if path.suffix == ".parquet" or _holds_rows(path)]
+    parquet = [path for path in paths if _holds_rows(path) or path.suffix == ".parquet"]
     if parquet and len(parquet) < len(paths):
         raise UserError(f"config.dataset: {dataset} has text and Parquet files; prepare each kind by itself")
     files = ParquetFiles(parquet, settings.text_column) if parquet else TextFiles(paths, settings.tokenizer)
@@ -163,7 +164,7 @@ def open_corpus(
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether it is a Parquet file. Raises UserError where its text is inside something that is not read here."""
+    """Whether it is a Parquet file. Raises UserError if it is of a format that is not read here."""
     with open_file(path) as file:
         head = file.read(HEAD_BYTES)
     if (kind := kind_of(path, head)) and kind[0] == PARQUET:
@@ -173,7 +174,7 @@ def _holds_rows(path: Path) -> bool:
 
 
 class Task(NamedTuple):
-    """Spans of one split, and the position where they end."""
+    """Spans of one split, and the position where the last one ends."""
 
     split: str
     stop: int
@@ -181,7 +182,7 @@ class Task(NamedTuple):
 
 
 def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) -> Iterator[Task]:
-    """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same."""
+    """The corpus from `place` on, training split first. Starting at the end of any task gives the same tasks again."""
     ends = ends_of_splits(files.size, settings.val_fraction, settings.test_fraction)
     for split, end in zip(SPLITS, map(files.boundary, ends), strict=True):
         while place < end:
@@ -194,15 +195,15 @@ _TEXT_TYPES = {*("string", "large_string", "string_view"), *("binary", "large_bi
 
 
 class ParquetRows:
-    """One column of a Parquet file, of text or of bytes, as they are or in a dictionary, read by row group.
+    """One column of a Parquet file, read by row group: of text or bytes, plain or dictionary-encoded.
 
     Raises:
-      UserError: pyarrow is not installed, the file is no Parquet file or damaged, or has no such column of text.
+      UserError: pyarrow is not installed, the file is damaged or not Parquet, or it has no such column of text.
     """
 
     def __init__(self, path: Path, column: str):
         try:
-            import pyarrow as arrow  # here, because all else does without
+            import pyarrow as arrow  # here, because nothing else needs it
             import pyarrow.parquet
         except ImportError as error:
             raise UserError(f"{path}: Parquet needs pyarrow; pip install -r requirements-parquet.txt") from error
@@ -222,7 +223,7 @@ class ParquetRows:
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
     def texts(self, group: int) -> list[bytes]:
-        """The texts of a row group; null is the empty text. What a column of bytes holds may be no UTF-8."""
+        """The texts of a row group; null becomes an empty text. A column of bytes may hold invalid UTF-8."""
         with self._reading():
             column = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
         return [text.encode() if isinstance(text, str) else text or b"" for text in column]

@@ -1,7 +1,7 @@
-"""Corpora that were tokenised before: a directory that `prepare` made, or .bin shards from elsewhere, as a Dataset.
+"""Corpora that are already tokenized: a directory that `prepare` made, or .bin shards from elsewhere, as a Dataset.
 
-Nothing is read but headers and samples; a run maps what its batches need. A prepared directory holds `index.json`
-(which shards make which split, their tokens and sha256, the bytes of their text), `tokenizer.json`, and the shards.
+Only headers and samples are read here; a run maps what its batches need. A prepared directory holds `index.json` (the
+shards of each split, their numbers of tokens and sha256, the bytes of their text), `tokenizer.json`, and the shards.
 """
 
 import glob
@@ -26,14 +26,14 @@ from runtime.files import read_json
 
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
-PROGRESS_FILE = ".progress.json"  # in place of the index until it is whole
+PROGRESS_FILE = ".progress.json"  # stands in for the index until the corpus is complete
 FORMAT = "transformer-jax corpus 1"
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
     """Whether `config.dataset` names tokens and not text: a named set, a directory with an index or shards, .bin files.
 
-    To the byte tokenizer, which takes any file as it is, a .bin file is tokens only if it has a shard's header.
+    With the byte tokenizer, which takes any file as it is, a .bin file holds tokens only if it has a shard's header.
     """
     if dataset in SHARD_SETS or is_named(dataset):
         return dataset in SHARD_SETS
@@ -58,22 +58,23 @@ def load_shards(
     say: Callable[[str], None] = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
-    """What `load_text` gives for text, for tokens on disk.
+    """Loads a corpus of tokens, as `load_text` loads one of text.
 
-    A prepared directory's index says which shards validate and test. Of others those do whose names or folders say so
-    (`fineweb_val_000000.bin`, `val/0.bin`). Where none is for validation, it is cut off the training tokens' end, and
-    so is a test split where none is for testing, as `val_fraction` and `test_fraction` say.
+    The index of a prepared directory says which shards are for validation and testing. Without an index, the names of
+    files and folders say it (`fineweb_val_000000.bin`, `val/0.bin`). If no shard is for validation, that split is cut
+    off the end of the training tokens, and so is the test split if no shard is for testing (`val_fraction` and
+    `test_fraction` of all tokens).
 
-    The bytes of a split's text are in the index; those of other shards' validation and test splits are counted once and
-    kept in `data_dir/.cache`, those of their training split are unknown. End-of-text tokens count none.
-    `Dataset.sha256` is that of the index's lengths and hashes, where there is one, with `sample_hash`.
+    The index holds how many bytes of text a split stands for. Without an index, the bytes of the validation and test
+    splits are counted once and kept in `data_dir/.cache`; those of the training split are unknown. An end-of-text token
+    counts as 0 bytes. `Dataset.sha256` covers the index's lengths and hashes, if there is an index, and `sample_hash`.
 
     Args:
-      train_shards: how many training shards of a named set, which are fetched; the others are as in `load_text`.
-      whole: of all shards together, those that train first.
+      train_shards: how many training shards of a named set to fetch.
+      whole: do not split: each split is all shards together, training shards first. Other arguments: see `load_text`.
 
     Raises:
-      UserError: a shard is damaged or missing, does not fit the tokenizer or the others, or a split is too short.
+      UserError: a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too short.
     """
     check_tokenizer_name(tokenizer)
     root = Path(dataset).expanduser()
@@ -175,10 +176,10 @@ _WORDS = re.compile(r"(?<![a-z])(?:(val|dev|eval|held.?out)(?:id(?:ation)?|uatio
 
 
 def _by_name(shards: list[Shard]) -> dict[str, list[Shard]]:
-    """Shards by the split that their names say, or else the folders that they lie in below the one common to all.
+    """Shards by split, which a shard's name says, or else a folder that it lies in, below the one common to all.
 
-    Held out for validation are val, valid, validation, dev, eval, evaluation and heldout, for testing test; whatever
-    else is for training, as is what says train. The name says more than its folder, and that more than the one above.
+    The words val, valid, validation, dev, eval, evaluation and heldout mean validation, test means testing; all other
+    shards are for training. The file's name takes precedence over its folder, a folder over the one above it.
     """
     parts: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     folder = _folder(shards)
@@ -210,10 +211,10 @@ def _glob(path: Path) -> list[Path]:
 def _vocabulary(
     name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Callable[[str], None]
 ) -> Tokenizer:
-    """The tokenizer of these shards: the run's own (`given`), the one beside them, or the one of that name.
+    """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`.
 
     Raises:
-      UserError: it is not the one that made them.
+      UserError: the shards were made with another tokenizer.
     """
     theirs: dict[str, tuple[Path, Tokenizer]] = {}
     for folder in sorted(folders):
@@ -262,7 +263,7 @@ def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
 
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
-    """Bytes of the text that the tokens stand for; counted once."""
+    """The bytes of the text that the tokens stand for; counted once and cached."""
 
     def count() -> np.ndarray:
         if len(tokens) > COUNTED_AT_ONCE:

@@ -1,4 +1,4 @@
-"""Text to tokens: finds the files, cuts them into splits, encodes each apart, and keeps what it encoded."""
+"""Text to tokens: find the files, cut them into splits, encode each split by itself, and cache the tokens."""
 
 import functools
 import glob
@@ -22,10 +22,11 @@ from corpus.tokenizer import (
     check_tokenizer_name,
 )
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 from runtime.screen.text import nearest
 
-MANY_SYMBOLS = 20_000  # characters; more than that is hardly a text to learn by character
-MANY_BYTES = 10_000_000  # more than that takes long enough to encode to say so
+MANY_SYMBOLS = 20_000  # different characters; a text with more is a poor choice for the `char` tokenizer
+MANY_BYTES = 10_000_000  # encoding more takes long enough that a line says so first
 
 
 def load_text(
@@ -41,23 +42,23 @@ def load_text(
     say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
-    """Finds the text, cuts it into splits, and encodes each apart or takes its tokens from `data_dir/.cache`.
+    """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from `data_dir/.cache`.
 
-    The order is training, validation, test, cut by characters, or by bytes for the byte tokenizer, which takes a file
-    as it is. Otherwise text is UTF-8: a byte order mark at its start is dropped, line ends stay as they are. Files that
-    hold texts inside something else (`corpus.containers`) are refused for every tokenizer.
+    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes.
+    For other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends
+    stay as they are. Files of other formats (`corpus.containers`) are refused for every tokenizer.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
         tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
         context_len: each split must hold context_len + 1 tokens.
-        whole: nothing is cut: all of the text, of two tokens or more, is each of the splits.
-        unknown_characters: what becomes of characters that `vocabulary` lacks: "refuse", "replace" or "drop".
+        whole: do not cut: each split is the whole text, which needs two tokens or more.
+        unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
 
     Raises:
-        UserError: the text is missing, unreadable, no plain text, empty, too short, not UTF-8 or has characters that
-            `vocabulary` lacks; or the tokenizer has no such name or cannot be loaded.
+        UserError: the text is missing, unreadable, not plain text, empty, too short, not UTF-8 or has characters that
+            `vocabulary` lacks; or no tokenizer has this name, or it cannot be loaded.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -75,7 +76,7 @@ def load_text(
         text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
     ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
     names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
-    splits, say_once = [], functools.cache(say)  # that the cache cannot be written is said once
+    splits, say_once = [], functools.cache(say)  # one warning, not one a split, if the cache cannot be written
     for name, (start, end) in zip(names, pairwise(ends), strict=False):
         splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
         found = f"{dataset} has {splits[-1].num_tokens} in the {name}" + ("" if whole else " split")
@@ -122,7 +123,8 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
 
@@ -158,7 +160,7 @@ def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tok
 
 
 def _encode(text: str | bytes, vocabulary: Tokenizer, cache: Path, say: Say) -> Split:
-    """The text's tokens, memory-mapped from a file that the text and the vocabulary name, written if need be."""
+    """The text's tokens, memory-mapped from a cache file named by the hashes of the text and the vocabulary."""
     data = text if isinstance(text, bytes) else text.encode()
 
     def tokens() -> np.ndarray:

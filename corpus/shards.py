@@ -3,9 +3,9 @@
 The format is llm.c's (dev/data/data_common.py; modded-nanogpt reads the same): 256 little-endian int32, the first
 three of them magic, version and number of tokens, then the tokens: uint16 under magic 20240520 and version 1 (GPT-2's),
 uint32 under magic 20240801 and version 7 (Llama 3's). nanoGPT's train.bin and val.bin are the tokens alone, uint16 for
-GPT-2's; other types are told by their content. Megatron-LM's (megatron/core/datasets/indexed_dataset.py) are so too,
-and an .idx beside each says the type: the magic, then version, type, numbers of sequences and of documents (uint64 but
-for the type, a byte), the sequences' lengths (int32) and where they begin (int64, bytes).
+GPT-2's; other types are recognised by their content. Megatron-LM's (megatron/core/datasets/indexed_dataset.py) are the
+tokens alone as well, and an .idx beside each says their type: the magic, then version, type, numbers of sequences and
+of documents (uint64 but for the type, a byte), the sequences' lengths (int32) and where they begin (int64, bytes).
 """
 
 import functools
@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.containers import require_plain
 from runtime.errors import UserError, one_line
+from runtime.files import open_regular
 
 HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1  # of one shard: the header counts in int32
@@ -29,9 +31,9 @@ FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 HEADERLESS = ("train.bin", "val.bin", "test.bin")  # what nanoGPT calls its files
 INDEX_MAGIC, INDEX_HEADER = b"MMIDIDX\0\0", "<QBQQ"
 INDEX_TYPES = {1: "u1", 2: "u1", 3: "<u2", 4: "<u4", 5: "<u8", 8: "<u2"}  # read as unsigned: no id is below 0
-WIDER_FROM = 16  # tokens: of fewer one cannot tell that they are of more bytes than their vocabulary needs
+WIDER_FROM = 16  # tokens; with fewer, one cannot tell whether they take more bytes than their vocabulary needs
 
-MAPPED_AT_ONCE = 64  # each map holds a file descriptor, of which a process has but some hundreds
+MAPPED_AT_ONCE = 64  # each map holds a file descriptor, and a process may have only some hundreds
 SAMPLES, SAMPLE_TOKENS = 5, 2048  # of each shard, for `sample_hash`
 
 
@@ -43,11 +45,11 @@ class Shard:
     num_tokens: int
     dtype: np.dtype
     offset: int
-    modified: int  # when, in nanoseconds
+    modified: int  # time of the last change, in nanoseconds
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         return self.offset + self.num_tokens * self.dtype.itemsize
 
 
@@ -60,13 +62,13 @@ def header(num_tokens: int, dtype: np.dtype) -> bytes:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether the file begins as a shard does, or has an index beside it; false too where it cannot be read."""
+    """Whether the file begins as a shard does, or has an index beside it; false if it cannot be read."""
     return int.from_bytes(_beginning(path, 4), "little") in FORMATS or _has_index(path)
 
 
 def _beginning(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(size)
     except OSError:
         return b""
@@ -77,22 +79,19 @@ def _has_index(path: Path) -> bool:
 
 
 def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
-    """What a file's header, or the index beside it, says, held against its length.
+    """The shard in a file, as its header or the index beside it says, checked against the file's length.
 
-    Args:
-      vocab_size: by which the type of tokens is told where nothing says it.
-
-    Raises:
-      UserError: it cannot be read, is no shard, is cut short or too long, or holds no token.
+    Without either, the type of tokens is chosen by `vocab_size` (`_by_content`). Raises UserError if the file cannot be
+    read, is no shard, is cut short or too long, or holds no token.
     """
     try:
-        found = os.stat(path)
-        size = found.st_size
-        with path.open("rb") as file:
-            words = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
+            head = file.read(HEADER_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
-    magic, version, count = words[:3].tolist()
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    size = found.st_size
+    magic, version, count = np.frombuffer(head.ljust(HEADER_BYTES, b"\0"), "<i4")[:3].tolist()
     if magic in FORMATS:
         expected, dtype = FORMATS[magic]
         if version != expected:
@@ -101,6 +100,7 @@ def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
     elif _has_index(path):
         shard = Shard(path, *_by_index(path.with_suffix(".idx")), 0, found.st_mtime_ns)
     elif path.name in HEADERLESS:
+        require_plain(path, head)
         if size % 2:
             raise UserError(f"{path}: {size:,} bytes, an odd number, where each token has two or more; copy it again")
         dtype = _by_content(path, size, vocab_size)
@@ -122,7 +122,7 @@ def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
 
 
 def _by_index(path: Path) -> tuple[int, np.dtype]:
-    """How many tokens an index tells of, and their type: the last sequence's end is that of the file."""
+    """The number of tokens, and their type, by an index: the file ends where the last sequence ends."""
     start = len(INDEX_MAGIC) + struct.calcsize(INDEX_HEADER)
     try:
         version, code, sequences, _ = struct.unpack(INDEX_HEADER, _beginning(path, start)[len(INDEX_MAGIC) :])
@@ -138,28 +138,30 @@ def _by_index(path: Path) -> tuple[int, np.dtype]:
 
 
 def _by_content(path: Path, size: int, vocab_size: int) -> np.dtype:
-    """The type of tokens that nothing tells: the widest as which all that are looked at lie in the vocabulary.
+    """A guess at the type of tokens without a header: the widest for which all sampled ids lie in the vocabulary.
 
-    Ids of four bytes, read as two, would be twice as many, every second one 0.
-
-    Raises:
-      UserError: the vocabulary needs four bytes, and they cannot be of four.
+    A narrower type would fit as well: ids of four bytes, read as two, are twice as many, and every second one is 0; so
+    would other numbers. Raises UserError if they are no ids, or if the vocabulary needs four bytes and the tokens
+    cannot be of four.
     """
     need = 2 if vocab_size <= 2**16 else 4
     for dtype in map(np.dtype, ("<u8", "<u4", "<u2")):
-        if dtype.itemsize < need or size % dtype.itemsize or not size:
+        if dtype.itemsize < need or size % dtype.itemsize:
             continue
+        if not size:
+            return dtype
         tokens = np.memmap(path, dtype, "r")
         seen = np.concatenate([tokens[start : start + SAMPLE_TOKENS] for start in _sample_starts(len(tokens))])
-        if dtype.itemsize == 2 or (
-            seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and len(tokens) >= WIDER_FROM))
-        ):
+        many = len(tokens) >= WIDER_FROM
+        if dtype.itemsize == 2:
+            fits = seen[:SAMPLE_TOKENS:2].any() == seen[1:SAMPLE_TOKENS:2].any() or not many
+        else:
+            fits = seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and many))
+        if fits:
             return dtype
-    if need == 2:
-        return np.dtype("<u2")
     raise UserError(
-        f"{path}: its tokens are of two bytes, which hold no vocabulary of {vocab_size:,}, or of another one; set "
-        "config.tokenizer to the one that made it, or write them as uint32"
+        f"{path}: its numbers are no token ids of two, four or eight bytes for a vocabulary of {vocab_size:,}; set "
+        f"config.tokenizer to the one that made it, or write them as uint{8 * need}"
     )
 
 
@@ -170,16 +172,16 @@ def _sample_starts(num_tokens: int) -> list[int]:
 
 
 class ShardedTokens:
-    """The tokens of shards end to end, as one array [num_tokens] that is sliced: what a slice needs is mapped then.
+    """The tokens of shards end to end, as one array [num_tokens] to slice; a file is mapped when a slice needs it.
 
-    Nothing here grows with the corpus but a number for each shard. Every id that is handed out has been checked.
+    Memory grows only by a number for each shard. Every id in a slice has been checked.
 
     Args:
       shards: in order, all of one type.
       vocab_size: ids lie below it.
-      start, stop: of all their tokens only these.
-      scattered: slices will lie anywhere, so that reading ahead would be in vain: 0.06 instead of 3.5 ms for a cold
-        slice of 4 KB (measured on ext4).
+      start, stop: use only this range of all their tokens.
+      scattered: slices will lie anywhere, so the system should not read ahead: 0.06 instead of 3.5 ms for a cold slice
+        of 4 KB (measured on ext4).
     """
 
     def __init__(
@@ -199,11 +201,7 @@ class ShardedTokens:
         return self._size
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Tokens `start:stop`, from as many shards as it takes.
-
-        Raises:
-          UserError: one of them is not in the vocabulary, or its file is not what it was.
-        """
+        """Tokens `start:stop`. Raises UserError if one of them is not in the vocabulary, or if its file has changed."""
         start, stop, _ = where.indices(self._size)
         start, stop = start + self._first, stop + self._first
         parts = []
@@ -246,11 +244,8 @@ def _changed(shard: Shard) -> UserError:
 def sample_hash(shards: Sequence[Shard], vocab_size: int) -> str:
     """sha256 over each shard's type, length and five blocks of 4 or 8 KiB, the first and last of them at its ends.
 
-    The same wherever the files lie and whenever they were copied. A change between the blocks that keeps the length
-    stays unseen: reading ten billion tokens would take minutes at each start.
-
-    Raises:
-      UserError: a token in the blocks is not in the vocabulary.
+    It depends on no path and no time. A change between the blocks that keeps the length is not noticed: reading ten
+    billion tokens would take minutes at each start. Raises UserError if a token in the blocks is not in the vocabulary.
     """
     digest, tokens, begin = hashlib.sha256(), ShardedTokens(shards, vocab_size, scattered=True), 0
     for shard in shards:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, by characters, by bytes, by any tiktoken encoding, or as an imported model does it.
+"""Text to token ids and back, by characters, by bytes, by any tiktoken encoding, or with an imported model's tokenizer.
 
-A tokenizer is made from a name (`build_tokenizer`) or from what `to_dict` gave (`tokenizer_from_dict`), so that a run
-keeps its own vocabulary and needs neither its text nor a download to be read again.
+A tokenizer is built from a name (`build_tokenizer`) or from its saved form (`to_dict`, `tokenizer_from_dict`). A run
+keeps the saved form, so that it can be read back without its text and without a download.
 """
 
 import base64
@@ -23,11 +23,11 @@ from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 
 END_OF_TEXT = "<|endoftext|>"
-# Far above any vocabulary in use; without it one absurd id in a damaged file would make lists of that length.
+# Far above any vocabulary in use. Without a limit, one absurd id in a damaged file would make lists of that length.
 MAX_VOCAB_SIZE = 2**21
 
-# The character that writes each byte in a byte-level vocabulary (GPT-2's): the byte's own where that can be seen, else
-# the next one from U+0100 on.
+# The character that stands for each byte in a byte-level vocabulary (GPT-2's): the byte's own if it is visible, else
+# the next unused one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _HIDDEN = sorted(set(range(256)) - _VISIBLE)
 BYTE_SYMBOLS = "".join(chr(byte if byte in _VISIBLE else 256 + _HIDDEN.index(byte)) for byte in range(256))
@@ -41,7 +41,7 @@ class UnknownCharacters(ValueError):
 
     Attributes:
         characters: each such character once, in order of appearance.
-        positions: where in the text each of them stands first, in characters from 0.
+        positions: where each of them first occurs in the text, in characters from 0.
     """
 
     def __init__(self, characters: str, positions: tuple[int, ...]):
@@ -69,7 +69,7 @@ class Tokenizer(ABC):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ids at which writing stops: `eot`, and others that an imported model ends a text with."""
+        """The ids at which generation stops: `eot`, and other end tokens of an imported model."""
         return () if self.eot is None else (self.eot,)
 
     @property
@@ -87,7 +87,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """The UTF-8 bytes that the ids stand for; any cut of the ids may split a character.
+        """The UTF-8 bytes that the ids stand for; the first and last character may be incomplete.
 
         Raises:
             ValueError: an id is not in the vocabulary or stands for no text.
@@ -95,19 +95,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer as values that JSON can hold, for `tokenizer_from_dict`."""
+        """The whole tokenizer as values that JSON can hold, for `tokenizer_from_dict`."""
 
     def decode(self, ids: TokenIds) -> str:
-        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def text_stream(self) -> "TextStream":
-        """What turns ids into text as they come."""
+        """A decoder for ids that come one by one."""
         return TextStream(self)
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes of each id; nothing for one that stands for no text."""
+        """The bytes of each id; b"" for one that stands for no text."""
         pieces = [b""] * self.vocab_size
         for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot}:
             pieces[i] = self.decode_bytes([i])
@@ -115,7 +115,7 @@ class Tokenizer(ABC):
 
     @property
     def opening(self) -> str:
-        """What a text goes on from where nobody says it: a line break, or nothing if the vocabulary has none."""
+        """The default prompt: a line break, or "" if the vocabulary has none."""
         try:
             return "\n" if self.encode("\n").size else ""
         except UnknownCharacters:
@@ -123,7 +123,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the whole tokenizer: two that differ in any token differ here."""
+        """A hash of the whole tokenizer: it differs if any token differs."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def _checked(self, ids: TokenIds) -> np.ndarray:
@@ -134,14 +134,14 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character, in the order of `symbols`.
+    """One id for each character, in the order of `symbols`.
 
-    Any code point will do, NUL and lone surrogates too. `replace_unknown` puts a space where a character is unknown,
-    a newline if the vocabulary has no space, its first symbol if it has neither.
+    A symbol may be any code point, also NUL and lone surrogates.
 
     Attributes:
         symbols: the character of each id.
-        replacement: the one that stands for unknown characters.
+        replacement: what `replace_unknown` puts in place of unknown characters: a space, or a newline if the vocabulary
+            has no space, or the first symbol if it has neither.
     """
 
     name = "char"
@@ -154,7 +154,7 @@ class CharTokenizer(Tokenizer):
         self.symbols = tuple(symbols)
         self.vocab_size = len(symbols)
         self._code_points = np.array([ord(s) for s in symbols], dtype="<u4")
-        # One entry a code point, and one more that stands for all beyond the last: `take` clips to it.
+        # One entry for each code point, and a last one for all beyond: `take` clips to it.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
         self.replacement = next((symbol for symbol in (" ", "\n") if symbol in self.symbols), self.symbols[0])
@@ -182,7 +182,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    """One id for each byte of UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
 
     name = "byte"
     vocab_size = 256
@@ -235,23 +235,23 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class ImportedTokenizer(Tokenizer):
-    """The tokenizer.json of a model from elsewhere, run by the library tokenizers.
+    """An imported model's tokenizer.json, run by the library tokenizers.
 
-    It reads a text always the same way, also where the file has it drop merges at random. Special tokens written in a
-    text are plain text (but for a Unigram model, which cannot tell them from others), none
-    are put around it, and lone surrogates become "?". Where the vocabulary lacks a character, the library puts its
-    unknown token or nothing. Where it puts a space before the text, as Llama 2's does, `decode` takes one off again;
-    `decode_bytes`, whose ids may be from the middle of a text, does not.
+    Encoding is deterministic: BPE dropout is switched off. Special tokens written in a text are plain text (except for
+    a Unigram model, which cannot tell them apart), no special tokens are added, and lone surrogates become "?". For a
+    character that the vocabulary lacks, the library puts its unknown token or nothing. If it puts a space before the
+    text, as Llama 2's does, `decode` removes one again; `decode_bytes`, whose ids may be from the middle of a text,
+    does not.
 
     Args:
         content: the parsed tokenizer.json.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
-        more_ends: other ids that do.
+        more_ends: other ids that end a text.
 
     Raises:
-        ValueError: the library cannot read the content, its tokens are not text on their own (as WordPiece's), or it
-            does not fit `vocab_size` and `eot`.
+        ValueError: the library cannot read the content, a token is not text on its own (as WordPiece's are not), or
+            the content does not fit `vocab_size` and `eot`.
     """
 
     name = "imported"
@@ -260,15 +260,17 @@ class ImportedTokenizer(Tokenizer):
         self._content, self.vocab_size, self.eot, self._more_ends = content, vocab_size, eot, tuple(more_ends)
         try:
             self._library = tokenizers.Tokenizer.from_str(json.dumps(without_dropout(content)))
-            self._library.encode("\U0010ffff")  # no vocabulary has it: fails here if what stands for it is missing
+            self._library.encode("\U0010ffff")  # in no vocabulary, so this fails if the unknown token is missing
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # Exception, or where the library panics, one that is none
+        except BaseException as error:  # a panic of the library is not an Exception
             raise ValueError(f"the library tokenizers cannot read it: {one_line(error)}") from None
         self._library.encode_special_tokens = True
         vocabulary, added = self._library.get_vocab(), self._library.get_added_tokens_decoder()
         if not 0 <= max(vocabulary.values(), default=-1) < vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"the tokenizer's {len(vocabulary)} tokens do not fit a vocabulary of {vocab_size}")
+        if len(set(vocabulary.values())) < len(vocabulary):  # which of them an id is would change from start to start
+            raise ValueError("two of the tokenizer's tokens have the same id")
         for token in content.get("added_tokens", []):
             if vocabulary.get(token["content"]) != token["id"]:
                 raise ValueError(f"the token {token['content']!r} cannot have the id {token['id']}")
@@ -277,7 +279,7 @@ class ImportedTokenizer(Tokenizer):
         if not all(type(end) is int and 0 <= end < vocab_size for end in self._more_ends):
             raise ValueError(f"the ids {self._more_ends}, which should end a text, leave the tokenizer's vocabulary")
         decoder: dict[str, Any] = {"type": "none"}
-        if self._library.decoder:  # in the library's words: those of a file depend on its age
+        if self._library.decoder:  # as the library writes it now; older files use other forms
             decoder = json.loads(self._library.decoder.__getstate__())
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
@@ -311,7 +313,7 @@ class ImportedTokenizer(Tokenizer):
 
 
 def without_dropout(content: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json that gives each text the same ids every time: without the merges left out at random."""
+    """The tokenizer.json without BPE dropout, so that a text gets the same ids every time."""
     model = content.get("model")
     return (
         content | {"model": model | {"dropout": None}} if isinstance(model, dict) and model.get("dropout") else content
@@ -319,15 +321,15 @@ def without_dropout(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
-    """The bytes that a token stands for under a decoder of these steps, whatever stands before it.
+    """The bytes that a token stands for under a decoder of these steps, wherever in a text it occurs.
 
     Raises:
-        ValueError: with one of the steps that depends on what stands before, or is unknown.
+        ValueError: a step is unknown or depends on the tokens before.
     """
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
-                plain = added or not _BYTE_OF.keys() >= set(token)  # such tokens are written as they are
+                plain = added or not _BYTE_OF.keys() >= set(token)  # such a token is written as plain text
                 return token.encode() if plain else bytes(_BYTE_OF[symbol] for symbol in token)
             case {"type": "ByteFallback"}:
                 if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
@@ -337,25 +339,25 @@ def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
             case {"type": "Metaspace", "replacement": str(mark)}:
                 token = token.replace(mark, " ")
             case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
-                pass  # these are about the whole text
+                pass  # they act on the whole text, not on a token
             case _:
                 raise ValueError(f"a tokenizer whose decoder has a step of type {step['type']} is not supported")
     return token.encode()
 
 
 class TextStream:
-    """Turns ids into text as they come, and never gives out half a character."""
+    """Decodes ids as they come, and holds a character back until all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: TokenIds) -> str:
-        """The characters that these ids complete; bytes of one not yet complete are kept for the next call."""
+        """The characters that these ids complete; the bytes of an incomplete one are kept for the next call."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What is left at the end: nothing, or U+FFFD for a character that was never completed."""
+        """What is left at the end: "", or U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -375,7 +377,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
     Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
 
     Raises:
-        UserError: no tokenizer has that name, or it is "imported", which has to come from somewhere.
+        UserError: no tokenizer has that name, or it is "imported", which only comes with a run's weights.
     """
     check_tokenizer_name(name)
     if name == "imported":
@@ -388,7 +390,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` described. The content is checked and only ever read as data.
+    """The tokenizer that `to_dict` described. The content is checked, and nothing in it is executed.
 
     Raises:
         ValueError: it describes no tokenizer.

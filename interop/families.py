@@ -1,6 +1,6 @@
 """The tables of `models.py`: what other implementations compute, and their names and shapes of settings and weights.
 
-Each family is one table, read from right to left by an import and from left to right by an export.
+Each family is one table for both directions, import and export.
 """
 
 import re
@@ -14,7 +14,7 @@ from transformer.config import TransformerConfig
 
 Arrays = dict[str, np.ndarray]
 
-# --- Layouts: how one array there holds one or more of ours -------------------------------------------------------
+# --- Layouts: how one of their arrays holds one or more of ours ---------------------------------------------------
 
 
 class Layout(NamedTuple):
@@ -27,7 +27,7 @@ FLAT = Layout(lambda x: x, lambda x: [x.reshape(-1)])
 TRANSPOSED = Layout(lambda x: x.T, lambda x: [x.T])  # torch.nn.Linear holds [out, in]
 SIDE_BY_SIDE = Layout(lambda *xs: np.concatenate(xs, -1), lambda x: np.split(x, 3, -1))  # q, k, v
 ONE_EXPERT = Layout(lambda x: x[None], lambda x: [x[0]])
-INTERLEAVED = Layout(  # gate and up in alternate columns, of one expert
+INTERLEAVED = Layout(  # gate and up of one expert, in alternate columns
     lambda gate, up: np.stack([gate, up], -1).reshape(1, *gate.shape[:-1], -1),
     lambda x: [x[0, ..., ::2], x[0, ..., 1::2]],
 )
@@ -53,15 +53,15 @@ def _layer_norm(theirs: str, ours: str) -> list[Rule]:
 
 @dataclass(frozen=True)
 class Family:
-    """What a class of transformers computes, in our settings, and what it calls them.
+    """A class of transformers in our settings, and its names of them.
 
     Attributes:
-      settings: our setting -> their key and its default, where only the name differs.
-      fixed: our settings that the class cannot have otherwise.
-      demands: their key -> the value (and default) without which we could not hold the model.
+      settings: our setting -> their key and its default, if only the name differs.
+      fixed: the values of our settings that the class always has.
+      demands: their key -> the only value that we support, and its default.
       activations: their name of the activation -> our `mlp`; the first is their default.
-      theta, rope: the rotary base and scaling where config.json has none.
-      constants: arrays of theirs that hold nothing of ours; written, and ignored when read.
+      theta, rope: the rotary base and scaling if config.json has none.
+      constants: arrays of theirs that have no counterpart here; written, and ignored when read.
     """
 
     model_type: str
@@ -116,8 +116,7 @@ GPT2 = Family(
     activations={"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"},
     activation_key="activation_function",
     demands={
-        "scale_attn_weights": (True, True),
-        "scale_attn_by_inverse_layer_idx": (False, False),
+        **{"scale_attn_weights": (True, True), "scale_attn_by_inverse_layer_idx": (False, False)},
         "add_cross_attention": (False, False),
     },
 )
@@ -208,10 +207,8 @@ GPT_OSS = Family(
     fixed={**_LLAMA_FIXED, "attention_sink": True, "mlp_bias": True},
     activations={"silu": "swiglu_clamped"},
     demands={
-        "num_local_experts": (1, 128),
-        "num_experts_per_tok": (1, 1),
-        "swiglu_limit": (7.0, 7.0),
-        "swiglu_alpha": (1.702, 1.702),
+        **{"num_local_experts": (1, 128), "num_experts_per_tok": (1, 1)},
+        **{"swiglu_limit": (7.0, 7.0), "swiglu_alpha": (1.702, 1.702)},
     },
     theta=150_000.0,
     rope={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
@@ -240,5 +237,5 @@ ORIGINAL_RULES = (
     Rule("deembed.W_D.weight", ("head.kernel",), TRANSPOSED),
 )
 
-# Buffers that some files carry among the weights.
+# Buffers that some files have among the weights.
 BUFFER = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|causal_mask)")

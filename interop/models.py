@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
 from typing import Any, NamedTuple, get_type_hints
 
 import jax
@@ -15,20 +14,14 @@ import numpy as np
 
 from interop.families import BUFFER, FAMILIES, FLAT, GPT2, GPT_OSS, LLAMA, ORIGINAL_RULES, QWEN3, Arrays, Family, Rule
 from transformer.config import TransformerConfig
-from transformer.model import init_params
+from transformer.model import shapes_of
 
 # --- Weights ------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    return {name: leaf.shape for name, leaf in params.items()}
-
-
 def _rules_of(rules: Iterable[Rule], config: TransformerConfig) -> list[Rule]:
-    """The rules of each block, without those for parameters that the model has not."""
-    names, found = _shapes(config).keys(), []
+    """The rules for each block, without those for parameters that the model lacks."""
+    names, found = shapes_of(config).keys(), []
     for rule in rules:
         for n in range(config.num_blocks if "{n}" in rule.theirs else 1):
             ours = tuple(name.format(n=n) for name in rule.ours)
@@ -46,11 +39,7 @@ def join_weights(rules: Iterable[Rule], config: TransformerConfig, params: Mappi
 
 
 def as_float32(name: str, array: np.ndarray) -> np.ndarray:
-    """A weight as we hold it.
-
-    Raises:
-      ValueError: its numbers are not floats, or not finite; names it.
-    """
+    """A weight as float32. Raises ValueError, which names it, if its numbers are not floats, or not finite."""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         raise ValueError(f"{name}: its numbers are {array.dtype}, and weights are floats")
     with np.errstate(over="ignore"):
@@ -64,11 +53,7 @@ _NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """How many blocks the names of weights, theirs or ours, tell of.
-
-    Raises:
-      ValueError: their numbers are not 0, 1, 2 and so on.
-    """
+    """The number of blocks in names of weights, theirs or ours. Raises ValueError if a number is missing."""
     numbers = {int(found[1]) for found in map(_NUMBER.search, names) if found}
     if missing := set(range(len(numbers))) - numbers:
         raise ValueError(f"block {min(missing)}: missing among the weights, whose last is {max(numbers)}")
@@ -76,11 +61,7 @@ def count_blocks(names: Iterable[str]) -> int:
 
 
 def require_blocks(key: str, told: Any, names: Iterable[str]) -> None:
-    """Whether a file's number of blocks is the one of its weights; asked first, since all work grows with it.
-
-    Raises:
-      ValueError: it is not.
-    """
+    """Raises ValueError if a file's number of blocks is not that of its weights. Ask first: all work grows with it."""
     if told != (there := count_blocks(names)):
         raise ValueError(f"{key}: {told!r} by the config, {there} by the weights")
 
@@ -88,14 +69,14 @@ def require_blocks(key: str, told: Any, names: Iterable[str]) -> None:
 def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Mapping[str, np.ndarray]) -> Arrays:
     """Their weights (or gradients) as our parameters, float32.
 
-    Raises:
-      ValueError: a weight is missing, unknown, no float, not finite, or of another shape than by the config; names it.
+    Raises ValueError, which names the weight, if one is missing, unknown, no float, not finite, or of another shape
+    than the config's.
     """
-    shapes, params, left = _shapes(config), {}, set(weights)
+    shapes, params, left = shapes_of(config), {}, set(weights)
     for rule in _rules_of(rules, config):
         if rule.theirs not in weights:
             raise ValueError(f"{rule.theirs}: missing among the weights")
-        stand_ins = [np.broadcast_to(np.float32(0), shapes[name]) for name in rule.ours]
+        stand_ins = [np.broadcast_to(np.float32(0), shapes[name].shape) for name in rule.ours]
         want, have = rule.layout.join(*stand_ins).shape, weights[rule.theirs].shape
         if have != want and not (rule.layout is FLAT and math.prod(have) == math.prod(want)):
             raise ValueError(f"{rule.theirs}: its shape is {have}, by the config it would be {want}")
@@ -114,40 +95,36 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
 
 
 def _rope_to(config: TransformerConfig) -> dict[str, Any]:
-    """In both spellings: `rope_parameters`, and as transformers 4, mlx-lm and others read it, two keys."""
+    """The settings in both forms: `rope_parameters`, and the two keys that transformers 4, mlx-lm and others read."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling != "none":
-        rope |= {
-            "rope_type": config.rope_scaling,
-            "factor": config.yarn_factor,
-            "original_max_position_embeddings": config.yarn_original_context,
-        }
+        rope |= {"rope_type": config.rope_scaling, "factor": config.yarn_factor}
+        rope["original_max_position_embeddings"] = config.yarn_original_context
     if config.rope_scaling == "llama3":
         rope |= {"high_freq_factor": config.yarn_beta_fast, "low_freq_factor": config.yarn_beta_slow}
     if config.rope_scaling == "yarn":
-        rope |= {
-            "beta_fast": config.yarn_beta_fast,
-            "beta_slow": config.yarn_beta_slow,
-            "truncate": config.yarn_truncate,
-            **({"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}),
-        }
+        rope |= {"beta_fast": config.yarn_beta_fast, "beta_slow": config.yarn_beta_slow}
+        rope |= {"truncate": config.yarn_truncate}
+        rope |= {"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}
     theta = {"rope_theta": config.rope_theta}
     return {"rope_parameters": rope | theta, **theta, "rope_scaling": None if len(rope) == 1 else rope}
 
 
 def _first(*values: Any) -> Any:
-    """The first that is given."""
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
 def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> dict[str, Any]:
-    """From `rope_parameters`, or as files before transformers 5 have it: `rope_theta`, and `rope_scaling`, which rules.
+    """Our settings from `rope_scaling` (as before transformers 5, with `rope_theta` beside it), or `rope_parameters`.
 
-    So transformers 5.24 reads them, which takes `rope_scaling or rope_parameters`.
+    `rope_scaling` takes precedence, as in transformers 5.24.
     """
     rope = theirs.get("rope_scaling") or _first(theirs.get("rope_parameters"), family.rope)
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: must be an object, got {rope!r}")
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"rope_parameters: {nested[0]} has settings of its own; all layers must have the same")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn", "llama3"):
         raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")
@@ -165,15 +142,13 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
             "yarn_beta_slow": rope.get(slow) or 1.0,
         }
     if kind == "yarn":
-        settings |= {
-            "yarn_truncate": rope.get("truncate", True),
-            "yarn_attention_factor": _first(rope.get("attention_factor"), _ratio(rope, settings["yarn_factor"])),
-        }
+        scale = _first(rope.get("attention_factor"), _ratio(rope, settings["yarn_factor"]))
+        settings |= {"yarn_truncate": rope.get("truncate", True), "yarn_attention_factor": scale}
     return settings
 
 
 def _ratio(rope: Mapping[str, Any], factor: Any) -> float:
-    """YaRN's attention factor as DeepSeek's files have it, a ratio of two; 0, which stands for the usual, without."""
+    """YaRN's attention factor in DeepSeek's files, a ratio of two; without them 0, which means the default."""
     scales: dict[str, Any] = {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
     if not all(scales.values()):
         return 0.0
@@ -186,7 +161,7 @@ def _ratio(rope: Mapping[str, Any], factor: Any) -> float:
 
 def _windows_to(family: Family, config: TransformerConfig) -> dict[str, Any]:
     local = [bool(config.window(n)) for n in range(config.num_blocks)]
-    unused = config.context_len if family is GPT_OSS else None  # which asks for a width even if no layer has a window
+    unused = config.context_len if family is GPT_OSS else None  # gpt-oss needs a width even if no layer has a window
     return {
         "sliding_window": config.sliding_window or unused,
         "use_sliding_window": any(local),
@@ -220,20 +195,17 @@ _HEAD = "lm_head.weight"  # of all four classes
 
 
 def from_theirs(theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> tuple[TransformerConfig, Arrays]:
-    """A model of one of the four classes: from its config.json and its weights, our shape and parameters.
+    """A model of one of the four classes: our shape and parameters from its config.json and its weights.
 
-    As in transformers 5.24, where the config ties head and embedding: if they differ, the model is untied, and a head
-    alone is the embedding too.
-
-    Raises:
-      ValueError: `<their key or weight>: <what does not fit>`.
+    If the config ties head and embedding, it does what transformers 5.24 does: if they differ, the model is untied, and
+    if only the head is there, it is the embedding too. Raises ValueError, `<their key or weight>: <what does not fit>`.
     """
     family = _family(theirs)
     key, default = family.settings["num_blocks"]
     require_blocks(key, default if theirs.get(key) is None else theirs[key], weights)
     config = config_from(theirs)
     names, prefix = {rule.theirs for rule in family.rules}, family.rules[0].theirs.partition(".")[0]
-    whole = any(name.startswith(f"{prefix}.") for name in weights)  # else those of the class without its head
+    whole = any(name.startswith(f"{prefix}.") for name in weights)  # else they are of the class without its head
     renamed = {name if whole or name in names else f"{prefix}.{name}": value for name, value in weights.items()}
     ignored = family.constants(config).keys()
     kept = {name: x for name, x in renamed.items() if name not in ignored and not BUFFER.fullmatch(name)}
@@ -252,11 +224,7 @@ def _family(theirs: Mapping[str, Any]) -> Family:
 
 
 def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
-    """Our shape of a model, from the config.json of one of the four classes.
-
-    Raises:
-      ValueError: `<key>: <what we cannot hold>`.
-    """
+    """Our shape of a model from the config.json of one of the four classes. ValueError, `<key>: <why not>`, if none."""
     family = _family(theirs)
     if theirs.get("quantization_config"):
         raise ValueError("quantization_config: quantised weights cannot be read; take a bfloat16 or float32 version")
@@ -280,7 +248,7 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The same settings, each of the type that TransformerConfig has; `keys`: what their file calls them."""
+    """The settings, each of TransformerConfig's type; `keys` are their names in the file, for errors."""
     typed, kinds = {}, get_type_hints(TransformerConfig)
     for name, value in settings.items():
         kind = kinds[name]
@@ -291,7 +259,7 @@ def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, An
 
 
 def family_of(config: TransformerConfig) -> Family:
-    """The class that comes nearest to a model."""
+    """The class that is nearest to a model."""
     if config.attention_sink:
         return GPT_OSS
     if config.position == "learned":
@@ -300,19 +268,18 @@ def family_of(config: TransformerConfig) -> Family:
 
 
 class Exported(NamedTuple):
-    """What a model is to others: a class, the same function in its settings, and what some programs do not read."""
+    """A model as one of the classes: its settings there, and what some programs do not read."""
 
     family: Family
-    full: TransformerConfig  # with zeros and ones for the biases and scales that the class has and the model lacks
-    activation: str  # their name of it
+    full: TransformerConfig  # with all biases and scales of the class, zeros and ones if the model lacks them
+    activation: str  # their name
     caveats: list[str]
 
 
 def exported_as(config: TransformerConfig) -> Exported:
-    """Which class of transformers computes the same as a model.
+    """The class of transformers that computes the same as a model.
 
-    Raises:
-      ValueError: none does; names each setting that stands in the way.
+    Raises ValueError, which names each setting in the way, if there is none.
     """
     family = family_of(config)
     full = _filled_up(family, config)
@@ -327,58 +294,48 @@ def exported_as(config: TransformerConfig) -> Exported:
     if odd := [name for name, value in there.items() if getattr(full, name) != value]:
         ours = ", ".join(f"{name} {getattr(full, name)!r}" for name in odd)
         nearest = ", ".join(f"{name} {there[name]!r}" for name in odd)
-        raise ValueError(
-            f"{odd[0]}: no class of transformers has {ours}; the nearest, {family.architecture}, has {nearest}"
-        )
+        nearest = f"the nearest, {family.architecture}, has {nearest}"
+        raise ValueError(f"{odd[0]}: no class of transformers has {ours}; {nearest}")
     return Exported(family, full, activations[full.mlp], _caveats(family, full))
 
 
 def _caveats(family: Family, full: TransformerConfig) -> list[str]:
-    """What of a model the programs do not read that docs/travel.md tries, for transformers reads all of it."""
+    """What the programs in docs/travel.md do not read of a model; transformers itself reads all of it."""
     letters = ["L" if full.window(n) else "G" for n in range(full.num_blocks)]
-    yarn = full.rope_scaling == "yarn"
+    yarn, wide = full.rope_scaling == "yarn", full.mlp_dim != 4 * full.embedding_dim
+    alternate = "L" not in letters or letters == (["L", "G"] * full.num_blocks)[: full.num_blocks]
     told = [
         (family is GPT2 and full.mlp != "gelu_tanh", f"mlx-lm and llama.cpp compute gelu_tanh for mlp {full.mlp}"),
-        (
-            family is GPT2 and full.mlp_dim != 4 * full.embedding_dim,
-            "mlx-lm and llama.cpp refuse an mlp_dim other than 4 * embedding_dim",
-        ),
+        (family is GPT2 and wide, "mlx-lm and llama.cpp refuse an mlp_dim other than 4 * embedding_dim"),
         (family is GPT2 and not full.tie_embeddings, "mlx-lm refuses an untied head"),
         (family is QWEN3 and "L" in letters, "mlx-lm and llama.cpp ignore sliding_window in Qwen3"),
         (family is QWEN3 and full.qkv_bias, "mlx-lm and llama.cpp refuse attention biases in Qwen3"),
         (yarn and not full.yarn_truncate, "mlx-lm and llama.cpp take yarn_truncate for True"),
         (yarn and full.yarn_attention_factor > 0, "mlx-lm and llama.cpp ignore yarn_attention_factor"),
         (family is GPT_OSS, "mlx-lm reads gpt-oss in its quantised form only"),
-        (
-            family is GPT_OSS and "L" in letters and letters != (["L", "G"] * full.num_blocks)[: full.num_blocks],
-            f"llama.cpp takes window_pattern {full.window_pattern} for LG",
-        ),
+        (family is GPT_OSS and not alternate, f"llama.cpp takes window_pattern {full.window_pattern} for LG"),
     ]
     return [text for applies, text in told if applies]
 
 
 def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
-    """What config.json and the weights file hold for a model as `exported_as` one of their classes.
-
-    Raises:
-      ValueError: as there.
-    """
+    """The contents of config.json and of the weights file for a model. Raises ValueError as `exported_as` does."""
     family, full, activation, _ = exported_as(config)
     theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     theirs |= {key: value for key, (value, _) in family.demands.items()}
     theirs |= {key: getattr(full, ours) for ours, (key, _) in family.settings.items()}
     theirs |= {family.activation_key: activation, "dtype": "float32"}
     if family is GPT2:
-        theirs["n_ctx"] = full.context_len  # as files before transformers 5 had it; mlx-lm and llama.cpp read it
+        theirs["n_ctx"] = full.context_len  # its name before transformers 5; mlx-lm and llama.cpp read it
         theirs |= {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0}
     else:
         theirs |= {**_rope_to(full), "attention_dropout": 0.0}
         if "sliding_window" not in family.fixed:
             theirs |= _windows_to(family, full)
-    whole = {name: np.full(shape, name.endswith("scale"), np.float32) for name, shape in _shapes(full).items()}
+    whole = {name: np.full(x.shape, name.endswith("scale"), x.dtype) for name, x in shapes_of(full).items()}
     whole |= {name: np.asarray(value, np.float32) for name, value in params.items()}
     weights = join_weights(family.rules, full, whole) | family.constants(full)
-    if family is GPT2 and full.tie_embeddings:  # named as OpenAI's own file has them; mlx-lm reads no others
+    if family is GPT2 and full.tie_embeddings:  # the names in OpenAI's own file; mlx-lm reads no others
         weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
     if family is GPT_OSS and full.tie_embeddings:
         weights[_HEAD] = weights[family.rules[0].theirs]  # llama.cpp's gpt-oss has no tied one
@@ -386,12 +343,12 @@ def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tu
 
 
 def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
-    """The same function with the biases and scales that the class always has, and without a window nobody uses."""
+    """The same function with the biases and scales that the class always has, and without an unused window."""
     changes: dict[str, Any] = {
         name: getattr(config, name) or bool(family.fixed.get(name))
         for name in ("qkv_bias", "attention_out_bias", "mlp_bias")
     }
-    if family is not GPT2:  # one key for both
+    if family is not GPT2:  # it has one key for both
         either = changes["qkv_bias"] or changes["attention_out_bias"] or family is GPT_OSS  # llama.cpp asks for them
         changes |= {"qkv_bias": either, "attention_out_bias": either}
     if config.norm == "layernorm":
@@ -404,13 +361,10 @@ def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
 
 
 def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> tuple[TransformerConfig, Arrays]:
-    """A checkpoint of the PyTorch original: its shape is read off the weights.
+    """A checkpoint of the PyTorch original, whose shape follows from its weights.
 
-    Args:
-      metadata: settings by our names, which must not contradict the weights; `num_heads` is needed without sinks.
-
-    Raises:
-      ValueError: `<weight>: <what does not fit>`.
+    `metadata` are settings by our names, which must not contradict the weights; without sinks it has to name
+    `num_heads`. Raises ValueError, `<weight>: <what does not fit>`.
     """
     weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
     weights = {name: x for name, x in weights.items() if not BUFFER.fullmatch(name)}

@@ -28,13 +28,11 @@ from runtime.files import parse_json
 def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
-    Ids and decoded text are the same for every text, with three exceptions: what `char` does not know becomes what
-    `encode(text, replace_unknown=True)` makes of it; special tokens written in a text become their ids (where an id has
-    two names, the first does), unless `encode_special_tokens` is set on the result; and an imported one may put its own
-    around a text, unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, is the end-of-text.
-
-    Raises:
-        ValueError: the vocabulary cannot be written in that format.
+    Ids and decoded text are the same for every text, with three exceptions. Characters that `char` does not know are
+    replaced, as by `encode(text, replace_unknown=True)`. Special tokens written in a text become their ids (of two
+    names for an id, only the first), unless `encode_special_tokens` is set on the result. An imported tokenizer may put
+    special tokens around a text, unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, is the
+    end-of-text token. Raises ValueError if the vocabulary cannot be written in that format.
     """
     match tokenizer:
         case CharTokenizer():
@@ -51,16 +49,16 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer_config.json, beside which `transformers.AutoTokenizer` reads tokenizer.json."""
+    """The content of tokenizer_config.json, which `transformers.AutoTokenizer` reads together with tokenizer.json."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # The last two are the defaults of version 5. In 4, some made " ." of a text ".", and gave GPT-2 token types,
-        # which it adds to its embeddings.
+        # The next two are the defaults of version 5. In version 4, some turned " ." into ".", and GPT-2 got token
+        # types, which it adds to its embeddings.
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     match tokenizer:
-        case CharTokenizer() | ByteTokenizer():  # lm-eval asks for one of each; decoding may leave them out
+        case CharTokenizer() | ByteTokenizer():  # lm-eval needs all three; decoding may leave them out
             end = min(tokenizer.symbols, key=_how_missed) if isinstance(tokenizer, CharTokenizer) else END_OF_TEXT
             config |= dict.fromkeys(["bos_token", "eos_token", "pad_token"], end)
         case ImportedTokenizer(eot=int(eot)):
@@ -71,7 +69,7 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _how_missed(symbol: str) -> tuple[int, int]:
-    """A key that sorts first the symbol that a text would miss least."""
+    """A sort key: the symbol that a text would miss least comes first."""
     if symbol.isspace():
         return 3, ord(symbol)
     if symbol.isalnum():
@@ -86,17 +84,15 @@ def from_tokenizers(
     more_ends: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Tokenizer:
-    """The tokenizer of a tokenizer.json: `char` or `byte` if it is just what `to_tokenizers` makes of one.
+    """The tokenizer of a tokenizer.json: `char` or `byte` if it is exactly what `to_tokenizers` makes of one.
 
     Args:
-        json_text: the file's content; it is checked and only ever read as data.
-        vocab_size: the model's V, which may exceed the tokenizer's.
-        eot: the id that ends a text, if there is one.
-        more_ends: other ids that do.
-        say: takes a line about what of the file is left out.
+        json_text: the file's content, which is checked and never executed.
+        vocab_size, eot, more_ends: as in `ImportedTokenizer`.
+        say: takes a line about what is not imported.
 
     Raises:
-        ValueError: it is no tokenizer.json that can be read, or does not fit `vocab_size` and `eot`.
+        ValueError: the content cannot be read, or does not fit `vocab_size` and `eot`.
     """
     try:
         content = parse_json(json_text)
@@ -104,15 +100,14 @@ def from_tokenizers(
         raise ValueError(f"the tokenizer {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"a tokenizer should be a JSON object, not a {type(content).__name__}")
-    # Whoever saved it may have been cutting texts to a length; that is no part of the tokenizer.
+    # truncation and padding may have been set when it was saved; they are no part of the tokenizer
     if (steady := without_dropout(content)) is not content:
         say(f"its tokenizer leaves out merges at random (dropout {content['model']['dropout']}); here it never does")
     imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
     written = to_tokenizers(imported).to_str()
-    own: list[tuple[Tokenizer, tokenizers.Tokenizer]] = [(ByteTokenizer(), to_tokenizers(ByteTokenizer()))]
-    own += [
-        (ByteTokenizer(), _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None))
-    ]  # of earlier exports
+    earlier = _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None)  # what `byte` was exported as before
+    own: list[tuple[Tokenizer, tokenizers.Tokenizer]]
+    own = [(ByteTokenizer(), library) for library in (to_tokenizers(ByteTokenizer()), earlier)]
     match content:
         case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):
             char = CharTokenizer(sorted(vocabulary, key=vocabulary.__getitem__))
@@ -124,7 +119,7 @@ def from_tokenizers(
 
 
 def _of_symbols(symbols: tuple[str, ...], replacement: str) -> tokenizers.Tokenizer:
-    """One token a character: byte-pair encoding that never merges."""
+    """One token for each character: byte-pair encoding without merges."""
     for symbol in symbols:
         if "\ud800" <= symbol <= "\udfff":
             raise ValueError(f"tokenizer.json cannot hold the lone surrogate {symbol!a} of the vocabulary")
@@ -146,11 +141,12 @@ def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str |
         raise ValueError(f"tokenizer.json cannot hold {min(twice)!r} both as a special token and as a plain one")
     longer = [piece for piece in sorted(ranks, key=ranks.__getitem__) if len(piece) > 1]
     merges = {piece: parts for piece in longer if len(parts := _last_parts(piece, ranks)) == 2}
+    pairs = [(names[left], names[right]) for left, right in merges.values()]
     library = tokenizers.Tokenizer(
         models.BPE(
             vocabulary | special,
-            [(names[left], names[right]) for left, right in merges.values()],
-            # Tiktoken looks for a whole piece first, which tells only where merging would not lead to the same token.
+            pairs,
+            # Tiktoken looks for a whole piece first, which matters only if merges would not lead to the same token.
             ignore_merges=len(merges) < len(longer),
         )
     )
@@ -166,10 +162,10 @@ def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str |
 
 
 def _last_parts(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What is left of a token's bytes before its last merge: two parts, or more if merging never leads to it.
+    """The parts of a token before its last merge: two, or more if merging never leads to it.
 
-    Tiktoken merges whatever makes the token of the lowest rank, a tokenizer.json only the pairs that it lists. Merges
-    within a span do not depend on what stands around it, so that each token needs but one pair.
+    Tiktoken merges any pair that makes the token of the lowest rank, a tokenizer.json only the pairs that it lists.
+    Merges within a span do not depend on the text around it, so each token needs only one pair.
     """
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 2:
@@ -181,17 +177,15 @@ def _last_parts(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-# An atom of a regular expression (each bracket of a group by itself) and a possessive count after it.
+# An atom of a regular expression (each parenthesis by itself) and a possessive count after it.
 _ATOM = re.compile(r"(\\[pPxu]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|.)(?:(\{\d+(?:,\d*)?\})\+)?", re.DOTALL)
 
 
 def _regex(pattern: str) -> tokenizers.Regex:
-    """A pattern in the syntax of tiktoken's engine, fancy-regex, for the library's, which is Oniguruma with Ruby's.
+    """A pattern of tiktoken's engine, fancy-regex, rewritten for the library's, Oniguruma with Ruby's syntax.
 
-    There `x{1,3}+` repeats `x{1,3}` instead of keeping what it took, and `$` ends any line, not only the text.
-
-    Raises:
-        ValueError: it cannot be written for that engine.
+    In the latter `x{1,3}+` repeats `x{1,3}` and is not possessive, and `$` matches at the end of any line, not only of
+    the text. Raises ValueError if the pattern cannot be rewritten.
     """
 
     def rewrite(match: re.Match[str]) -> str:

@@ -11,18 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from runtime.errors import StorageError, UserError, one_line
-from runtime.files import read_json, replacing
+from runtime.files import open_regular, read_json, replacing
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # of weights that are cut into several files
+INDEX = "model.safetensors.index.json"  # of weights that are divided into several files
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """All arrays of a directory's weights: of the one file, or where that is not there, of those that an index names.
-
-    Raises:
-      UserError: there are none, or one is damaged.
-    """
+    """All arrays of a directory's weights, in one file, or else in the files of an index. UserError if damaged."""
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
         return read_safetensors(directory / WEIGHTS)[0]
     index = read_json(directory / INDEX)
@@ -35,13 +31,12 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of one file, of whatever type they have there, and its metadata.
+    """The arrays of one file, in their own types, and its metadata.
 
-    Raises:
-      UserError: it is missing or damaged, or holds numbers of a type that numpy has not.
+    Raises UserError if the file is missing or damaged, or has numbers of a type that numpy lacks.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             arrays = {}
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 try:
@@ -55,13 +50,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where there is no such file.
-
-    Raises:
-      UserError: it is damaged.
-    """
+    """The metadata of a safetensors file; {} if there is no such file. Raises UserError if it is damaged."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             return file.metadata() or {}
     except FileNotFoundError:
         return {}
@@ -69,35 +60,37 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch or export it again") from error
 
 
+def _opened(path: Path) -> safe_open:
+    open_regular(path).close()  # what the library would wait for
+    return safe_open(path, framework="numpy")
+
+
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict that PyTorch saved. Nothing but tensors is unpickled.
 
-    Raises:
-      UserError: there is no PyTorch, or the file is missing, damaged, or holds something else.
+    Raises UserError if PyTorch is not installed, or if the file is missing, damaged, or holds something else.
     """
     try:
-        import torch  # only here, and only when asked for
+        import torch  # here, because nothing else needs it
     except ImportError:
         raise UserError(f"{path}: reading it needs PyTorch; pip install torch") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: cannot be read as tensors alone ({one_line(error)}); save a state_dict") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
+    fits = lambda name, value: isinstance(name, str) and isinstance(value, torch.Tensor)
+    if not isinstance(state, dict) or not all(fits(*item) for item in state.items()):
         raise UserError(f"{path}: holds no state_dict of tensors; save model.state_dict()")
-    whole = {name: value.detach() for name, value in state.items()}  # numpy knows no bfloat16 of torch's
+    whole = {name: value.detach() for name, value in state.items()}  # numpy has no bfloat16 like torch's
     return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in whole.items()}
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into; it becomes `path` when everything is written, so that `path` is never half there.
+    """A temporary directory to write into, which is renamed to `path` at the end.
 
-    Raises:
-      UserError: something is there already.
-      StorageError: the disk did not take it.
+    Raises UserError if `path` exists already, StorageError if it cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--out={path}: already exists; name a new directory")
@@ -113,4 +106,4 @@ def new_directory(path: Path) -> Iterator[Path]:
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Arrays and metadata, whose values become JSON unless they are text."""
     save_file(dict(arrays), path, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
-    path.chmod(0o644)  # the library lets only the owner read
+    path.chmod(0o644)  # the library makes it readable for the owner only

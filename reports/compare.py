@@ -1,5 +1,5 @@
-"""Runs side by side: what differs in their configs, what they reached, and at what cost. It reads what runs left, while
-they go on too, and needs no device."""
+"""Runs side by side: what differs in their configs, what they reached, and at what cost. It reads the files of runs,
+even while they go on, and needs no device."""
 
 import itertools
 import math
@@ -29,12 +29,12 @@ _NONE = "-"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's directory says of it."""
+    """What a run's directory says about the run."""
 
     name: str
     config: dict[str, Any]  # every key, in JSON's types
     environment: dict[str, Any]  # where it ran
-    rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; what is no finite number is None
+    rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; None for a value that is not a finite number
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -43,12 +43,12 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Result:
-    """A run in numbers; None where there is nothing yet."""
+    """A run in numbers; None for what is not known yet."""
 
     steps: float | None = None
     tokens: float | None = None
     val_loss: float | None = None  # of the last evaluation, nats per token
-    best: float | None = None  # the lowest
+    best: float | None = None  # the lowest one
     best_step: float | None = None
     averaged: float | None = None  # the lowest of the averaged weights
     bits_per_byte: float | None = None  # of the best evaluation
@@ -87,14 +87,10 @@ _MEAN_LOSS = ("steps", "val_loss", "best", "averaged", "bits_per_byte")
 
 
 def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The runs that `paths` name, each once; a directory of runs, as of a sweep, stands for those in it.
+    """The runs that `paths` name, each once; a directory of runs, such as a sweep, stands for the runs in it.
 
-    Args:
-      skip: a directory that is left out: earlier output among the runs.
-      warn: is told of what is no run, and left out, among some that are.
-
-    Raises:
-      UserError: there is no run, or something that is named does not exist.
+    `skip` is a directory to leave out: earlier output among the runs. `warn` is told of directories that are no runs.
+    Raises UserError if there is no run, or if a path does not exist.
     """
     found: list[Path] = []
     none: list[Path] = []
@@ -119,47 +115,41 @@ def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], Non
 
 
 def read_runs(paths: Sequence[Path], warn: Callable[[str], None]) -> list[RunRecord]:
-    """The runs, named by their paths below the directory that they share; `warn` is told of rows that are damaged.
+    """The runs, named by their paths relative to the directory that they share; `warn` is told of damaged rows.
 
-    Raises:
-      UserError: a file of theirs cannot be read.
+    Raises UserError if a file cannot be read.
     """
-    shared = os.path.commonpath([path.resolve().parent for path in paths])
-    return [_read_run(path, os.path.relpath(path.resolve(), shared), warn) for path in paths]
-
-
-def _read_run(path: Path, name: str, warn: Callable[[str], None]) -> RunRecord:
-    saved = run_lib.read_config_file(path)
-    return RunRecord(
-        name=name,
-        config=run_lib.known_settings(path, saved["config"]),
-        environment={key: saved.get(key) for key in _ENVIRONMENT},
-        rows=run_lib.read_metrics(path, warn),
-    )
+    shared, runs = os.path.commonpath([path.resolve().parent for path in paths]), []
+    for path in paths:
+        saved = run_lib.read_config_file(path)
+        config, rows = run_lib.known_settings(path, saved["config"]), run_lib.read_metrics(path, warn)
+        name, environment = os.path.relpath(path.resolve(), shared), {key: saved.get(key) for key in _ENVIRONMENT}
+        runs.append(RunRecord(name, config, environment, rows))
+    return runs
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
 def metric_of(runs: Sequence[RunRecord]) -> str:
-    """What the runs' losses are compared in: nats per token, or bits per byte where the tokens are not the same."""
+    """The metric to compare runs by: nats per token, or bits per byte if the tokenizers differ."""
     return "val_loss" if len({run.config["tokenizer"] for run in runs}) == 1 else "bits_per_byte"
 
 
 def comparable(runs: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord], float | None]:
-    """The runs with those evaluations alone that compare, and on how many tokens these stand; None: not on the same."""
+    """The runs with comparable evaluations only, and the number of tokens of these; None if the numbers differ."""
     rows, tokens = on_the_same_tokens([run.rows for run in runs], alike=metric == "val_loss")
     return [replace(run, rows=own) for run, own in zip(runs, rows, strict=True)], tokens
 
 
 def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
-    """The worst of the runs' best losses, which all that were evaluated reach."""
+    """The worst of the runs' best losses: all runs that were evaluated reach it."""
     values = [[row[metric] for row in run.evaluations if row.get(metric) is not None] for run in runs]
     return max((min(series) for series in values if series), default=None)
 
 
 def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
-    """The run in numbers; what it took to reach `target` is that of the first evaluation at or below it."""
+    """The run in numbers; the cost of reaching `target` is that of the first evaluation at or below it."""
     if not run.rows:
         return Result()
     last, evaluations = run.rows[-1], run.evaluations
@@ -186,7 +176,7 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
 
 
 def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The runs by config, under a name for each: seeds of one config stand together."""
+    """The runs grouped by config, each group under a name: the seeds of one config are together."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         key = repr(sorted((k, v) for k, v in run.config.items() if k not in _NAMES_OF_A_RUN))
@@ -199,15 +189,15 @@ def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _shared_name(names: list[str]) -> str:
-    """What the names of seeds begin with: "lr=0.1" of "lr=0.1,seed=0" and "lr=0.1,seed=1", "3 seeds" of "seed=0" ..."""
+    """The common prefix of names: "lr=0.1" for "lr=0.1,seed=0" and "lr=0.1,seed=1"; "3 seeds" for "seed=0" ..."""
     if len(names) == 1:
         return names[0]
-    shared = os.path.commonprefix(names)  # noqa: RUF071  by characters is meant
+    shared = os.path.commonprefix(names)  # noqa: RUF071  a common prefix of characters is meant
     return re.sub(r"[-_,./ ]*(seeds?[-_= ]*\d*)?$", "", shared) or (f"{len(names)} seeds" if "seed" in shared else "")
 
 
 def mean_and_spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
-    """Mean ± sample standard deviation; where some are missing, how many are there."""
+    """Mean ± sample standard deviation; if some values are missing, how many there are."""
     there = [value for value in values if value is not None]
     if len(there) < len(values):
         return f"{len(there)} of {len(values)}" if there else _NONE
@@ -219,7 +209,7 @@ def mean_and_spread(values: Sequence[float | None], text: Callable[[float], str]
 
 
 def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
-    """What differs between the configs, and the seeds of each; the shorter side becomes the columns."""
+    """What differs between the configs, and the seeds of each. The fewer of keys and configs become the columns."""
     of_group: dict[str, dict[str, str]] = {}
     for name, runs in groups.items():
         texts = {key: written(value) for key, value in runs[0].config.items() if key not in _NAMES_OF_A_RUN}
@@ -240,7 +230,7 @@ def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
 def _table(
     title: str, first: list[str], named: dict[str, list[Result]], keys: Sequence[str], target: str, score_by: str | None
 ) -> Table:
-    """A row for each name: of one result its numbers, of several mean and spread; the lowest `score_by` is bold."""
+    """A row for each name: the numbers of one result, mean and spread of several; the lowest `score_by` is bold."""
     results = [result for several in named.values() for result in several]
     keys = [key for key in keys if key != "averaged" or any(result.averaged is not None for result in results)]
     columns = [_COLUMNS[key] for key in keys]
@@ -258,10 +248,9 @@ def _table(
 
 
 def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Table], list[str]]:
-    """The tables of a comparison, and what has to be said to them.
+    """The tables of a comparison, and notes to them.
 
-    Args:
-      target: nats per token, or bits per byte where the runs' tokenizers differ; None takes the loss that all reach.
+    `target` is in nats per token, or in bits per byte if the tokenizers differ; None means the loss that all reach.
     """
     metric = metric_of(runs)
     ends = {run.name: run.evaluations[-1] for run in runs if run.evaluations}
@@ -274,7 +263,7 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
     heading = "a loss" if goal is None else f"{goal:.4f}"
     single = {run.name: [result_of(run, metric, goal)] for run in runs}
     of_ends = {row.get("val_tokens") or 0 for row in ends.values()}
-    if len(of_ends) == 1:  # all came to their end, and have told of more there
+    if len(of_ends) == 1:  # all runs have finished, where they evaluate on more tokens
         single |= {name: [replace(single[name][0], val_loss=row["val_loss"])] for name, row in ends.items()}
     tables = [
         _config_table(groups),
@@ -307,9 +296,7 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
 def compare(paths: Sequence[str | Path], out: Path, target: float | None, console: Console) -> None:
     """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
 
-    Raises:
-      UserError: there is no such run, or `out` cannot be made.
-      StorageError: the disk did not take it.
+    Raises UserError if there is no such run or `out` cannot be created, StorageError if a file cannot be written.
     """
     runs = read_runs(find_runs(paths, out, console.warn), console.warn)
     try:
@@ -330,6 +317,5 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
     means = [table for table in tables if table.columns[:2] == ["config", "n"]]
     single = [table for table in tables if table not in means]
     title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name
-    page = html_page(title, [pictures, *means, *single, *notes])
-    write_text(out / "compare.html", page)
+    write_text(out / "compare.html", html_page(title, [pictures, *means, *single, *notes]))
     console.line(f"wrote {out / 'compare.html'} and its pictures")

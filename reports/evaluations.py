@@ -1,4 +1,4 @@
-"""Which evaluations compare: those over the same tokens, the first so many of a validation split."""
+"""Which evaluations are comparable: those on the same tokens, which are the first N of a validation split."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 Row = dict[str, Any]  # of metrics.jsonl
 
 _FIGURES = ("val_loss", "bits_per_byte", "val_tokens", "ema_val_loss")
-_PREFIXES = ("", "prefix_")  # the last step's row tells of the whole split, and of the part that the others were about
+_PREFIXES = ("", "prefix_")  # the last step's row has the whole split's figures, and those of the earlier steps' part
 
 
 def _figures(row: Row) -> dict[float, Row]:
-    """What a row tells of evaluations, by their tokens; 0 stands for a number that was not kept."""
+    """The figures of a row's evaluations, by number of tokens; 0 stands for a number that was not stored."""
     found = {}
     for prefix in reversed(_PREFIXES):
         if row.get(f"{prefix}val_loss") is not None:
@@ -20,11 +20,11 @@ def _figures(row: Row) -> dict[float, Row]:
 
 
 def on_the_same_tokens(runs: Sequence[list[Row]], alike: bool = True) -> tuple[list[list[Row]], float | None]:
-    """The rows of each run, with those evaluations alone that compare; and on how many tokens these stand.
+    """The rows of each run with comparable evaluations only, and the number of tokens of these.
 
-    Of the numbers of tokens on which all runs were evaluated it is the one with the most evaluations in each. Where
-    there is none, or the runs' tokens are not `alike`, it is None, and each run is compared with itself alone, on the
-    tokens on which it was evaluated most often (of tokens not alike: on the most tokens).
+    Of the numbers of tokens on which all runs were evaluated, the one with the most evaluations is chosen. If there is
+    none, or if the runs' tokens are not `alike`, it is None, and each run keeps the evaluations on the tokens on which
+    it was evaluated most often (if not `alike`, on the most tokens).
     """
     counts = [Counter(tokens for row in rows for tokens in _figures(row)) for rows in runs]
     evaluated = [count for count in counts if count]

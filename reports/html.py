@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no script, pictures inside. Every text in it is escaped."""
+"""A self-contained HTML file: no network, no script, embedded pictures. Every text in it is escaped."""
 
 import base64
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Picture:
 
     png: bytes
     alt: str
-    clear: bool = False  # drawn without a background, to be read on light and on dark
+    clear: bool = False  # transparent, readable on a light and on a dark page
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Verbatim:
-    """A text as it is, spaces and line breaks kept, under a caption; long lines wrap.
-
-    Args:
-      shades: 0 to 1, how strongly each part of the text stands out; none: the text is one part.
-    """
+    """Preformatted text under a caption; long lines wrap. `shades`: how strongly each part is marked, 0 to 1."""
 
     caption: str
     parts: list[str]
@@ -62,7 +58,7 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that show when their summary is clicked."""
+    """Blocks that are shown when their summary is clicked."""
 
     summary: str
     blocks: "list[Block]"
@@ -72,7 +68,7 @@ Block = Table | Heading | Verbatim | Fold | list[Picture] | str
 
 
 def html_page(title: str, blocks: list[Block]) -> str:
-    """A page of tables, rows of pictures and paragraphs, which reads at a phone's width too, on light and on dark."""
+    """A page of the blocks, readable also on a phone, in light and in dark mode."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -97,14 +93,14 @@ def _block(block: Block) -> str:
             return f"<details><summary>{escape(summary)}</summary>\n{_body(blocks)}\n</details>"
         case Verbatim(caption, parts, shades):
             texts = map(escape, parts) if shades is None else map(_shaded, parts, shades)
-            # A line break right after <pre> would be dropped, so there always is one.
+            # HTML drops a line break right after <pre>, so one is always added
             return f"<figure><figcaption>{escape(caption)}</figcaption><pre>\n{''.join(texts)}</pre></figure>"
         case _:
             return f'<div class="pictures">{"".join(map(_image, block))}</div>'
 
 
 def _shaded(text: str, shade: float) -> str:
-    # At .6 the text is still read on it, whether light or dark.
+    # at .6 the text is still readable, in light and in dark mode
     return f'<span style="background:rgba(209,96,61,{0.6 * shade:.3f})">{escape(text)}</span>'
 
 

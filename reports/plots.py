@@ -1,4 +1,4 @@
-"""The pictures of runs: the losses of one against the tokens it has seen, and those of several over each other."""
+"""Plots of runs: the losses of one against the tokens that it has read, or those of several runs together."""
 
 import io
 import logging
@@ -10,37 +10,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reports.evaluations import on_the_same_tokens
-from runtime.files import replacing, storage_error
+from runtime.files import replacing, storing
 from runtime.screen.text import human
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _PAGE_INK = "#333333", "#7a7a7a"  # of the PNG files, on white; of a page's pictures, on white or black
+_INK, _PAGE_INK = "#333333", "#7a7a7a"  # in PNG files, on white; in a page's pictures, on white or black
 _TRAIN, _VAL, _OTHER = "#4878a8", "#d1603d", "#5b9a4f"
 _COLORS = (_TRAIN, _VAL, _OTHER, "#8c62a8", "#c9a227", "#3aa6a0", "#b8517f", "#7a6a58")
 _KEYS, _SINK = "#4f86bd", _VAL
 _PAGE_COLORS = (_KEYS, _SINK, _OTHER)
-_DASHES = ("-", "--", ":", "-.")  # for the labels that the colours do not reach
-_MOST_LABELS = 16  # in a legend that leaves room for the curves
+_DASHES = ("-", "--", ":", "-.")  # the next one when all colours are used
+_MOST_LABELS = 16  # in a legend, which must leave room for the curves
 _LONGEST_LABEL = 40  # characters
 _UNITS = {"val_loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-SMOOTH_FROM = 60  # points; fewer can be read as they are
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # who has no home was told so before
+SMOOTH_FROM = 60  # points; fewer are readable without smoothing
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the user has no home
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws training and validation loss (nats per token) against tokens into a PNG file, replaced in one piece.
+    """Draws training and validation loss (nats per token) against tokens into a PNG file, in one step.
 
-    Args:
-        rows: the logged steps in order, each with `tokens`, `loss` and perhaps `val_loss`; what is missing or None is
-            left out.
-        path: the file.
-        title: the heading.
-
-    Raises:
-        StorageError: the file cannot be written.
+    `rows` are the logged steps in order, each with `tokens`, `loss` and perhaps `val_loss`; None is left out. Raises
+    StorageError if the file cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
 
@@ -78,23 +72,23 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 class Curve(NamedTuple):
-    """One run in a picture of several. Those of one label share a colour and a line of the legend."""
+    """One run in a plot of several. Runs with the same label share a colour and a line of the legend."""
 
     label: str
     rows: list[dict[str, Any]]  # the logged steps in order
 
 
 def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
-    """Draws the losses of several runs over each other into a PNG file, replaced in one piece.
+    """Draws the losses of several runs into a PNG file, in one step.
 
-    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth of each, in
-    which every loss falls from the same height, may lie above the picture.
+    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth of each curve,
+    in which every loss falls from the same height, may be above the plot.
 
     Args:
         curves: the runs.
         path: the file.
-        x: what they are drawn against: `tokens` or `training_seconds`.
-        metric: `val_loss` (nats per token) or `bits_per_byte`, in which the training loss is drawn too.
+        x: the horizontal axis: `tokens` or `training_seconds`.
+        metric: `val_loss` (nats per token) or `bits_per_byte`, for the training loss too.
 
     Raises:
         StorageError: the file cannot be written.
@@ -110,41 +104,33 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
         number = labels.index(curve.label)
         style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
         at, losses = series(curve.rows, "loss", x)
-        scale = next(
-            (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss")), 1
-        )
+        ratios = (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss"))
+        scale = next(ratios, 1)
         if len(losses) >= SMOOTH_FROM:
             losses = smoothed(losses)
         drawn.append((at, losses * scale))
         axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
         drawn.append(series(curve.rows, metric, x))
         (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
-    seen = [values[at >= at[-1] / 10] for at, values in drawn if len(at)]
-    if any(len(values) for values in seen):
-        low, high = (
-            min(values.min() for values in seen if len(values)),
-            max(values.max() for values in seen if len(values)),
-        )
-        axes.set_ylim(low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9))
+    seen = np.concatenate([np.zeros(0), *(values[at >= at[-1] / 10] for at, values in drawn if len(at))])
+    if len(seen):
+        margin = 0.05 * (seen.max() - seen.min() + 1e-9)
+        axes.set_ylim(seen.min() - margin, seen.max() + margin)
     axes.set_title("validation (dots) and training (faint)", loc="left", color=_INK, fontsize="small")
     _dress(axes, {"training_seconds": "seconds"}.get(x, x), _UNITS[metric])
     if labels[_MOST_LABELS:]:
         figure.suptitle(f"{len(labels)} configs, the first {_MOST_LABELS} named", fontsize="small", color=_INK)
-    # As a shield against what a name may hold: matplotlib passes over labels that begin with _, and reads $...$.
+    # The names of runs are escaped: matplotlib ignores labels that begin with _, and reads $...$ as mathematics.
     shown = labels[:_MOST_LABELS]
-    legend = axes.legend(
-        [lines[label] for label in shown],
-        [f"\u200b{label[:_LONGEST_LABEL]}" for label in shown],
-        frameon=False,
-        fontsize="small",
-    )
+    texts = [f"\u200b{label[:_LONGEST_LABEL]}" for label in shown]
+    legend = axes.legend([lines[label] for label in shown], texts, frameon=False, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
     save_figure(figure, path)
 
 
 def _draw(axes: "Axes", x: np.ndarray, values: np.ndarray, color: str, label: str, **few: Any) -> None:
-    """A curve: many points as a faint line and a smooth one, few as they are, drawn with the options `few`."""
+    """A curve: many points as a faint line and a smoothed one; few points as one line, with the options `few`."""
     if len(values) < SMOOTH_FROM:
         axes.plot(x, values, color=color, linewidth=1.4, label=label, **few)
     else:
@@ -155,7 +141,7 @@ def _draw(axes: "Axes", x: np.ndarray, values: np.ndarray, color: str, label: st
 def _dress(
     axes: "Axes", x: str, y: str = "", ink: str = _INK, grid: str = "#dddddd", opacity: float | None = None
 ) -> None:
-    """What all curves have: named axes, numbers as 1.2M, a faint grid."""
+    """What all curves have: named axes, numbers such as 1.2M, a faint grid."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlabel(x, color=ink)
@@ -167,21 +153,14 @@ def _dress(
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG file that is never half there.
-
-    Raises:
-      StorageError: the disk did not take it.
-    """
-    try:
-        with replacing(path) as unfinished:
-            _write_png(figure, unfinished)
-    except OSError as error:
-        raise storage_error(path, error) from None
+    """Write a PNG file in one step. Raises StorageError if it cannot be written."""
+    with storing(path), replacing(path) as unfinished:
+        _write_png(figure, unfinished)
 
 
 def _write_png(figure: "Figure", file: Path | io.BytesIO, transparent: bool = False) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name or a token may hold what the font lacks
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font may lack a character of a name
         figure.savefig(file, format="png", transparent=transparent)
 
 
@@ -193,7 +172,7 @@ def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean over a window around each point: a fortieth of them, less at the start, where the loss falls fast."""
+    """The mean over a window around each point: a fortieth of all, fewer at the start, where the loss falls fast."""
     at = np.arange(len(values))
     half = np.minimum(at, max(1, len(values) // 80))
     first, end = at - half, np.minimum(at + half + 1, len(values))
@@ -201,21 +180,18 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[first]) / (end - first)
 
 
-# --- A run's page: PNG without a background, in colours that are read on light and on dark ------------------------
+# --- A run's page: transparent PNGs in colours that are readable in light and in dark mode ------------------------
 # Shapes: L layers, N heads, T query time, E evaluations.
 
-_WIDTH = 4.8  # inches: a phone's screen shows it at about its own size
-_MOST_NUMBERS = 10  # columns of a grid in which each cell's number can still be read
+_WIDTH = 4.8  # inches: about what a phone's screen shows without scaling
+_MOST_NUMBERS = 10  # columns of a grid whose cells have room for a number
 _SINK_COLUMNS = 3  # how wide a sink is drawn, in keys
 
 
 def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, log: bool = False) -> bytes | None:
-    """What metrics.jsonl says of `keys` against the step; None where it says nothing.
+    """The values of `keys` (key -> label) in the logged `rows` against the step; None if there are none.
 
-    Args:
-        rows: the logged steps in order.
-        keys: what each is called; those with few points get a dot for each.
-        log: a logarithmic scale.
+    Curves of few points get a dot for each. `log` asks for a logarithmic scale.
     """
     figure, axes = _figure(3.1, title)
     for color, (key, label) in zip(_PAGE_COLORS, keys.items(), strict=False):
@@ -236,7 +212,7 @@ def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, lo
 
 
 def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> bytes:
-    """Each head's share as a thin line, and each layer's mean as a strong one, the first layer palest."""
+    """Each head's share [E, L, N] as a thin line, and each layer's mean as a strong one, the first layer palest."""
     from matplotlib import colormaps
 
     figure, axes = _figure(3.1, "attention to the sinks, by layer (thin: by head)")
@@ -254,7 +230,7 @@ def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> b
 
 
 def plot_shares(shares_LN: np.ndarray) -> bytes:
-    """The shares as bars: a row for each layer, a column for each head."""
+    """The shares [L, N] as bars: a row for each layer, a column for each head."""
     L, N = shares_LN.shape
     figure, axes = _figure(min(9.0, 0.9 + 0.5 * L), "share of attention that goes to the sink")
     layer_LN, head_LN = np.indices((L, N))
@@ -278,11 +254,9 @@ def plot_shares(shares_LN: np.ndarray) -> bytes:
 
 
 def plot_all_maps(maps_LNTS: np.ndarray, layers: Sequence[int], heads: Sequence[int], sinks: bool) -> bytes:
-    """A small attention map for each of these heads.
+    """A small attention map for each of these heads; `sinks`: whether the model has any.
 
-    Args:
-        maps_LNTS: probabilities [L, N, T, 1 + T], of which the first is the sink's.
-        sinks: whether there are any to be drawn.
+    maps_LNTS: probabilities [L, N, T, 1 + T], of which the first is the sink's.
     """
     rows = [[_painted(maps_LNTS[layer, head], sinks) for head in heads] for layer in layers]
     T, wide = rows[0][0].shape[:2]
@@ -305,7 +279,7 @@ def plot_all_maps(maps_LNTS: np.ndarray, layers: Sequence[int], heads: Sequence[
 
 
 def plot_map(map_TS: np.ndarray, tokens: list[str], title: str, sinks: bool) -> bytes:
-    """One head's attention map, its tokens beside it: [T, 1 + T], the first the sink's. Each row is one query."""
+    """One head's attention map [T, 1 + T], the first column the sink's, with its tokens. Each row is one query."""
     picture = _painted(map_TS, sinks)
     figure, axes = _figure(_WIDTH * picture.shape[0] / picture.shape[1] + 0.3, title)
     axes.imshow(picture, interpolation="nearest")
@@ -326,7 +300,7 @@ def plot_map(map_TS: np.ndarray, tokens: list[str], title: str, sinks: bool) -> 
 
 
 def _painted(map_TS: np.ndarray, sinks: bool) -> np.ndarray:
-    """A map as RGBA; the square root of a probability is how opaque it is, so that small ones are seen as well."""
+    """A map as RGBA, with the square root of a probability as opacity, so that small ones are visible."""
     keys = _tint(_KEYS, np.sqrt(map_TS[:, 1:]))
     keys[..., 3] = np.where(np.tri(len(keys), dtype=bool), np.maximum(keys[..., 3], 0.06), 0)
     if not sinks:

@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs nothing else, with curves, samples, config, and what the sinks do."""
+"""The report of a run: one self-contained page with curves, samples, config, and what the sinks do."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,17 +24,17 @@ from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
 _MAP_TOKENS = 48  # of the text whose attention is shown
-_LABELLED_TOKENS = 32  # of the maps whose tokens stand beside them
-_MOST_MAPS = 8  # layers, and heads of each, that are drawn
+_LABELLED_TOKENS = 32  # of the maps with labelled tokens
+_MOST_MAPS = 8  # layers to draw, and heads of each
 _MOST_SAMPLES = 12
 _VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 
 
 def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
-    """`write_report` at the end of a run, which must not fail for a page: whatever goes wrong becomes one warning."""
+    """`write_report` at the end of a run, which must not fail because of a page: an error becomes one warning."""
     try:
         write_report(run.workdir, run.model, run.tokenizer, f"step {run.step}", warn)
-    except Exception as error:  # the run is saved; the report command shows what it was
+    except Exception as error:  # the run is saved; the report command raises the same error again
         path = run.workdir / run_lib.REPORT_FILE
         warn(f"{path}: not written: {one_line(error)}; python main.py report --workdir={run.workdir}")
 
@@ -47,21 +47,18 @@ def write_report(
     warn: Callable[[str], None],
     text: str | None = None,
 ) -> Path:
-    """Write `report.html` from what the run's directory holds, and from its model.
+    """Write `report.html` from the files of a run, and from its model. Returns the page's path.
 
     Args:
       model: on one device; or a string that says why there is none.
-      which: what the page calls this state of the model.
+      which: the page's name for this state of the model.
       warn: is told of damaged rows of the run's files.
-      text: whose attention is shown; None takes the last sample's beginning.
-
-    Returns:
-      The page's path.
+      text: the text whose attention is shown; None means the beginning of the last sample.
 
     Raises:
       UserError: a file of the run cannot be read.
-      UnknownCharacters: `text` holds some that the tokenizer does not know.
-      StorageError: the disk did not take it.
+      UnknownCharacters: `text` has characters that the tokenizer lacks.
+      StorageError: the page cannot be written.
     """
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
@@ -85,7 +82,7 @@ def write_report(
 
 
 def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunRecord, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the text whose attention is shown."""
+    """The ids of the text whose attention is shown."""
     if text is not None:
         return tokenizer.encode(text)
     for found in (samples[-1][1].lstrip() if samples else "", run.config["sample_prompt"]):
@@ -163,7 +160,7 @@ def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np
 def _attention(
     model: Transformer | str, tokenizer: Tokenizer, which: str, ids: np.ndarray, show_shares: bool
 ) -> list[Block]:
-    """Maps of one text; with `show_shares`, the shares over this text too."""
+    """Attention maps of one text; with `show_shares` also the sinks' shares on it."""
     heading = Heading("What the heads attend to")
     if isinstance(model, str):
         return [heading, f"No attention map: {model}."]
@@ -249,5 +246,5 @@ def _parameters(model_config: TransformerConfig) -> Table:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many indices of `count`, first and last among them."""
+    """At most `most` of `count` indices, evenly spread, the first and last among them."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})

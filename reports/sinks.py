@@ -1,4 +1,4 @@
-"""What heads attend to, and how much of it goes to their sinks: measured apart from training, and exactly.
+"""What heads attend to, and how much of it goes to their sinks: measured exactly, outside of training.
 
 Shapes: L layers, B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -24,10 +24,8 @@ from transformer.model import Attention, Params, Transformer, model_of, params_o
 def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     """The share of its attention that each head gives to its sink, averaged over all positions: [L, N], float32.
 
-    At one position: exp(sink) / (exp(sink) + sum over visible s' of exp(s_ts')), what `attention.attend` throws away.
-
-    Raises:
-      ValueError: the model has no sinks.
+    At one position: exp(sink) / (exp(sink) + sum over visible s' of exp(s_ts')), which `attention.attend` discards.
+    Raises ValueError if the model has no sinks.
     """
     if not model.config.attention_sink:
         raise ValueError("attention_sink: the model has none")
@@ -35,7 +33,7 @@ def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 
 
 def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
-    """All probabilities of one text, float32 [L, N, T, 1 + T]: first the sink's (0 without one), then each key's."""
+    """All attention probabilities of one text, float32 [L, N, T, 1 + T]: the sink's (0 if none), then each key's."""
     return _maps(_unrolled(model.config), params_of(model), tokens_T)
 
 
@@ -53,21 +51,23 @@ def _maps(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax
 
 
 def _unrolled(config: TransformerConfig) -> TransformerConfig:
-    """The same model, in the form that can be looked into, with a kernel that runs for texts of any length."""
+    """The same model with unrolled blocks, which can be replaced, and a kernel that takes texts of any length."""
     return dataclasses.replace(config, **dataclasses.asdict(Execution(dtype=config.dtype)))
 
 
 def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Log-probabilities of keys [B, N, T, S] and sink [B, N, T], layer by layer, while the model runs as ever.
+    """Log-probabilities of keys [B, N, T, S] and of the sink [B, N, T] for each layer of the running model.
 
-    All scores are held at once: for stretches of some thousand tokens.
+    All scores are in memory at once, so texts may have some thousand tokens.
     """
     seen: list[tuple[jax.Array, jax.Array]] = []
 
     def watch(attention: Attention):
+        sink_N = attention.sink[...] if config.attention_sink else jnp.full(config.num_heads, -jnp.inf)
+
         def attend(x_BTD, where, place):
             q_BTNH, k_BTKH, _ = attention.project(x_BTD, where.turn)
-            seen.append(_log_probabilities(q_BTNH, k_BTKH, _sink_of(attention), attention.window, where.document_BT))
+            seen.append(_log_probabilities(q_BTNH, k_BTKH, sink_N, attention.window, where.document_BT))
             return attention(x_BTD, where, place)
 
         return attend
@@ -77,11 +77,6 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
         block.attention = watch(block.attention)
     model.hidden(tokens_BT)
     return seen
-
-
-def _sink_of(attention: Attention) -> jax.Array:
-    c = attention.config
-    return attention.sink[...] if c.attention_sink else jnp.full(c.num_heads, -jnp.inf)
 
 
 def _log_probabilities(
@@ -103,11 +98,11 @@ def _log_probabilities(
 
 # --- Over a run: measured at each evaluation, kept in `sinks.jsonl` -----------------------------------------------
 
-TOKENS = 1024  # of the validation split, from its start: always the same ones
+TOKENS = 1024  # the first tokens of the validation split, always the same
 
 
 def stretch(split: Split, context_len: int) -> np.ndarray:
-    """The text that is measured on, in whole windows of at most TOKENS tokens in all: int32 [B, T]."""
+    """The text to measure on, at most TOKENS tokens in whole windows: int32 [B, T]."""
     T = min(context_len, TOKENS, split.num_tokens)
     B = min(TOKENS, split.num_tokens) // T
     return np.asarray(split.tokens[: B * T], np.int32).reshape(B, T)
@@ -132,21 +127,13 @@ def read_shares(
 
 
 class SinkLog:
-    """The file of a run that holds the shares, an object a line: `step`, `tokens`, and `shares` by layer and head.
-
-    Args:
-      split: of validation.
-    """
+    """A run's file of shares: one JSON object on each line with `step`, `tokens`, and `shares` by layer and head."""
 
     def __init__(self, path: Path, split: Split) -> None:
         self._file, self._split = MetricsFile(path), split
 
     def append(self, model: Transformer, row: dict[str, Any]) -> None:
-        """Measure `model`, which lies on one device, at the step and the tokens that `row` of the metrics tells.
-
-        Raises:
-          StorageError: the disk did not take it.
-        """
+        """Measure `model`, on one device, at the step and tokens of the metrics' `row`. Raises StorageError."""
         shares_LN = np.asarray(sink_shares(model, jnp.asarray(stretch(self._split, model.config.context_len))))
         shares = [[round(float(share), 7) for share in layer] for layer in shares_LN]
         self._file.append({"step": row["step"], "tokens": row["tokens"], "shares": shares})

@@ -1,4 +1,4 @@
-"""What a person is told of a run before it starts and after it ends, as lines and as tables."""
+"""The summary of a run before it starts and after it ends, as lines and as tables."""
 
 import math
 import shlex
@@ -19,22 +19,15 @@ from training.optimizer import GROUPS, groups_of
 from training.step import Step
 from transformer.config import TransformerConfig
 from transformer.model import Params
-from transformer.sharding import held_whole, is_data_parallel
+from transformer.sharding import is_data_parallel, undivided
 
 Facts = dict[str, dict[str, str]]  # by group and name
 
 # A line's name -> the facts that it shows, with a colon between them.
 _LINES = {
-    "run": ["run"],
-    "device": ["devices"],
-    "mesh": ["mesh"],
-    "parameters": ["parameters"],
-    "data": ["text", "split"],
-    "shards": ["shards"],
-    "optimizer": ["parts"],
-    "memory": ["memory"],
-    "steps": ["steps"],
-    "first loss": ["first loss"],
+    **{"run": ["run"], "device": ["devices"], "mesh": ["mesh"], "parameters": ["parameters"]},
+    **{"data": ["text", "split"], "shards": ["shards"], "optimizer": ["parts"], "memory": ["memory"]},
+    **{"steps": ["steps"], "first loss": ["first loss"]},
 }
 _LINES_ALONE = {"mesh", "first loss"}  # no panel shows them
 
@@ -48,7 +41,7 @@ def facts(
     mesh: Mesh,
     steps: int,
 ) -> Facts:
-    """What a person wants to know before a run starts; `lines` and `panels` show it."""
+    """The facts to show before a run starts; `lines` and `panels` are two forms of them."""
     model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
@@ -91,7 +84,7 @@ def facts(
 
 
 def _shards(data: Dataset) -> str:
-    """Which files each split is made of."""
+    """The files of each split."""
     told = []
     for name, word in SPLITS.items():
         if split := getattr(data, name):
@@ -102,34 +95,31 @@ def _shards(data: Dataset) -> str:
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
-    """The sizes of a mesh, and what it would split and cannot."""
+    """The sizes of a mesh, and the axes that it cannot split."""
     c = model_config
     sizes = {"tokens": c.context_len, "query_heads": c.num_heads, "key_heads": c.num_kv_heads}
-    whole = held_whole(params, sizes, mesh)
+    whole = undivided(params, sizes, mesh)
     return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) + (
         f"; not divided, so whole on each device: {', '.join(whole)}" if whole else ""
     )
 
 
 def lines(groups: Facts) -> list[tuple[str, str]]:
-    """A line's name and what it says, where nobody watches."""
+    """The facts as (name, text) of lines, for an output that is no terminal."""
     by_name = {name: value for group in groups.values() for name, value in group.items()}
     return [(line, ": ".join(by_name[name] for name in names)) for line, names in _LINES.items() if names[0] in by_name]
 
 
 def panels(groups: Facts) -> list[Table]:
-    """A table for each group, for a terminal."""
+    """The facts as tables, one for each group, for a terminal."""
     rows = lambda group: [[name, value] for name, value in group.items() if name not in _LINES_ALONE]
     return [Table(title, ["", ""], rows(group), left=2) for title, group in groups.items()]
 
 
 def going_on(rates: Callable[[int], Callable[[int], Any]], step: int, before: int, total: int) -> str:
-    """What becomes of the learning rates in a run that is laid out anew.
+    """How the learning rates change in a run after `step` steps when its length changes from `before` to `total`.
 
-    Args:
-      rates: of a run of so many steps, as `schedule_shape` gives them.
-      step: how many steps it has made.
-      before: how many it was laid out for; now there are `total`.
+    `rates` gives the `schedule_shape` of a run of so many steps.
     """
     last, now, end = float(rates(before)(step - 1)), float(rates(total)(step)), float(rates(total)(total - 1))
     return (
@@ -139,12 +129,7 @@ def going_on(rates: Callable[[int], Callable[[int], Any]], step: int, before: in
 
 
 def closing(run: Any, seconds: float) -> tuple[Table, str]:
-    """How a run ended, and the command that samples from it.
-
-    Args:
-      run: the trainer's `Run`.
-      seconds: that all its sessions took.
-    """
+    """The results of a run (`run_lib.Run`), and the command that samples from it; `seconds` of all its sessions."""
     here = Path.cwd()
     shown = run.workdir.relative_to(here) if run.workdir.is_relative_to(here) else run.workdir
     loss_at = lambda step, loss: f"{step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")

@@ -1,6 +1,6 @@
-"""Devices: how many the CPU shows, where compiled programs are kept, their memory, and what else a result rests on.
+"""Devices: how many the CPU shows, the cache of compiled programs, memory limits, and what else a result depends on.
 
-The first two are settled before JAX wakes up.
+The number of CPU devices and the cache are set before JAX's backend starts.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from runtime.processes import num_processes
 
 
 def physical_cores() -> int:
-    """Cores this process may use, two hardware threads of one core counted once."""
+    """Cores that this process may use; two hardware threads of one core count as one."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in usable:
@@ -38,15 +38,15 @@ def physical_cores() -> int:
 
 
 def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], None]) -> None:
-    """Make `cpu_devices` of the cores devices of their own ("auto": the most that divide `batch_size`).
+    """Let JAX show `cpu_devices` CPU devices ("auto": the largest number of cores that divides `batch_size`).
 
-    XLA runs a batched matrix product on one core; with a device a core, each core has its share of the batch. To have
-    an effect this comes before JAX's backend is first used. A user's own XLA_FLAGS about it are left as they are, and
-    GPUs and TPUs do not care.
+    XLA runs a batched matrix product on one core; with one device for each core, each core gets its share of the batch.
+    It has to be called before JAX's backend is first used. A user's own setting in XLA_FLAGS takes precedence. GPUs and
+    TPUs are not affected.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    if cpu_devices == "auto":  # of several processes each has its share of the batch
+    if cpu_devices == "auto":  # each of several processes has its share of the batch
         count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
     else:
         count = int(cpu_devices)
@@ -58,10 +58,9 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
 
 
 def simulate_cpu_devices(count: int) -> None:
-    """Let JAX show so many CPU devices, and nothing else, whatever is here: to compile for them, not to run.
+    """Let JAX show `count` CPU devices and no others: to compile for them, not to run.
 
-    Raises:
-      UserError: it is already running with others.
+    Raises UserError if JAX is already running with other devices.
     """
     if not _awake():
         jax.config.update("jax_platforms", "cpu")
@@ -71,9 +70,9 @@ def simulate_cpu_devices(count: int) -> None:
 
 
 def _awake() -> bool:
-    """Whether JAX's backend was used, after which it reads no flags; a version that does not tell counts as asleep."""
+    """Whether JAX's backend has started, after which it reads no flags; False for a version that does not tell."""
     try:
-        from jax._src import xla_bridge  # the one way to ask without waking it; jax.extend has none
+        from jax._src import xla_bridge  # the only way to ask without starting it; jax.extend has none
 
         return xla_bridge.backends_are_initialized()
     except (ImportError, AttributeError):
@@ -81,7 +80,7 @@ def _awake() -> bool:
 
 
 def _show(count: int, *more: str) -> None:
-    """Of a flag that stands there twice XLA takes the last."""
+    """If a flag is given twice, XLA takes the last."""
     flags = os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *more
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
@@ -89,8 +88,8 @@ def _show(count: int, *more: str) -> None:
 def set_up_compile_cache(warn: Callable[[str], None]) -> None:
     """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, decides instead. Where nothing can be written there is no cache. Nobody
-    is warned of one program after the other: a damaged one is compiled again and kept.
+    JAX_COMPILATION_CACHE_DIR, if set, names another folder. If it cannot be written, nothing is cached. A damaged
+    program is compiled again and replaced; `warn` gets one line at most about the cache.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         try:
@@ -99,7 +98,7 @@ def set_up_compile_cache(warn: Callable[[str], None]) -> None:
             warn(f"compiled programs are not kept: {one_line(error)}")
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    with contextlib.suppress(ImportError, AttributeError):  # private to JAX: a version without it has its own cache
+    with contextlib.suppress(ImportError, AttributeError):  # private to JAX: without it, JAX's own cache is used as is
         from jax._src import compilation_cache
 
         plain = getattr(compilation_cache.get_file_cache, "plain", compilation_cache.get_file_cache)
@@ -115,7 +114,7 @@ def set_up_compile_cache(warn: Callable[[str], None]) -> None:
 
 
 def compile_seconds() -> float:
-    """How long XLA has compiled in this process, or looked up what it had compiled, since this was first asked for."""
+    """Seconds that XLA has spent in this process on compiling or on reading the cache, since the first call."""
     return _listened_to()[0]
 
 
@@ -132,10 +131,10 @@ def _listened_to() -> list[float]:
 
 
 class _SealedCache:
-    """JAX's cache of compiled programs, each behind the hash of its name and its bytes.
+    """JAX's cache of compiled programs; each is preceded by the hash of its name and its bytes.
 
-    JAX runs whatever it finds under a name, and never replaces it: what a full disk has cut short or somebody has
-    exchanged would be tried at every start.
+    JAX itself runs whatever it finds under a name and never replaces it: a program that a full disk has cut short, or
+    that somebody has exchanged, would be tried at every start.
     """
 
     def __init__(self, cache: Any, folder: Path, warn: Callable[[str], None]) -> None:
@@ -177,16 +176,15 @@ def _seal(name: str, value: bytes) -> bytes:
 
 
 def wake_up() -> list[jax.Device]:
-    """The devices.
+    """Starts JAX and returns its devices.
 
-    Raises:
-      UserError: the platform that JAX_PLATFORMS asks for is not there, or numbers are to have 64 bits.
+    Raises UserError if the platform in JAX_PLATFORMS is not there, or if JAX_ENABLE_X64 is set.
     """
     if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64: steps and checkpoints are made of 32-bit numbers; unset it")
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of several platforms could be started
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that at least one of several platforms starts
         asked, problem = os.environ.get("JAX_PLATFORMS", ""), str(error) and f"{one_line(error)}; "
         raise UserError(
             f"JAX_PLATFORMS={asked}: not here; {problem}unset it to take what is there, or set cpu"
@@ -194,17 +192,14 @@ def wake_up() -> list[jax.Device]:
 
 
 def require_memory(model: int, batch: int) -> None:
-    """Refuse what cannot fit, before anything is made that would take minutes or the machine down.
+    """Raises UserError for what cannot fit, before work begins that would take minutes or bring the machine down.
 
     Args:
       model: bytes that each device needs at least for weights and optimizer.
-      batch: and for its part of a micro-batch.
-
-    Raises:
-      UserError: the memory is not there.
+      batch: bytes that each device needs at least for its part of a micro-batch.
     """
     there, of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), 1
-    if not there:  # those of a CPU share the machine's
+    if not there:  # CPU devices share the machine's memory
         there, of_device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), jax.local_device_count()
     for key, need, advice in (
         ("embedding_dim", model, "make the model narrower (embedding_dim, mlp_dim, head_dim) or lower num_blocks"),
@@ -218,11 +213,7 @@ def require_memory(model: int, batch: int) -> None:
 
 @contextmanager
 def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turns running out of memory inside into an error about `key`, once `rescue` has saved what can be saved.
-
-    Raises:
-      UserError: with the size that was asked for.
-    """
+    """Turns running out of memory into a UserError about `key`, after `rescue` has saved what can be saved."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -234,13 +225,13 @@ def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: Non
         raise UserError(f"{key}: out of memory{asked}; {advice}") from error
 
 
-# --- What a result rests on ---------------------------------------------------------------------------------------
+# --- What a result depends on -------------------------------------------------------------------------------------
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def peak_memory_bytes(device: jax.Device) -> int:
-    """The most memory used so far: on the device where it keeps count, else by this process (resident size)."""
+    """The most memory used so far: on the device if it keeps count, else by this process (resident size)."""
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -251,7 +242,7 @@ def peak_memory_bytes(device: jax.Device) -> int:
 def environment() -> dict[str, Any]:
     """What a result depends on besides its config: versions, devices, the source's git commit, the command line.
 
-    No environment variable is in it: those may hold secrets.
+    Environment variables are left out, because they may hold secrets.
     """
     device = jax.devices()[0]
     return {
@@ -275,9 +266,9 @@ _NO_ARITHMETIC = re.compile(r"--xla_(dump|hlo_profile|force_host_platform|cpu_mu
 
 
 def arithmetic() -> dict[str, Any]:
-    """What decides the bits of a result beside a program and what goes in, as JSON holds it: docs/exactness.md.
+    """What the bits of a result depend on besides the program and its inputs, for JSON (docs/exactness.md).
 
-    Of XLA_FLAGS all but those that are known to change no number.
+    XLA_FLAGS is included except for flags that are known to change no number.
     """
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not _NO_ARITHMETIC.match(flag)]
     return {
@@ -290,8 +281,8 @@ def arithmetic() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the clone that this file lies in, with `-dirty` when it was changed; None outside of one."""
-    if INSTALLED:  # a repository around it is another project's
+    """The commit of the clone that holds this file, with `-dirty` if it was changed; None if there is no clone."""
+    if INSTALLED:  # a repository around an installed copy is another project's
         return None
     describe = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

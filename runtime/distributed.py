@@ -1,7 +1,7 @@
 """Several processes that train one model find each other, and none outlives the others for long.
 
-The engine is `jax.distributed`, whose service runs in the first process. It finds by itself what SLURM, Open MPI,
-Kubernetes (indexed jobs, with the `kubernetes` package) and TPU pods say of the others; elsewhere three flags say it.
+They are connected by `jax.distributed`, whose service runs in the first process. It reads by itself what SLURM, Open
+MPI, Kubernetes (indexed jobs, with the `kubernetes` package) and TPU pods say of the others; elsewhere three flags do.
 """
 
 import importlib.util
@@ -18,17 +18,17 @@ from typing import NoReturn
 import jax
 
 from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
-from runtime.files import disk_error
+from runtime.files import expected_error
 from runtime.processes import can_be_told, is_first, num_processes, process_id
 from runtime.signals import exit_at_once
 
 _SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
-_LINGER = 2.0  # seconds that the first process stays after an error: when it goes, JAX aborts the others at once
+_LINGER = 2.0  # seconds that the first process stays after an error: when it ends, JAX aborts the others at once
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|coordination service|socket closed", re.IGNORECASE)
 
 
 def launched() -> bool | None:
-    """Whether a launcher has started several processes; None on a TPU, which JAX alone can ask."""
+    """Whether a launcher has started several processes; None on a TPU, where only JAX can tell."""
     for present, size in _SIZES.items():
         if present in os.environ:
             return os.environ.get(size, "1") != "1"
@@ -41,18 +41,19 @@ def launched() -> bool | None:
 def joined(
     coordinator: str | None, count: int | None, number: int | None, seconds: int, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Inside, this process is one of those that a launcher, or three explicit values, say there are.
+    """Joins the processes of a run, as a launcher or the three explicit values describe them.
 
-    An error inside ends the process at once, without JAX's wait for the others, who would wait for it. To be entered
-    before JAX's backend is first used; where JAX has been initialised already it is used as it is.
+    An error inside ends the process at once: JAX would wait for the others, and they for this one. It has to be entered
+    before JAX's backend is first used; if `jax.distributed` is initialised already, it is used as it is.
 
     Args:
-      coordinator, count, number: HOST:PORT of the first process, how many there are, and which this is; or None.
-      seconds: how long to wait for the others to come, and later for a sign of life of one.
-      say: takes a line about what is waited for.
+      coordinator, count, number: HOST:PORT of the first process, the number of processes, and which one this is; all
+        None if a launcher says so.
+      seconds: how long to wait for the others to start, and later for a heartbeat of each.
+      say: takes a line about what this process waits for.
 
     Raises:
-      UserError: the three are incomplete or impossible, or the launcher's variables are.
+      UserError: the three values, or the launcher's variables, are incomplete or impossible.
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": number}
     if missing := [flag for flag, value in given.items() if value is None]:
@@ -114,7 +115,7 @@ def _nobody_came(coordinator: str | None, count: int | None, number: int | None,
 
 @contextmanager
 def peers_alive() -> Iterator[None]:
-    """Ends this process with one line when the devices inside say that they lost those of another process."""
+    """Ends this process with one line if the devices report inside that another process is lost."""
     try:
         yield
     except Exception as error:
@@ -123,7 +124,7 @@ def peers_alive() -> Iterator[None]:
 
 
 def end_if_a_peer_is_lost(error: Exception) -> None:
-    """Ends this process with one line when that is what an error says."""
+    """Ends this process with one line if the error says that another process is lost."""
     known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     if known and num_processes() > 1 and _LOST.search(str(error)):
         exit_at_once(
@@ -135,13 +136,13 @@ def end_if_a_peer_is_lost(error: Exception) -> None:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Say what happened as `main` would, and go."""
+    """Print the error as `main` would, and end the process."""
     sys.stdout.flush()
-    expected = disk_error(error) if isinstance(error, OSError) else error
+    expected = expected_error(error) if isinstance(error, OSError) else error
     if not isinstance(expected, ExpectedError):
         traceback.print_exc()
         exit_at_once(1)
     if is_first():
-        time.sleep(_LINGER)  # the others may be about to say the same
+        time.sleep(_LINGER)  # the others may be about to print the same
         exit_at_once(expected)
     exit_at_once(type(expected)(f"process {process_id()}: {expected}"))

@@ -16,31 +16,31 @@ class UserError(ExpectedError):
 
 
 class NoCheckpointError(ExpectedError):
-    """No checkpoint that can be used: exit status 3."""
+    """There is no usable checkpoint: exit status 3."""
 
     status = 3
 
 
 class DivergedError(ExpectedError):
-    """The numbers went bad and stayed bad: exit status 4."""
+    """Losses or gradients became bad and stayed bad: exit status 4."""
 
     status = 4
 
 
 class StorageError(ExpectedError):
-    """The disk did not take what had to be written: exit status 5."""
+    """A file could not be written: exit status 5."""
 
     status = 5
 
 
 class HungError(ExpectedError):
-    """No step was finished in time: exit status 6. Never raised: the watchdog ends the process with it."""
+    """No step finished in time: exit status 6. Never raised: the watchdog ends the process with it."""
 
     status = 6
 
 
 class LostPeerError(HungError):
-    """Another process of the run never came, or is gone. Never raised either: exit status 6."""
+    """Another process of the run never started, or is gone: exit status 6. Never raised either."""
 
 
 class Interrupted(Exception):

@@ -1,6 +1,6 @@
 """Writing and reading the small files of a run's directory. Of several processes only the first writes them.
 
-What is read here may come from anybody: only regular files of sane size are opened, and JSON is taken to a sane depth.
+The files may come from anybody: only regular files of limited size are opened, and JSON may be nested only so deep.
 """
 
 import contextlib
@@ -13,54 +13,51 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
-from runtime.errors import StorageError, UserError, one_line
+from runtime.errors import ExpectedError, StorageError, UserError, one_line
 from runtime.processes import is_first
 
 PROGRAM = Path(__file__).parent.parent  # where main.py lies: a clone, or the folder of an installed package
 INSTALLED = not (PROGRAM / "pyproject.toml").exists()
 MAKE_ROOM = "make room, then run the same command again"
 LARGEST = 2**28  # bytes of a file that is read whole
-LARGEST_LOG = 2**30  # of one that grows with every logged step
-_DEEPEST = 64  # objects and lists within each other
+LARGEST_LOG = 2**30  # bytes of a file that grows with every logged step
+_DEEPEST = 64  # levels of nested objects and lists
 _MOST_DIGITS = 40  # of a whole number: more than any of ours has, and few enough for a float
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be made again: compiled programs and, for an installed copy, data sets.
-
-    Raises:
-      UserError: the user has none.
-    """
+    """The user's folder for compiled programs and, for an installed copy, data sets. UserError if the user has none."""
     return _home("XDG_CACHE_HOME", ".cache") / "transformer-jax"
 
 
+def data_folder(data_dir: str) -> Path:
+    """`config.data_dir`, relative to the clone that this file lies in; for an installed copy to the user's cache."""
+    return (user_cache() if INSTALLED else PROGRAM) / data_dir
+
+
 def user_state() -> Path:
-    """The user's folder for what is worth keeping, as the lines that were typed. Raises as `user_cache`."""
+    """The user's folder for the history of typed lines. Raises as `user_cache`."""
     return _home("XDG_STATE_HOME", ".local/state") / "transformer-jax"
 
 
 def _home(variable: str, usual: str) -> Path:
     try:
         return Path(os.environ.get(variable) or Path.home() / usual)
-    except RuntimeError as error:  # as of a user without a name, in a container
+    except RuntimeError as error:  # a user without a name, in a container
         raise UserError(f"HOME: not set, and the system knows no home of this user; set it, or {variable}") from error
 
 
 def room(directory: Path, need: int | None = None) -> str:
-    """For messages: how much space the disk of a directory has left, and how much is needed if that is known."""
+    """For messages: how much space a directory's disk has left, and how much is needed if that is known."""
     megabytes = lambda size: f"{size / 1e6:,.1f} MB"
     needed = "" if need is None else f"need {megabytes(need)}, "
     return f"{needed}free {megabytes(shutil.disk_usage(directory).free)}"
 
 
 def require_room(directory: Path, need: int, what: str) -> None:
-    """Refuse to begin writing `what`, of `need` bytes, if the disk would not take it.
-
-    Raises:
-      StorageError: it is read-only, or has too little space.
-    """
+    """Raises StorageError if the disk is read-only, or has too little space for `what`, of `need` bytes."""
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"probe")
@@ -72,29 +69,46 @@ def require_room(directory: Path, need: int, what: str) -> None:
         raise StorageError(f"{directory}: no space left for {what} ({room(directory, need)}); {MAKE_ROOM}")
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """The error to raise when the disk did not take the file `path`."""
-    return StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}")
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turns an OSError, while the file `path` is written, into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror} ({room(path.parent)}); {MAKE_ROOM}") from error
 
 
-def disk_error(error: OSError) -> StorageError | None:
-    """The same for an error that no code expected; None unless it is about a full or a read-only disk."""
+def expected_error(error: OSError) -> ExpectedError | None:
+    """The error to raise for one that no code expected; None unless it is of the user's disk, paths or permissions."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):
+        path = error.filename or "a path"
+        return UserError(f"{str(path)[:200]}: {error.strerror}; name another one, or change its permissions")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return None
     return StorageError(f"{error.filename or 'a file'}: {error.strerror}; {MAKE_ROOM}")
 
 
-def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a regular file. Nothing else is opened: a pipe would be waited for, and a device may never end.
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A regular file, to read its bytes. Nothing else: a pipe would be waited for, and a device may never end.
 
     Raises:
-      ValueError: it is something else, or larger; says which.
-      OSError: it cannot be read.
+      OSError: it is something else, or cannot be read.
     """
-    kind = path.stat().st_mode
-    if not stat.S_ISREG(kind):
-        raise ValueError("is a directory" if stat.S_ISDIR(kind) else "is no regular file")
-    with path.open("rb") as file:
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return file
+
+
+def read_file(path: Path, largest: int = LARGEST) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      ValueError: it is larger.
+      OSError: it is something else, or cannot be read.
+    """
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
             raise ValueError(f"is too large: more than {largest:,} bytes")
     return content
@@ -103,8 +117,7 @@ def read_file(path: Path, largest: int = LARGEST) -> bytes:
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, which may come from anybody.
 
-    Raises:
-      ValueError: it is none, is nested too deeply, or holds a whole number of too many digits; says which.
+    Raises ValueError, which says why, if it is not JSON, is nested too deeply, or holds a number of too many digits.
     """
     try:
         value = json.loads(text, parse_int=_whole)
@@ -128,7 +141,7 @@ def _whole(digits: str) -> int:
 
 
 def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError, without the path, or OSError: what is wrong with it."""
+    """A JSON file's object. Raises ValueError, whose text lacks the path, or OSError if it is missing or damaged."""
     value = parse_json(read_file(path, largest))
     if not isinstance(value, dict):
         raise ValueError("holds no JSON object")
@@ -136,17 +149,13 @@ def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """A JSON file's object. Raises UserError if the file is missing or damaged."""
     with _readable(path):
         return read_object(path)
 
 
 def read_text(path: Path) -> str:
-    """A text file's content; bytes that are no UTF-8 are replaced. Raises as `read_json`."""
+    """A text file's content; invalid UTF-8 is replaced. Raises as `read_json`."""
     with _readable(path):
         return read_file(path).decode("utf-8", errors="replace")
 
@@ -161,30 +170,22 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, as `write_text` does."""
+    """Write a JSON file in one step, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is never half there.
-
-    Raises:
-      StorageError: the disk did not take it.
-    """
-    if not is_first():
-        return
-    try:
-        with replacing(path) as unfinished:
+    """Write a file in one step, so that it is never half written. Raises StorageError if it cannot be written."""
+    if is_first():
+        with storing(path), replacing(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise storage_error(path, error) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; the file or directory made there becomes `path` at the end, in one step.
+    """Gives a temporary path to write to, which is renamed to `path` at the end, so `path` is never half written.
 
-    So `path` is never half written. What is left when the writing fails is removed; no two processes share it.
+    If the writing fails, the temporary file or directory is removed. No two processes share one.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
         unfinished = Path(scratch) / path.name
@@ -194,11 +195,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path, flag: str) -> Iterator[TextIO]:
-    """A text file to write what a person asked for by `flag`; each line is there as soon as it is whole.
+    """A new text file that a person asked for by `flag`, written line by line.
 
-    Raises:
-      UserError: it is there already, or cannot be made.
-      StorageError: the disk did not take it.
+    Raises UserError if it exists or cannot be created, StorageError if it cannot be written.
     """
     try:
         file = path.open("x", encoding="utf-8", buffering=1)
@@ -206,26 +205,15 @@ def new_file(path: Path, flag: str) -> Iterator[TextIO]:
         raise UserError(f"{flag}={path}: is there already; name a new file") from error
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be made ({error.strerror}); name a file that can") from error
-    try:
-        with file:
-            yield file
-    except OSError as error:
-        raise storage_error(path, error) from error
+    with storing(path), file:
+        yield file
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add text to the end of a file.
-
-    Raises:
-      StorageError: the disk did not take it.
-    """
-    if not is_first():
-        return
-    try:
-        with path.open("a", encoding="utf-8") as file:
+    """Add text to the end of a file. Raises StorageError if it cannot be written."""
+    if is_first():
+        with storing(path), path.open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise storage_error(path, error) from error
 
 
 def size_of(path: Path) -> int:
@@ -234,47 +222,35 @@ def size_of(path: Path) -> int:
 
 
 def cut_back(path: Path, size: int, say: Callable[[str], None]) -> None:
-    """Cut a file that only grows back to the size it had when a checkpoint was made.
+    """Cut a file that only grows back to the size that it had when a checkpoint was made.
 
-    A file that is shorter has lost something; it is left as it is, and `say` gets a line about it.
-
-    Raises:
-      StorageError: the disk did not take it.
+    A file that is shorter has lost something: it is left as it is, and `say` gets a line about it. Raises StorageError
+    if the file cannot be cut.
     """
     found = size_of(path)
     if not is_first():
         return
     if found > size:
-        try:
+        with storing(path):
             os.truncate(path, size)
-        except OSError as error:
-            raise storage_error(path, error) from error
     elif found < size:
         say(f"{path}: {size - found} bytes that were written before this checkpoint are missing")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, each handed to the operating system at once.
-
-    Numbers that are not finite are written as null, because JSON has no such numbers.
-    """
+    """`metrics.jsonl`: one JSON object on each line. NaN and infinities become null, because JSON lacks them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
-        """Writes one row.
-
-        Raises:
-            StorageError: the disk did not take it.
-        """
+        """Writes one row, at once. Raises StorageError if it cannot be written."""
         append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
 
     def read(self, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-        """All rows but a last one that is not complete; none when there is no file. `warn` is told of those left out.
+        """All rows but an incomplete last one; [] if there is no file. `warn` gets a line if damaged rows are left out.
 
-        Raises:
-            UserError: it is no file that can be read.
+        Raises UserError if the file cannot be read.
         """
         with _readable(self.path):
             try:
@@ -285,7 +261,7 @@ class MetricsFile:
         for line in [*lines, *([last] if last.endswith(b"}") else [])]:
             try:
                 row = parse_json(line)
-            except ValueError:  # of bytes that are no UTF-8 too
+            except ValueError:  # invalid UTF-8 too
                 row = None
             if isinstance(row, dict):
                 rows.append(_plain(row))
@@ -297,7 +273,7 @@ class MetricsFile:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NumPy's and JAX's scalars become Python's, numbers that are not finite None."""
+    """`value` as JSON can hold it: scalars of NumPy and JAX become Python's, NaN and infinities None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if hasattr(value, "item"):

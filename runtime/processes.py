@@ -1,7 +1,7 @@
 """The processes of one run, once `runtime.distributed` has joined them: which one this is, and where all wait.
 
-The first process alone prints, and writes the small files of a run. With a single process nothing here does anything,
-nor imports JAX, for which `main.py --help` need not wait. What all have to agree on is `runtime.multihost`'s.
+Only the first process prints and writes the small files of a run. This module does not import JAX, so that
+`main.py --help` is fast. What the processes have to agree on is in `runtime.multihost`.
 """
 
 import itertools
@@ -14,16 +14,16 @@ _barriers = itertools.count()
 
 
 def _joined() -> Any:
-    """What `jax.distributed` knows of the processes; None before anybody has imported it.
+    """What `jax.distributed` knows of the processes; None before it is imported.
 
-    `jax.process_index` would wake the backend, whose flags come later. This is private to JAX: where a version has it
-    no longer, a single process goes on without it, and `runtime.distributed` refuses several.
+    `jax.process_index` would start the backend, whose flags are set later. This is private to JAX: if a version lacks
+    it, a single process goes on without it, and `runtime.distributed` refuses several.
     """
     return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
 
 
 def can_be_told() -> bool:
-    """Whether JAX, once it is imported, tells which of several processes this is."""
+    """Whether JAX, once it is imported, tells which of several processes this one is."""
     return _joined() is not None
 
 
@@ -38,22 +38,21 @@ def num_processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return process_id() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Go on when all processes have come here, however long that takes; `what` names the place.
+    """Wait, however long it takes, until all processes are here; `what` names the place.
 
-    By the service of `jax.distributed`: the devices may be in the middle of a step, whose collectives others must not
-    meet.
+    The service of `jax.distributed` does it and not the devices, which may be in the middle of a step.
     """
     if num_processes() > 1:
         _joined().client.wait_at_barrier(f"{what} {next(_barriers)}", timeout_in_ms=_FOREVER)
 
 
 def by_first(action: Callable[[], object]) -> None:
-    """Have the first process do something to files, once all have come here; then all go on."""
+    """The first process does something to files, once all are here; then all go on."""
     wait_for_all("before")
     if is_first():
         action()

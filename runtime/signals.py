@@ -1,4 +1,4 @@
-"""The ways to stop a run: signals that let it finish its step, and the sudden end."""
+"""The ways to stop a run: signals that let it finish its step, and the immediate exit."""
 
 import contextlib
 import ctypes
@@ -17,35 +17,35 @@ from runtime.processes import num_processes
 from runtime.screen import live
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # as a scheduler sends some time before it ends a job
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # a scheduler sends one some time before it ends a job
 _STOPPING = "stopping: this step is finished and saved first; once more stops at once and saves nothing"
 
 
 def hangup_ignored() -> bool:
-    """Whether a closed terminal is to stop nothing, as nohup asks for."""
+    """Whether the run outlives a closed terminal, as nohup asks for."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 class StopSignals:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop, and the second into an exit at once.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop, and the second into an immediate exit.
 
-    SIGUSR1 and SIGUSR2 are requests to save, or, as `on_warning` says, to stop. A SIGHUP that is ignored, as under
-    nohup, stays so.
+    SIGUSR1 and SIGUSR2 are requests to save, or to stop if `on_warning` says so. An ignored SIGHUP, as under nohup,
+    stays ignored.
 
     `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
-    handler only when the main thread is back from C code, which a compilation can keep for minutes. So the second
-    signal is not left to the handler: the interpreter writes every signal's number into a pipe the moment it arrives
+    handler only when the main thread returns from C code, and a compilation can take minutes there. So the second
+    signal is not left to the handler: the interpreter writes every signal's number into a pipe as soon as it arrives
     (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number. It
-    waits for nothing longer than a second, not even for a terminal that takes no more.
+    never waits longer than a second, not even for a terminal that hangs.
 
-    Handlers can be set in the main thread alone; in any other this does nothing. On a terminal, Ctrl-Z takes the live
-    view away before it stops the process.
+    Handlers can only be set in the main thread; in any other this does nothing. On a terminal, Ctrl-Z removes the live
+    view before it stops the process.
 
-    Of several processes each hands its signal on to JAX, which makes it known to the others; all stop at the same call
-    of `raise_if_set`, and so all must call it equally often.
+    Each of several processes passes its signal on to JAX, which tells the others; all stop at the same call of
+    `raise_if_set`, so all must call it equally often.
 
     Args:
-        say: takes one line when the first signal arrives, called from a thread of its own.
+        say: takes one line when the first signal arrives; called from another thread.
         on_warning: "save" or "stop".
     """
 
@@ -91,7 +91,7 @@ class StopSignals:
             raise Interrupted(self.signum)
 
     def take_save_request(self) -> bool:
-        """Whether a save was asked for since the last call; of several processes, all call it, and one is enough."""
+        """Whether a save was requested, in any process, since the last call; all processes must call it."""
         asked, self._save_asked = self._save_asked, False
         return asked_of_any(asked)
 
@@ -102,7 +102,7 @@ class StopSignals:
             self._save_asked = True
 
     def _watch(self) -> None:
-        """The reader thread: says that the first signal was heard, ends the process at the second."""
+        """The reader thread: acknowledges the first signal, and ends the process at the second."""
         heard = False
         while number := os.read(self._pipe_out, 1):
             signum = number[0]
@@ -118,7 +118,7 @@ class StopSignals:
 
 
 def _c_handler(signum: int) -> Callable[[int], object]:
-    """The handler that a library has set: JAX's of SIGTERM, which notes that this process is about to be preempted."""
+    """The handler that a library has set: for SIGTERM it is JAX's, which notes that the process will be preempted."""
     look_up = ctypes.pythonapi.PyOS_getsig
     look_up.restype, look_up.argtypes = ctypes.c_void_p, [ctypes.c_int]
     address = look_up(signum) or 0
@@ -126,7 +126,7 @@ def _c_handler(signum: int) -> Callable[[int], object]:
 
 
 def attempt(action: Callable[[], object], seconds: float = 1) -> None:
-    """Does it in a thread and waits no longer for it than that: a terminal or a disk may take nothing any more."""
+    """Runs `action` in a thread and waits at most so many seconds for it, because a terminal or a disk may hang."""
     thread = threading.Thread(target=action, daemon=True)
     try:
         thread.start()
@@ -137,7 +137,7 @@ def attempt(action: Callable[[], object], seconds: float = 1) -> None:
 
 
 def exit_at_once(why: int | ExpectedError) -> NoReturn:
-    """End the process from any thread, whatever the others do: a status, or an error's line and its status."""
+    """End the process from any thread, whatever the others do, with a status or with an error's line and status."""
 
     def write() -> None:
         live.leave()

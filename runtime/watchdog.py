@@ -11,15 +11,15 @@ from typing import Self
 from runtime.errors import HungError
 from runtime.signals import attempt, exit_at_once
 
-_TICKS = 8  # looks at the time, a limit
+_TICKS = 8  # checks during the time that a step may take
 
 
 class Watchdog:
-    """Writes what every thread is doing to `workdir/hang-TIME.txt` and ends the process when no step has been finished.
+    """If no step finishes in time, writes every thread's stack to `workdir/hang-TIME.txt` and ends the process.
 
-    It watches from the first `beat` on, outside of `pause`, in a thread of its own; a thread that holds the interpreter
-    while it hangs is not seen. Time is counted in the thread's own ticks, so a process that was stopped (Ctrl-Z) or a
-    machine that slept has not hung.
+    It watches from the first `beat` on, except in `pause`, in a thread of its own; it cannot act while another thread
+    hangs and holds the interpreter. Time is counted in the thread's own ticks, so a process that was stopped (Ctrl-Z)
+    or a machine that slept does not count as hung.
 
     Args:
         seconds: how long a step, or a save, may take; 0 switches it off.
@@ -43,12 +43,12 @@ class Watchdog:
             self._thread.join()
 
     def beat(self) -> None:
-        """A step was finished: watch from here on."""
+        """A step has finished: watch from here on."""
         self._quiet, self._watching = 0, True
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside may take as long as it likes."""
+        """The code inside may take any time."""
         watching, self._watching = self._watching, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""A run's directory as a whole: made and proved, locked, put aside."""
+"""A run's directory as a whole: create and check it, lock it, move it aside."""
 
 import contextlib
 import fcntl
@@ -18,26 +18,19 @@ from runtime.processes import by_first, is_first, wait_for_all
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-DIRECTORIES = CHECKPOINTS, "wandb", "tensorboard", "trackio", "profile"  # that a run writes to
+DIRECTORIES = CHECKPOINTS, "wandb", "tensorboard", "trackio", "profile"  # directories that a run writes to
 WEIGHTS = ("auto", "trained", "ema")  # of a checkpoint; ema: their average; auto: that, where there is one
 LAST_MOVED = "metrics.jsonl"
 _OLD = re.compile(r"old-\d+")
-UNSAVED = ".unsaved"  # in that directory: a run has begun, and no checkpoint of it was completed yet
+UNSAVED = ".unsaved"  # a file in `checkpoints`: a run has begun, and none of its checkpoints is complete yet
 
 
 class WorkdirLock:
-    """Holds `workdir/.lock` while a run uses the directory.
+    """Holds `workdir/.lock`, in an existing directory, while a run uses it.
 
-    The lock is `flock`'s: the kernel frees it when the process ends in whatever way, so none is ever stale. The
-    file names its holder, and stays behind. Of several processes the first holds it for all. On a file system that
-    knows no locks the run goes on with a warning.
-
-    Args:
-        workdir: an existing directory.
-        warn: takes one line when the directory cannot be locked.
-
-    Raises:
-        UserError: on entering, when another process holds the lock, or the file is somebody else's.
+    The lock is `flock`'s: the kernel frees it however the process ends, so it is never stale. The file names its holder
+    and is not removed. The first of several processes holds it for all. On a file system without locks, `warn` gets a
+    line and the run goes on. Entering raises UserError if another process holds the lock or the file cannot be opened.
     """
 
     def __init__(self, workdir: Path, warn: Callable[[str], None]) -> None:
@@ -77,19 +70,15 @@ class WorkdirLock:
 
 
 def _itself(path: str, flags: int) -> int:
-    """Opens a file, and not what a link in its place leads to; a pipe is not waited for."""
+    """Opens a file without following a link in its place, and without waiting for a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = ()) -> Path:
-    """Creates a run's directory, proves that it can be written, and returns its absolute path.
+    """Creates a run's directory, checks that it can be written, and returns its absolute path.
 
-    Args:
-        files: names of what the run writes there, directories apart.
-
-    Raises:
-        UserError: it cannot be created or written, is a file, or holds a link that leads out of it, or something else
-            than a file, under a name that the run writes to.
+    `files` are the names of files that the run will write. Raises UserError if the directory cannot be created or
+    written, or if under a name that the run writes to there is a link out of it or something of another kind.
     """
     try:
         workdir = Path(path).expanduser().resolve()
@@ -109,11 +98,7 @@ def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = ()) -> 
 
 
 def require_own(workdir: Path, path: Path, is_kind: Callable[[int], bool] = lambda mode: True) -> None:
-    """Refuse a link that leads out of `workdir`, an absolute path without links, and a thing of another kind.
-
-    Raises:
-        UserError: `path` is one; nothing was written.
-    """
+    """Raises UserError if `path` is a link out of `workdir` (an absolute path without links) or of another kind."""
     if path.is_symlink() and not path.resolve().is_relative_to(workdir):
         raise UserError(f"{path}: a link that leads out of the run's directory; put what it should be in its place")
     if path.exists() and not is_kind(path.stat().st_mode):
@@ -121,15 +106,15 @@ def require_own(workdir: Path, path: Path, is_kind: Callable[[int], bool] = lamb
 
 
 @contextlib.contextmanager
-def leaving_nothing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A directory that was not there before goes again when a run is refused before it has left anything in it."""
+def removed_if_unused(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Removes the directory again if it was created inside, and an error ends the run before it wrote anything."""
     workdir = Path(os.path.expanduser(path))
     was_there = os.path.lexists(workdir)
     try:
         yield
     except BaseException:
         if not was_there and is_first():
-            with contextlib.suppress(OSError):  # there is none, there is something in it, or another run is
+            with contextlib.suppress(OSError):  # it does not exist, is not empty, or another run uses it
                 _remove_unused(workdir)
         raise
 
@@ -147,10 +132,10 @@ def _remove_unused(workdir: Path) -> None:
 
 
 def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
-    """Move what an earlier run left in `workdir` to `workdir.old-N` beside it. Its lock stays, for we hold it.
+    """Move what an earlier run left in `workdir` to `workdir.old-N` beside it, except its lock, which we hold.
 
-    Where the directory is a disk of its own, to `workdir/old-N`. The checkpoints go first and the log of the steps goes
-    last: what a kill leaves in between is known by steps without checkpoints.
+    If the directory is a mount point, the target is `workdir/old-N`. Checkpoints are moved first and the log of steps
+    last, so an interrupted move leaves steps without checkpoints, which is recognised later.
     """
     by_first(partial(_move_aside, workdir, say))
 

@@ -12,14 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles in half the time
-)
-
 import jax
 import numpy as np
-from helpers import tiny_config, train_until
+from helpers import SOONER, tiny_config, train_until
 from jax.sharding import PartitionSpec
 
 import config_lib
@@ -30,7 +25,9 @@ from training.cost import held_bytes
 from training.ema import average_of
 from training.muon import share_out
 from training.step import make_step
-from transformer.sharding import batch_sharded, held_whole, make_mesh, parse_mesh, shardings_of
+from transformer.sharding import batch_sharded, make_mesh, parse_mesh, shardings_of, undivided
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false {SOONER}"
 
 # All sizes differ, and all but the vocabulary of 65 can be split in eight; the key heads are fewer.
 MODEL = {
@@ -113,7 +110,7 @@ class Trained:
                 (c.op, axes_of_group(c.group, dict(self.mesh.shape)), c.count, c.sent)
                 for c in collectives(self.program.as_text(), self.mesh.size)
             ],
-            "whole": held_whole(params, sizes | {"key_heads": self.model.num_kv_heads}, self.mesh),
+            "whole": undivided(params, sizes | {"key_heads": self.model.num_kv_heads}, self.mesh),
             "held": held_bytes(self.settings, self.model, self.config.batch_size, self.step.state, self.mesh),
             "compiled": held.argument_size_in_bytes + held.temp_size_in_bytes,
         }

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ROOT
+from helpers import ROOT, SOONER
 
-DEVICES = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={}"
+DEVICES = f"--xla_cpu_multi_thread_eigen=false {SOONER} --xla_force_host_platform_device_count={{}}"
 # The signal comes at the step, once the save that has begun is whole; then JAX, which looks once a second, gets time.
 HIT = """
 import os, pathlib, signal, sys, time, input_pipeline, train_lib

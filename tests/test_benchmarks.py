@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SCRATCH, make_text
 
-from benchmarks import gpu, harness, recipe, tables, time_to_loss
+from benchmarks import gpu, harness, recipe, step, tables, time_to_loss
 from configs import default
 
 TINY = {"num_blocks": 1, "num_heads": 2, "embedding_dim": 16, "mlp_dim": 24, "context_len": 8, "batch_size": 4}
@@ -45,6 +45,20 @@ def test_things_compared_take_turns():
     order = []
     seconds = harness.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, warmup=1)
     assert order == ["a", "b"] * 4 and {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_step_is_compared_with_that_of_an_earlier_build():
+    seconds = {"here": [0.02, 0.03, 0.01], "torch eager": [0.05], step.EARLIER: [0.08, 0.06, 0.04]}
+    ours, theirs, before = step.rows_of("1,16,2,24,8,4,50", seconds, rate=1e9)
+    assert (ours["times as fast as the best torch"], ours[f"as {step.EARLIER}"]) == ("2.50", "3.00")
+    assert theirs[f"as {step.EARLIER}"] == before[f"as {step.EARLIER}"] == ""
+    assert f"as {step.EARLIER}" not in step.rows_of("1,16,2,24,8,4,50", {"here": [0.02]}, rate=1e9)[0]
+
+
+def test_a_build_of_the_past_is_there_and_gone_again():
+    with harness.build_of("HEAD") as place:
+        assert (place / "main.py").is_file() and place != ROOT
+    assert not place.exists() and str(place) not in subprocess.check_output(["git", "worktree", "list"], text=True)
 
 
 def test_shares_of_a_step_are_taken_within_a_round():
@@ -116,6 +130,7 @@ def test_the_limits_of_the_gpu_call_stay_under_nine_minutes():
     assert sum(gpu.LIMITS.values()) < 9 * 60 and set(gpu.LIMITS) == set(gpu.PARTS)
 
 
+@pytest.mark.once
 def test_attention_that_is_wrong_stops_the_timing(monkeypatch):
     from transformer.kernels import choose
 
@@ -140,6 +155,7 @@ def test_every_kept_result_is_a_table(capsys):
         assert result["title"] in printed and result["machine"]["versions"]["jax"] in printed
 
 
+@pytest.mark.once
 def test_the_parts_of_the_recipe(tmp_path, text):
     corpus = [f"--config.dataset={text}", "--config.val_fraction=0.4", f"--config.data_dir={tmp_path}"]
     few = ["--rounds=2", "--steps=2", "--every=2", "--muon_factors=1", "--adamw_rates=0.004", "--choices", "tied"]
@@ -153,6 +169,7 @@ def test_the_parts_of_the_recipe(tmp_path, text):
     assert saved and all(row["steps to 9"] == "2" and row["steps to 0.1"] == "not reached" for row in saved)
 
 
+@pytest.mark.once
 def test_time_to_a_loss(tmp_path, text):
     run = ["--seeds", 5, "--caches", "cold", "--target=9", f"--out={tmp_path}"]
     keys = ["--config.max_steps=2", "--config.log_every=1", f"--config.dataset={text}", "--config.val_fraction=0.4"]

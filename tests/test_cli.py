@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,14 @@ DEFAULTS = default.get_config()
 def test_help_does_not_wait_for_jax():
     program = "import main, sys; main.main(['--help']); sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_help_needs_neither_a_path_nor_a_reader():
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
+        command = [sys.executable, ROOT / "main.py", "--help"]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.fixture

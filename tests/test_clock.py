@@ -5,8 +5,8 @@ import time
 import pytest
 from helpers import tiny_config
 
-from training.clock import Beside, Clock
-from training.clock import beside as work_beside
+from training.clock import Clock, SideWork
+from training.clock import side_work as work_besides
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_the_clock_leaves_compilation_and_pauses_out_of_laps_and_keeps_them_in_e
 
 
 def test_work_ahead_is_counted():
-    assert Beside(10, 2, 7).ahead(0, 100) == (10, 9 * 2 + 7)
-    assert Beside(10, 2, 7).ahead(10, 100) == (9, 8 * 2 + 7)  # that of step 10 itself is done, or nearly
-    assert Beside(10, 2, 7).ahead(95, 99) == (1, 7)
-    assert Beside(0, 2, 7).ahead(95, 99) == (1, 7)
-    assert Beside(10).ahead(99, 99) == (0, 0)
+    assert SideWork(10, 2, 7).ahead(0, 100) == (10, 9 * 2 + 7)
+    assert SideWork(10, 2, 7).ahead(10, 100) == (9, 8 * 2 + 7)  # that of step 10 itself is done, or nearly
+    assert SideWork(10, 2, 7).ahead(95, 99) == (1, 7)
+    assert SideWork(0, 2, 7).ahead(95, 99) == (1, 7)
+    assert SideWork(10).ahead(99, 99) == (0, 0)
 
 
 def times_left(now, config, val_tokens, step, compiling, costs) -> list[tuple[int, float, float]]:
@@ -53,7 +53,7 @@ def times_left(now, config, val_tokens, step, compiling, costs) -> list[tuple[in
     total, k, beside, clock, said = (
         config.max_steps,
         config.accumulation_steps,
-        work_beside(
+        work_besides(
             config.batch_size * config.context_len * config.accumulation_steps,
             *(val_tokens, config.eval_tokens),
             **{key: config[key] for key in ("eval_every", "sample_every", "save_every")},

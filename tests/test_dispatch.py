@@ -3,13 +3,13 @@
 from itertools import pairwise
 
 import pytest
-from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
+from helpers import SOONER, arguments, assert_same_state, losses, run_main, tiny_config, train_until
 
 import input_pipeline
 import train_lib
 from runtime.checkpoints.manager import Checkpoints
 from training import dispatch
-from training.dispatch import MOST, held_back, longest, spans
+from training.dispatch import MOST, longest, spans, throttled
 
 QUIET = {"log_every": 100, "eval_every": 100, "save_every": 100, "sample_every": 0}
 
@@ -36,8 +36,8 @@ def test_a_dispatch_ends_where_something_is_due(changes, start, ends, want):
 
 def test_a_run_is_the_same_in_large_dispatches_and_cut_in_between(tmp_path, monkeypatch):
     """5 at once, then 4 when a signal has moved the cuts, and 1: the same log, samples and last checkpoint."""
-    small = {"num_blocks": 1, "use_muon": False}  # a program for each number of steps: less to compile
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20, log_every=4, **small)
+    # Without Muon there is less to compile for each number of steps.
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=20, log_every=4, use_muon=False)
     reference = train_lib.train(config, tmp_path / "reference")
     config.steps_per_dispatch = 5
     cut = tmp_path / "cut"
@@ -52,10 +52,11 @@ def test_a_run_is_the_same_in_large_dispatches_and_cut_in_between(tmp_path, monk
 
 
 def test_large_dispatches_on_two_devices(tmp_path):
-    config = tiny_config(max_steps=9, log_every=4, eval_every=9, steps_per_dispatch=3, num_blocks=1, sample_every=0)
+    config = tiny_config(max_steps=9, log_every=4, eval_every=9, steps_per_dispatch=3, sample_every=0)
     want = losses(train_lib.train(config, tmp_path / "one").workdir)
-    done = run_main(*arguments(tiny_config(**(dict(config) | {"cpu_devices": "2"})), tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
+    two = arguments(tiny_config(**(dict(config) | {"cpu_devices": "2"})), tmp_path / "two")
+    done = run_main(*two, XLA_FLAGS=SOONER)  # none that an earlier test has set, such as the number of devices
+    assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stderr
     have = losses(tmp_path / "two")
     assert [row[0] for row in have] == [row[0] for row in want] == [4, 8, 9]
     assert [row[1] for row in have] == pytest.approx([row[1] for row in want], rel=1e-5)
@@ -64,7 +65,7 @@ def test_large_dispatches_on_two_devices(tmp_path):
 def test_the_devices_are_never_far_behind(monkeypatch):
     waited = []
     monkeypatch.setattr("training.dispatch.jax.block_until_ready", waited.append)
-    step = held_back(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
+    step = throttled(lambda state, batch: (state + 1, f"metrics {batch}"), most=3)
     state = 0
     for batch in range(5):
         state, step_metrics = step(state, batch)
@@ -72,6 +73,7 @@ def test_the_devices_are_never_far_behind(monkeypatch):
     assert waited == ["metrics 0", "metrics 1"]
 
 
+@pytest.mark.once
 def test_room_is_made_for_the_batches_that_are_left(tmp_path, monkeypatch):
     """Not for two thousand million of them; and what is under way ends before somebody loses patience."""
     sizes = []
@@ -91,14 +93,15 @@ def test_nothing_to_wait_for_in_three_hundred_steps_of_two_devices(tmp_path):
     """With 33 under way XLA's two devices wait for each other, and the process is aborted."""
     never = dict.fromkeys(["log_every", "eval_every", "save_every"], 300)
     done = run_main(
-        *arguments(tiny_config(max_steps=300, cpu_devices="2", num_blocks=1, sample_every=0, **never), tmp_path)
+        *arguments(tiny_config(max_steps=300, cpu_devices="2", sample_every=0, **never), tmp_path), XLA_FLAGS=SOONER
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stderr
 
 
+@pytest.mark.once
 def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
     begun, ended = [], []
-    config = tiny_config(max_steps=8, steps_per_dispatch=8, num_blocks=1, use_muon=False, **QUIET)
+    config = tiny_config(max_steps=8, steps_per_dispatch=8, use_muon=False, **QUIET)
 
     class Profiler:
         start_trace = lambda path: begun.append(len(made))

@@ -146,7 +146,7 @@ def run(argv: list[str]) -> None:
     """A command with a tiny model and text, as far as the page does not say otherwise."""
     trains = not argv or argv[0].startswith("-") or argv[0] == "train"
     given = {word.partition("=")[0].removeprefix("--config.") for word in argv}
-    settings = tiny_config(num_blocks=1, sample_every=0, sample_tokens=1, eval_every=1000, save_every=1000)
+    settings = tiny_config(sample_every=0, sample_tokens=1, eval_every=1000, save_every=1000)
     names = {*TINY, "dataset", "data_dir"} - given
     tiny = [f"--config.{name}={settings[name]}" for name in sorted(names)] if trains else []
     assert main.main([*argv, *tiny]) == 0
@@ -158,6 +158,7 @@ PAGES_TO_RUN = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES_TO_RUN)
 def test_the_commands_of_a_page_run(page, place):
     write_new_files(page, place)
@@ -174,7 +175,7 @@ def test_the_commands_of_a_page_run(page, place):
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_the_python_of_a_page(page, place, monkeypatch):
     shutil.rmtree("runs/shakespeare")
-    small = tiny_config(tokenizer="byte", num_blocks=1, max_steps=2, sample_every=0, sample_tokens=1)
+    small = tiny_config(tokenizer="byte", max_steps=2, sample_every=0, sample_tokens=1)
     monkeypatch.setattr(shakespeare, "get_config", lambda: small)
     for body in blocks(page, "python"):
         first = re.match(r"# (\S+\.py)\n", body)

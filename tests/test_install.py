@@ -37,6 +37,7 @@ def environment(tmp_path_factory) -> Path:
     return folder / "environment"
 
 
+@pytest.mark.once
 def test_the_command_trains_and_samples_from_another_directory(environment, tmp_path):
     here, cache = tmp_path / "here", tmp_path / "cache"
     here.mkdir()

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, finished_run, rows
 from jax.sharding import AbstractMesh
 
-from transformer.sharding import held_whole, spec_of
+from transformer.sharding import spec_of, undivided
 
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
 # Entries of the weights of `mesh_runs.MODEL`: width 40, 8 query heads and 4 key heads of 6, hidden width 72.
@@ -161,7 +161,7 @@ def test_one_axis_of_a_mesh_splits_one_axis_of_an_array():
     with pytest.raises(ValueError, match="two axes of one array"):
         spec_of(("mlp", "vocab"), (64, 64), mesh)
     assert tuple(spec_of(("rows", "tokens", "mlp"), (16, 6, 24), mesh)) == (("data", "fsdp"), "sequence", "tensor")
-    assert held_whole({"head.kernel": jax.ShapeDtypeStruct((40, 65), "float32")}, {"tokens": 7}, mesh) == [
+    assert undivided({"head.kernel": jax.ShapeDtypeStruct((40, 65), "float32")}, {"tokens": 7}, mesh) == [
         "tokens 7 (sequence 2)",
         "vocab 65 (tensor 8)",
     ]

@@ -29,7 +29,7 @@ def test_it_is_stored_without_outputs():
 @pytest.fixture
 def executed(tmp_path, monkeypatch) -> dict[str, nbformat.NotebookNode]:
     """The cells by the heading that they stand under, those of code alone; each heading has one."""
-    steps = {"num_blocks": 1, "max_steps": 200, "eval_every": 100, "save_every": 100, "sample_every": 0}
+    steps = {"max_steps": 200, "eval_every": 100, "save_every": 100, "sample_every": 0}
     changes = {**TINY, "dataset": tiny_config().dataset, "data_dir": tiny_config().data_dir, **steps}
     monkeypatch.setenv("NOTEBOOK_CONFIG", json.dumps(changes))
     monkeypatch.setenv("NOTEBOOK_RUNS", str(tmp_path))
@@ -46,6 +46,7 @@ def executed(tmp_path, monkeypatch) -> dict[str, nbformat.NotebookNode]:
     return cells
 
 
+@pytest.mark.once
 def test_it_runs_from_top_to_bottom(executed, tmp_path):
     assert f"in {ROOT}\n" in printed(executed["Train a Transformer with attention sinks"])
     assert "1 x cpu (cpu)" in printed(executed["The device, and the settings"])

@@ -387,6 +387,8 @@ def test_rows_of_parquet_are_documents(tmp_path, bpe, parquet):
     )
     (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-5])
     assert "0.parquet: cannot be read" in refusal(run, tmp_path / "*.parquet", tmp_path / "c")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    assert "pipe.parquet: cannot be read (no regular file)" in refusal(run, tmp_path / "pipe.parquet", tmp_path / "d")
 
 
 @pytest.mark.parametrize("kind", ["string_view", "binary", "large_binary", "binary_view", "large_string"])

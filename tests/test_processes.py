@@ -18,7 +18,6 @@ SETTINGS = {
     "max_steps": STEPS,
     "save_every": 5,
     "eval_every": 4,
-    "num_blocks": 1,
     "keep": 3,
     "steps_per_dispatch": 2,
     "dropout": 0.1,

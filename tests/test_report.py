@@ -116,9 +116,10 @@ def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
     for expected in ("<i>a run_&", "<script>alert(1)</script> & so on", "step 99", "val_fraction", "muon_lr", "jaxlib"):
         assert expected in text
     last_LN = np.array(shares_of(workdir)[-1]["shares"])
-    most = np.unravel_index(last_LN.argmax(), last_LN.shape)
+    most, least = (np.unravel_index(at, last_LN.shape) for at in (last_LN.argmax(), last_LN.argmin()))
     assert f"the sinks take {last_LN.mean():.1%} of all attention" in text
     assert f"most in head {most[1] + 1} of layer {most[0] + 1} ({last_LN.max():.1%})" in text
+    assert f"least in head {least[1] + 1} of layer {least[0] + 1} ({last_LN.min():.1%})" in text
     assert "My aunt paints" in text and "on a text of 14 tokens" in text
     differs = source[source.index("what differs from the defaults") : source.index("Every key")].replace("<wbr>", "")
     base, config = map(config_lib.to_dict, (default.get_config(), run_lib.read_config(workdir)))

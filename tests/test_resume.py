@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, capsys):
 
 
 def test_a_run_stopped_in_mid_accumulation_and_killed_later_is_the_same(tmp_path):
-    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11, num_blocks=1)
+    config = tiny_config(accumulation_steps=3, dropout=0.2, max_steps=11)
     reference = train_lib.train(config, tmp_path / "reference")
     workdir = tmp_path / "cut"
     command = arguments(config, workdir)
@@ -152,6 +152,7 @@ def test_a_finished_run_can_be_made_longer(copy, tmp_path):
     assert [row["loss"] for row in run.history] == [row["loss"] for row in longer.history]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "changes, more, line",
     [
@@ -163,7 +164,7 @@ def test_a_finished_run_can_be_made_longer(copy, tmp_path):
 def test_a_run_that_is_made_longer_does_not_warm_up_again(changes, more, line, tmp_path, capsys):
     """Ten of its first twenty steps warm up, however many follow; the line that says so tells what the rates do."""
     base = tiny_config(
-        **{"num_blocks": 1, "use_muon": False, "lr_warmup_ratio": 0.5, "sample_every": 0, "eval_every": 100},
+        **{"use_muon": False, "lr_warmup_ratio": 0.5, "sample_every": 0, "eval_every": 100},
         **{"max_steps": 20, "save_every": 100},
     )
     base.update(changes)
@@ -291,7 +292,7 @@ def test_a_checkpoint_is_never_replaced_by_one_with_other_batches(tmp_path, monk
     values = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
     config = lambda k, steps: tiny_config(
-        **{"num_blocks": 1, "accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
+        **{"accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
         **{"eval_every": 3, "save_every": 2, "sample_every": 0, "use_muon": False},
     )
     numbers = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
@@ -313,7 +314,7 @@ def test_a_run_whose_numbers_fell_under_an_older_build_goes_on_above_them(tmp_pa
     values = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(Evaluator, "__call__", lambda *_: (next(values), 1))
     config = lambda k, steps: tiny_config(
-        **{"num_blocks": 1, "accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
+        **{"accumulation_steps": k, "batch_size": 8 // k, "max_steps": steps, "keep": 1},
         **{"eval_every": 100, "save_every": 100, "sample_every": 0, "use_muon": False},
     )
 

@@ -486,7 +486,7 @@ def test_a_refused_run_leaves_no_directory_but_what_was_there_or_was_made(tmp_pa
             run.mkdir()
         with (
             pytest.raises(UserError, match="refused"),
-            workdir.leaving_nothing(run),
+            workdir.removed_if_unused(run),
             workdir.WorkdirLock(workdir.prepare_workdir(run), pytest.fail),
         ):
             (run / "checkpoints").mkdir()

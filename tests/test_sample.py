@@ -157,8 +157,9 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
 
     finished_run()
     capsys.readouterr()
-    assert sample(b"A heron\n") == 0
-    assert capsys.readouterr() == (text_after("A heron"), "")
+    for typed in (b"A heron\n", b"\xef\xbb\xbfA heron\r\n"):
+        assert sample(typed) == 0
+        assert capsys.readouterr() == (text_after("A heron"), "")
     assert sample(b"") == 0
     assert capsys.readouterr().out == text_after("\n")
     assert sample(b"A \xff") == 2
@@ -167,9 +168,10 @@ def test_without_a_terminal_the_prompt_is_read_from_standard_input(capsys, monke
     assert_one_line(capsys.readouterr().err, "error: standard input: ", "'µ' at 2")
 
 
+@pytest.mark.once
 def test_a_text_without_newlines_needs_no_prompt(tmp_path, capsys, monkeypatch):
     (tmp_path / "dna.txt").write_text("ACCGTTTGACA" * 30)
-    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7, num_blocks=1)
+    config = tiny_config(dataset=str(tmp_path / "dna.txt"), max_steps=1, sample_tokens=7)
     run = train_lib.train(config, tmp_path / "run")
     ((_, sampled),) = run_lib.read_samples(tmp_path / "run")
     assert len(sampled) == 7 and set(sampled) <= set("ACGT")
@@ -228,7 +230,7 @@ def test_several_samples_are_those_of_the_seeds_that_follow(capsys):
 def test_prompts_of_a_file_go_to_a_file(tmp_path, capsys, name):
     prompts, out = ["A heron", "My aunt "], tmp_path / "out.jsonl"
     lines = [json.dumps({"prompt": prompt, "other": 1}) if name.endswith("l") else prompt for prompt in prompts]
-    (tmp_path / name).write_text("\r\n\n".join(lines) + "\n", newline="")
+    (tmp_path / name).write_text("\ufeff" + "\r\n\n".join(lines) + "\n", newline="")  # as editors and shells write it
     flags = [f"--prompts={tmp_path / name}", f"--out={out}", "--num_samples=2"]
     assert sample_out(capsys, *flags) == ""
     rows = [json.loads(line) for line in out.read_text().splitlines()]

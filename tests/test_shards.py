@@ -1,6 +1,7 @@
 """Shards on disk read as one array, checked before use, and nothing grows with them but their list."""
 
 import builtins
+import gzip
 import itertools
 import json
 import os
@@ -138,12 +139,29 @@ def test_the_type_of_headerless_tokens_is_told_by_their_vocabulary_and_content(t
 
 def test_tokens_of_two_bytes_are_none_of_a_large_vocabulary(tmp_path):
     np.arange(600, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    assert "for a vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
     np.arange(601, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    assert "hold no vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
+    assert "for a vocabulary of 100,000" in refusal(read_shard, tmp_path / "train.bin", 100_000)
     np.arange(80, dtype=np.uint32).tofile(tmp_path / "train.bin")
     np.arange(9, dtype=np.uint16).tofile(tmp_path / "val.bin")
     assert "uint32 tokens and" in refusal(load, tmp_path, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: np.arange(90, dtype=np.float32).tofile(path), "are no token ids of two, four or eight bytes"),
+        (lambda path: np.arange(64_000, 64_099, dtype=np.uint32).tofile(path), "are no token ids"),
+        (lambda path: np.save(path.open("wb"), np.arange(90, dtype=np.uint16)), "is NumPy's array"),
+        (lambda path: path.write_bytes(gzip.compress(bytes(90))), "is gzip"),
+        (os.mkfifo, "cannot be read (no regular file)"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read (no regular file)"),
+    ],
+)
+def test_what_is_called_as_headerless_tokens_and_holds_none_is_refused(tmp_path, write, words):
+    """Read as they are, the numbers would be trained on; a pipe would be waited for."""
+    write(tmp_path / "train.bin")
+    assert words in refusal(read_shard, tmp_path / "train.bin", 50_000)
 
 
 def cut_short(path: Path) -> None:

@@ -13,6 +13,7 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SOONER
 
 from training import muon, step
 from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
@@ -232,7 +233,7 @@ pickle.dump(results, sys.stdout.buffer)
 def test_two_and_eight_devices_do_what_one_does(in_three):
     """In a process of its own, as JAX must know the number of simulated devices before it starts."""
     here = Path(__file__).parent
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter: compiles sooner
+    flags = f"--xla_force_host_platform_device_count=8 {SOONER}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     command = [sys.executable, "-c", ON_SEVERAL_DEVICES]
     params = pickle.dumps(in_three.params)

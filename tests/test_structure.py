@@ -149,8 +149,9 @@ def test_what_is_traced_asks_for_no_devices():
     assert set(found) == {"transformer.xla: jax.extend.backend.get_backend"}
 
 
-def test_a_worker_that_encodes_text_loads_no_jax():
-    code = "import sys, corpus.encode; print(*sorted({'jax', 'jaxlib', 'flax', 'optax'} & sys.modules.keys()))"
+@pytest.mark.parametrize("module", ["corpus.encode", "commands.prepare"])
+def test_what_encodes_text_loads_no_jax(module):
+    code = f"import sys, {module}; print(*sorted({{'jax', 'jaxlib', 'flax', 'optax'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
@@ -171,9 +172,7 @@ READERS = {  # who opens files, and why it is not `runtime.files` that does
     "runtime.watchdog": "writes while everything hangs",
     **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
     **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
-    **dict.fromkeys(
-        [f"corpus.{name}" for name in ("cache", "fetch", "files", "load_text", "prepare", "rebuild", "shards")], "data"
-    ),
+    **dict.fromkeys(["corpus.fetch", "corpus.prepare", "corpus.rebuild", "corpus.cache"], "data that it wrote"),
     "corpus.tokenizer": "what a library says",
 }
 
@@ -220,3 +219,11 @@ def test_the_tree_of_the_readme_is_the_tree_that_is_there():
     named = {name for line in lines for name in ([line] if line != "LICENSE" else [line, "pyproject.toml"])}
     rest = {name for name in there - named if not re.fullmatch(r"requirements.*\.txt|README\.md", name)}
     assert (named - there, rest) == (set(), set())
+
+
+def test_training_begins_without_what_its_first_steps_do_not_need():
+    """Orbax comes with the first row, pictures at the end, and what asks the network when it is asked."""
+    code = "import sys, main; from commands.typos import load; load('train'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    later = {"orbax.checkpoint", "matplotlib", "wandb", "torch", "transformers", "urllib.request"}
+    assert {"jax", "optax"} < (loaded := set(done.stdout.split())) and not later & loaded

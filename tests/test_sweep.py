@@ -186,6 +186,7 @@ def state_of(pid: int) -> str:
     return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout[:1]
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("ps")), reason="needs a shell that stops jobs, and ps")
 def test_ctrl_z_stops_the_sweep_and_its_run_and_ctrl_c_ends_both(stand_in):
     """Keys in a real terminal, which signal a whole process group, and a shell that looks after it."""
@@ -226,9 +227,10 @@ def test_a_runs_own_directory_is_no_sweeps(stand_in, capsys):
     assert_one_line(capsys.readouterr().err, "is a run's own directory")
 
 
+@pytest.mark.once
 def test_a_real_sweep(tmp_path):
     """Every key that differs reaches the trainer, awkward text and pairs of numbers too."""
-    quick = {"max_steps": 2, "num_blocks": 1, "use_muon": False, "sample_every": 0}
+    quick = {"max_steps": 2, "use_muon": False, "sample_every": 0}
     config = tiny_config(**quick, sample_prompt=" A", betas=(0.8, 0.9))
     usual = default.get_config()
     changed = [f"--config.{key}={sweep._flag_text(v)}" for key, v in config.items() if v != usual[key]]

@@ -447,6 +447,7 @@ def changed(model: dict | None = None, **others) -> str:
         (changed({"vocab": {}, "merges": []}), 300, None, "cannot read it"),
         (changed({"vocab": {"\ud800": 0}}), 300, 2, "cannot read it"),
         (changed({"unk_token": "☃", "byte_fallback": False}), 300, 2, "cannot read it: Unk token"),
+        (changed({"vocab": LLAMA["model"]["vocab"] | {"twice": 7}}), 300, 2, "two of .* have the same id"),
         (changed(decoder=None), 300, 2, "type none"),
         (changed(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), 300, 2, "type WordPiece"),
         (changed(added_tokens=[LLAMA["added_tokens"][2] | {"id": 7}]), 300, 2, "'</s>' .* the id 7"),

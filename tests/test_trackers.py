@@ -131,6 +131,7 @@ def refusing_server():
         server.shutdown()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("settings", "warning"),
     [
@@ -167,6 +168,7 @@ def test_wandb_logs_offline_with_one_warning_and_without_the_key(
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
 
 
+@pytest.mark.once
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     first = wandb._run_id(tmp_path)
     assert re.fullmatch("[0-9a-f]{8}", first)
@@ -190,6 +192,7 @@ def records(path: Path) -> Iterator[Any]:
             parts = b""
 
 
+@pytest.mark.once
 def test_what_an_offline_run_wrote_is_all_there_and_a_resumed_one_goes_on_with_its_id(tmp_path, wandb_world):
     workdir = tmp_path / "run"
     for max_steps in 8, 12:

@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import arguments, finished_run, losses, make_text, rows, run_main, saved_state, tiny_config, train_until
+from helpers import (
+    SOONER,
+    arguments,
+    finished_run,
+    losses,
+    make_text,
+    rows,
+    run_main,
+    saved_state,
+    tiny_config,
+    train_until,
+)
 
 import config_lib
 import input_pipeline
@@ -95,9 +106,9 @@ def test_runs_are_deterministic_and_say_what_they_do(tmp_path, capsys):
         f"parameters  {counted:,} (embedding {vocab_size * 32:,},",
         "memory      about ",
         f"a device (parameters {4 * counted / 1e6:,.0f}, optimizer ",
-        "Muon for 12 matrices",
+        "Muon for 6 matrices",
         f"ln {vocab_size} = {math.log(vocab_size):.3f}",
-        "blocks.1.attention.query.kernel",
+        "blocks.0.attention.query.kernel",
         "8/8  loss",
     ):
         assert text in output
@@ -179,7 +190,7 @@ def test_an_older_checkpoint_says_by_its_config_what_its_loss_stands_on(meta, to
 
 def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsys):
     assert jax.device_count() != 2
-    done = run_main(*arguments(tiny_config(cpu_devices="2", max_steps=20), tmp_path), XLA_FLAGS="")
+    done = run_main(*arguments(tiny_config(cpu_devices="2", max_steps=20), tmp_path), XLA_FLAGS=SOONER)
     assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stderr
     history = rows(tmp_path)
     for one, two in zip(finished_run().history, history, strict=False):
@@ -194,7 +205,7 @@ def test_two_devices_train_as_one_and_eval_repeats_the_best_loss(tmp_path, capsy
 def test_products_in_half_precision_train_as_float32_does(tmp_path, capsys):
     """Two devices; the header says what runs, and whoever reads the run computes as it did."""
     config = tiny_config(cpu_devices="2", max_steps=20, dtype="bfloat16_matmul")
-    done = run_main(*arguments(config, tmp_path), XLA_FLAGS="")
+    done = run_main(*arguments(config, tmp_path), XLA_FLAGS=SOONER)
     assert done.returncode == 0 and "2 x cpu (cpu), bfloat16_matmul" in done.stdout, done.stderr
     apart = [abs(own["loss"] - row["loss"]) for own, row in zip(rows(tmp_path), finished_run().history, strict=False)]
     assert 0 < max(apart) < 0.02

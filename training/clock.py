@@ -1,4 +1,4 @@
-"""How long a run's steps take, and how much longer all of it will."""
+"""How long a run's steps take, and how much time is left."""
 
 import contextlib
 import time
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Work that a run does beside its steps, after some of them and always after the last.
+class SideWork:
+    """Work that a run does besides its steps, such as evaluations, after some steps and always after the last.
 
     Args:
-      every: after how many steps; 0: after the last alone.
-      size: how large one is, in a unit of the caller's choice.
-      last_size: how large the one after the last step is.
+      every: done after every so many steps; 0: only after the last.
+      size: the size of one, in any unit.
+      last_size: the size of the one after the last step.
       share: assumed cost of a unit, in steps, until one was timed.
       compiling: extra time of the first one, as a share of the extra time of the first step.
     """
@@ -26,7 +26,7 @@ class Beside:
     compiling: float = 0.0
 
     def ahead(self, step: int, total: int) -> tuple[int, float]:
-        """How many come after `step`, that of the step itself not counted, and their size in all."""
+        """How many are still to come after `step`, without that of the step itself, and their total size."""
         if step >= total:
             return 0, 0.0
         before_last = (total - 1) // self.every - step // self.every if self.every else 0
@@ -34,24 +34,23 @@ class Beside:
 
 
 class Clock:
-    """A stop-watch for steps, which leaves pauses out. It never sees the wall clock, which may jump.
+    """A stop-watch for steps, without pauses. It does not use the wall clock, which may jump.
 
-    Args:
-        elapsed: seconds already spent by earlier sessions of the same run.
+    `elapsed` are the seconds of earlier sessions of the same run.
     """
 
     def __init__(self, elapsed: float = 0.0) -> None:
         now = time.monotonic()
         self._start = now - elapsed
         self._lap_start = now
-        self._lap_from: int | None = None  # where the lap began, in the caller's steps
+        self._lap_from: int | None = None  # the caller's step at which the lap began
         self._first_seconds = 0.0
         self._steps, self._seconds = 0, 0.0  # all laps
         self._paused: defaultdict[str, list[float]] = defaultdict(list)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began, pauses and earlier sessions included, the time between sessions not."""
+        """Seconds since the run began, with pauses and earlier sessions, without the time between sessions."""
         return time.monotonic() - self._start
 
     @property
@@ -60,12 +59,12 @@ class Clock:
         return self._lap_from is not None
 
     def start_laps(self, step: int) -> None:
-        """The session's first step is done, `step` steps are: it compiled, so that laps begin here."""
+        """Begins the first lap at `step`, after the session's first step, which compiled."""
         now = time.monotonic()
         self._first_seconds, self._lap_start, self._lap_from = now - self._lap_start, now, step
 
     def lap(self, step: int) -> float | None:
-        """Seconds a step since the last lap, without pauses; begins the next lap. None where no step was timed."""
+        """Seconds per step since the last lap, without pauses; begins the next lap. None if no step was timed."""
         if self._lap_from is None or step <= self._lap_from:
             return None
         now = time.monotonic()
@@ -76,7 +75,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, work: str = "") -> Iterator[None]:
-        """What runs inside counts for `elapsed` but for no lap; `left` takes it for one of that `work`."""
+        """Counts the time inside for `elapsed` but for no lap, and for `left` as one piece of that `work`."""
         began = time.monotonic()
         try:
             yield
@@ -85,26 +84,26 @@ class Clock:
             self._lap_start += seconds
             self._paused[work].append(seconds)
 
-    def left(self, step: int, total: int, scale: int, beside: Mapping[str, Beside]) -> float:
-        """Seconds from `step` to the end of a run of `total` steps, once there was a lap.
+    def left(self, step: int, total: int, scale: int, side_work: Mapping[str, SideWork]) -> float:
+        """Seconds from `step` to the end of a run of `total` steps; there must have been a lap.
 
-        Steps go on as they went on average, compilation apart; so does what was done beside them (`pause`). What was
-        not done yet is reckoned from the steps.
+        It assumes the average time of steps, without compilation, and of work besides them (`pause`). The cost of work
+        that was not done yet is estimated from the steps.
 
         Args:
-          scale: the steps of `start_laps` and `lap` to one of these.
-          beside: the work of each name.
+          scale: steps of `start_laps` and `lap` in one of these steps.
+          side_work: the work of each name.
         """
         a_step = self._seconds / self._steps * scale
         compiling = max(0.0, self._first_seconds - a_step / scale)
         seconds = (total - step) * a_step
-        for name, work in beside.items():
+        for name, work in side_work.items():
             count, size = work.ahead(step, total)
             extra = work.compiling * compiling
             done = self._paused[name]
             if not done:
                 seconds += size * work.share * a_step + extra * (count > 0)
-            elif len(done) == 1:  # which compiled too
+            elif len(done) == 1:  # it included compilation
                 a_unit = done[0] / work.size
                 seconds += size * max(a_unit - extra / work.size, min(a_unit, work.share * a_step))
             else:
@@ -112,22 +111,22 @@ class Clock:
         return seconds
 
 
-def beside(
+def side_work(
     step_tokens: int, val_tokens: int, eval_tokens: int, *, eval_every: int, sample_every: int, save_every: int
-) -> dict[str, Beside]:
-    """What a run does beside its steps, with what it is likely to take before it was timed.
+) -> dict[str, SideWork]:
+    """The work of a run besides its steps, with its likely cost until it was timed.
 
-    A forward pass is a third of a step's arithmetic. The shares of compilation are a small model's on a CPU.
+    A forward pass is a third of a step's arithmetic. The shares of compilation are those of a small model on a CPU.
 
     Args:
-      step_tokens: tokens of a real step; `*_every` are such steps.
-      val_tokens, eval_tokens: tokens of the validation split, and of the part of it that is taken in training; 0: all.
+      step_tokens: tokens of a real step; `*_every` count such steps.
+      val_tokens, eval_tokens: tokens of the validation split, and of the part for evaluations in training (0: all).
     """
     some = min(eval_tokens, val_tokens) if eval_tokens else val_tokens
-    last = val_tokens + some % val_tokens  # after the last step both
-    saves = min(filter(None, (save_every, eval_every)), default=0)  # as if each evaluation improved
+    last = val_tokens + some % val_tokens  # after the last step both are evaluated
+    saves = min(filter(None, (save_every, eval_every)), default=0)  # assumes that each evaluation improves
     return {
-        "evaluation": Beside(eval_every, some, last, share=1 / (3 * step_tokens), compiling=0.15),
-        "sample": Beside(sample_every, compiling=0.7),
-        "save": Beside(saves, compiling=0.4),
+        "evaluation": SideWork(eval_every, some, last, share=1 / (3 * step_tokens), compiling=0.15),
+        "sample": SideWork(sample_every, compiling=0.7),
+        "save": SideWork(saves, compiling=0.4),
     }

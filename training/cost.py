@@ -33,33 +33,29 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     }
 
 
-def _hidden_weights(config: TransformerConfig) -> int:
-    """Entries of the 2-D weights of all blocks."""
-    c = config
-    attention = 2 * c.embedding_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
-    return c.num_blocks * (attention + (3 if c.mlp.startswith("swiglu") else 2) * c.embedding_dim * c.mlp_dim)
-
-
 def flops_per_token(config: TransformerConfig) -> float:
-    """Training FLOPs a token, forward and backward: 6 a matrix weight, and 12 L N H T for attention.
+    """Training FLOPs per token, forward and backward: 6 per matrix weight, and 12 L N H T for attention.
 
-    The convention of PaLM (arXiv:2204.02311, appendix B): look-ups count nothing, the causal mask halves nothing.
+    The convention of PaLM (arXiv:2204.02311, appendix B): embedding look-ups do not count, and attention counts as if
+    there were no causal mask.
     """
-    c = config
-    attention = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
-    return 6 * (_hidden_weights(c) + c.embedding_dim * c.vocab_size) + 12 * attention * c.num_heads * c.head_dim
+    c, D = config, config.embedding_dim
+    keys = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
+    block = (
+        2 * D * c.head_dim * (c.num_heads + c.num_kv_heads) + (3 if c.mlp.startswith("swiglu") else 2) * D * c.mlp_dim
+    )
+    return 6 * (c.num_blocks * block + D * c.vocab_size) + 12 * keys * c.num_heads * c.head_dim
 
 
 def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> dict[str, int]:
-    """What the forward pass of a training step keeps on each device, in bytes: `held_bytes` says by which rule.
+    """What the forward pass of a training step keeps on each device, in bytes, by `held_bytes`'s rule.
 
-    activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated. logits:
-    with their gradient.
+    activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated.
+    logits: with their gradient.
 
     Args:
-      rows: sequences of context_len tokens a device.
-      tensor: into how many parts heads and hidden units are split, which are activations' alone: a device holds the
-        residual stream whole.
+      rows: sequences of context_len tokens on each device.
+      tensor: into how many parts heads and hidden units are split; the residual stream is whole on each device.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
@@ -84,15 +80,14 @@ def held_bytes(
 ) -> dict[str, int]:
     """What a training step holds on each device, by part, in bytes.
 
-    Parameters and optimizer are exact, from the shapes and shardings of `state`; the rest is a rule that was fitted on
-    a CPU: there the sum lay within -16 % and +30 % of what the compiled steps of a dozen configs, 12 MB to 6 GB, say
-    they need.
+    Parameters and optimizer are exact, from the shapes and shardings of `state`. The rest is a rule that was fitted on
+    a CPU: there the sum was within -16 % and +30 % of what a dozen compiled steps, of 12 MB to 6 GB, reported.
 
-    gradients: with the updates made of them, and what travels between devices. gathered: weights that are used whole
-    and kept in parts (fsdp), those of two blocks at a time.
+    gradients: with the updates made from them, and copies for communication. gathered: weights that fsdp splits, whole
+    where they are used, those of two blocks at a time.
 
     Args:
-      batch_size: sequences a micro-batch, over all devices.
+      batch_size: sequences in a micro-batch, over all devices.
     """
     rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     forward, parameters = activation_bytes(model_config, batch_size // rows, tensor), _bytes_of(state.params)
@@ -112,63 +107,34 @@ def held_bytes(
 
 
 def _bytes_of(tree: Any) -> int:
-    """On each device."""
+    """The size of the tree's arrays on each device."""
     shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * size for shape, size in shards)
 
 
-# --- What a run makes of it: utilisation, bits a byte -------------------------------------------------------------
+# --- Utilisation, and bits per byte -------------------------------------------------------------------------------
 
 PEAK_FLOPS = {
-    # Dense bfloat16 floating-point operations a second of one JAX device, by a word or words of its `device_kind`;
-    # float16 where the hardware has no bfloat16. Vendors' data sheets, halved where those count 2:4 sparsity.
-    "B300": 2.25e15,
-    "GB300": 2.5e15,
-    "B200": 2.25e15,
-    "GB200": 2.5e15,
-    "H200": 989e12,
-    "H200 NVL": 836e12,
-    "GH200": 989e12,
-    "H100": 989e12,  # SXM; its device kind reads "NVIDIA H100 80GB HBM3"
-    "H100 PCIe": 756e12,
-    "H100 NVL": 836e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "T4": 65e12,  # float16
-    "V100": 125e12,  # float16
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    # Dense bfloat16 floating-point operations per second of one JAX device, by words of its `device_kind`; float16 if
+    # the hardware has no bfloat16. From vendors' data sheets, halved if those count 2:4 sparsity.
+    **{"B300": 2.25e15, "GB300": 2.5e15, "B200": 2.25e15, "GB200": 2.5e15},
+    **{"H200": 989e12, "H200 NVL": 836e12, "GH200": 989e12, "H800": 989e12, "H20": 148e12},
+    **{"H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 836e12},  # SXM's device kind reads "NVIDIA H100 80GB HBM3"
+    **{"A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12},
+    **{"L40S": 362e12, "L40": 181e12, "L4": 121e12},
+    **{"T4": 65e12, "V100": 125e12},  # float16
+    **{"RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
     "MI300X": 1307e12,
     # A TPU v2, v3 or 7x chip is two JAX devices, the others are one.
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153e12,
+    **{"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12},
+    **{"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153e12},
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak FLOP/s of a JAX device by its kind; None for a CPU, a slice of a GPU, or a kind that is not in the table."""
 
-    def named(key: str) -> bool:  # as whole words: an "RTX A1000" is no A100, an L40 no L4
+    def named(key: str) -> bool:  # whole words: an "RTX A1000" is no A100, and an L40 no L4
         return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", device_kind) is not None
 
     if named("MIG"):
@@ -180,25 +146,16 @@ def peak_flops(device_kind: str) -> float | None:
 def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, device_kind: str) -> float | None:
     """Model FLOPs utilisation: the share, 0 to 1, of the devices' peak that the model's own arithmetic uses.
 
-    As in PaLM (Chowdhery et al., 2022, appendix B): recomputed activations do not count. None where the peak is
-    unknown.
-
-    Args:
-        flops_per_token: floating-point operations of one forward and backward pass, for one token.
-        tokens_per_second: over all devices.
-        num_devices: devices in use.
-        device_kind: `jax.Device.device_kind`.
+    As in PaLM (Chowdhery et al., 2022, appendix B), recomputed activations do not count. None if the peak is unknown.
+    `tokens_per_second` is over all devices, `device_kind` is `jax.Device.device_kind`.
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
-    """A loss in nats per token as bits per byte of text, which compares across tokenizers.
+    """A loss in nats per token as bits per byte of text, which is comparable across tokenizers.
 
-    Args:
-        loss: mean nats per token.
-        num_tokens: tokens of the text.
-        num_bytes: UTF-8 bytes of the same text; None is returned where the tokens stand for no text.
+    `num_tokens` and `num_bytes` (UTF-8) are those of the same text. None if the tokens stand for no text.
     """
     return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

@@ -1,7 +1,7 @@
-"""What goes to the devices in one dispatch: a micro-step, or several in a loop on the device.
+"""One dispatch to the devices: a micro-step, or several in a loop on the device.
 
-Small models on a GPU wait for the host otherwise, which starts each step anew. A dispatch ends wherever something is
-due, so that a run does the same at the same steps however many go at once.
+A small model on a GPU would otherwise wait for the host, which starts each step. A dispatch ends at each step after
+which something is due, so a run does the same whatever the number of steps in a dispatch.
 """
 
 from collections import deque
@@ -13,18 +13,18 @@ import jax
 from training.step import TrainState
 from transformer.xla import jit_for, target_of
 
-MOST = 64  # micro-steps in a dispatch, whatever is asked for: a signal waits for those that are under way
+MOST = 64  # micro-steps in a dispatch at most: a signal has to wait for those that have started
 
 
 def spans(
     start: int, end: int, most: int, accumulation: int, every: Sequence[int], ends: Sequence[int] = ()
 ) -> Iterator[range]:
-    """The micro-steps from `start` to before `end`, those of one dispatch at a time.
+    """The micro-steps from `start` to before `end`, divided into dispatches.
 
     Args:
       most: micro-steps in a dispatch.
       accumulation: micro-steps in a real step.
-      every: after so many real steps each something is due, which ends a dispatch; 0: never.
+      every: periods in real steps; a dispatch ends after each (0: never).
       ends: further real steps before which a dispatch ends.
     """
     periods = [accumulation * period for period in every if period]
@@ -37,7 +37,7 @@ def spans(
 
 
 def longest(start: int, end: int, most: int, accumulation: int, every: Sequence[int]) -> int:
-    """The micro-steps that the longest of `spans` can have: so much room is made on the devices for batches."""
+    """The most micro-steps that one of `spans` can have: the devices need room for so many batches."""
     return min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)])
 
 
@@ -46,8 +46,8 @@ def several_steps(
 ) -> Callable[[TrainState, tuple], tuple[TrainState, dict[str, jax.Array]]]:
     """`make_train_step`'s function in a loop: (state, (batches [S, B, T + 1], count)) -> (state, last metrics).
 
-    The first `count` batches are taken. That number is no part of the program: so a state does not depend on how its
-    steps were divided into dispatches, to the bit. The state is donated; its arrays stay where those of `state` are.
+    It uses the first `count` batches. That number is not compiled into the program, so the bits of a state do not
+    depend on how its steps were divided into dispatches. The state is donated and keeps the shardings of `state`.
     """
     one_step = train_step.__wrapped__
 
@@ -56,17 +56,17 @@ def several_steps(
         state = jax.lax.fori_loop(0, count, lambda i, state: one_step(state, batches_SBT1[i])[0], state)
         return state, state.metrics
 
-    places = jax.tree.map(lambda x: x.sharding, state)  # of a loop's result XLA would choose them, and compile twice
+    places = jax.tree.map(lambda x: x.sharding, state)  # else XLA chooses those of the result, and compiles twice
     shardings = places, places.metrics
     target = target_of(places.micro_step.device_set)
     return jit_for(target, steps, donate_argnums=0, out_shardings=shardings)
 
 
-def held_back(step: Callable, most: int = 4) -> Callable:
-    """`step`, a function of a state and a batch that gives both a state and metrics, held back.
+def throttled(step: Callable, most: int = 4) -> Callable:
+    """`step`, (state, batch) -> (state, metrics), which waits while the devices are `most` dispatches behind.
 
-    It waits while the devices are `most` dispatches behind, which keeps them busy, and a signal waits for no more than
-    these. On a CPU, once 33 programs are under way, XLA's devices wait for each other and the process is aborted.
+    That keeps the devices busy, and a signal waits for no more than these. On a CPU with 33 programs in flight, XLA's
+    devices would wait for each other, and XLA would abort the process.
     """
     under_way: deque[Any] = deque()
 

@@ -1,4 +1,4 @@
-"""Exact loss over a split: what validation during a run, the `eval` command and benchmarks share."""
+"""Exact loss over a split, for validation during a run, for the `eval` command and for benchmarks."""
 
 import dataclasses
 from collections import deque
@@ -23,10 +23,10 @@ from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
 
 
 class Evaluator:
-    """Exact loss over a split: every token but the first predicted once, in non-overlapping windows."""
+    """Exact loss over a split: every token but the first is predicted once, in non-overlapping windows."""
 
-    TOKENS = 4096  # a batch is at least about this large, where that needs no more memory than a step or than ROOM
-    ROOM = 2**28  # bytes that are there in any case
+    TOKENS = 4096  # the least size of a batch, if it needs no more memory than a step or than ROOM
+    ROOM = 2**28  # bytes that are always available
 
     def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
         self._context_len = model_config.context_len
@@ -34,12 +34,12 @@ class Evaluator:
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
         alone = mesh.devices.flat[0].platform == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
-        self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal does not wait for the whole split
+        self._in_flight = 0 if alone else 2  # two keep the devices busy, and a signal waits for no more
 
     def _batches_at_once(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int) -> int:
-        """How many training batches are evaluated at once: small ones would leave the devices idle.
+        """How many training batches to evaluate at once, because small ones would leave the devices idle.
 
-        A function of config and mesh alone, for the sums of a loss are made batch by batch.
+        It depends only on config and mesh, since the bits of a loss depend on the size of the batches.
         """
         parts = mesh.shape[DATA] * mesh.shape[FSDP]
         one_block = dataclasses.replace(model_config, num_blocks=1, remat="none")  # nothing is kept for a backward pass
@@ -51,13 +51,13 @@ class Evaluator:
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
     ) -> tuple[float, int]:
-        """Mean loss in nats per token, and over how many tokens.
+        """Mean loss in nats per token, and the number of these tokens.
 
         Args:
           max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
-          check: called between batches; may raise to break off.
+          check: called between batches; may raise to stop.
         """
-        sums: list[tuple[float, int]] = []  # of loss and tokens on this process's devices, a batch each
+        sums: list[tuple[float, int]] = []  # loss and tokens of each batch, on this process's devices
         in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
 
         def collect(at_most: int) -> None:
@@ -77,7 +77,7 @@ class Evaluator:
 def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarray]:
     """Log-probabilities, in nats, of every token of a split but the first, in order: float32 [n] at a time.
 
-    Each is predicted in the window in which an `Evaluator` predicts it; `rows` windows are read at once.
+    Each is predicted in the same window as by an `Evaluator`; `rows` windows are read at once.
     """
 
     of_batch = token_log_probs(model)
@@ -97,13 +97,13 @@ def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
 
 
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
-    """A split's loss as bits per byte of the text that it was measured on, where `num_tokens` of it were predicted.
+    """A loss as bits per byte of the split's text, of which `num_tokens` tokens were predicted.
 
-    These are the split's first; its very first token, which nothing precedes, is counted with them.
+    They are at the split's start; the very first token, which is not predicted, counts as well.
     """
     return cost.bits_per_byte(loss, num_tokens + 1, split.bytes_of(num_tokens + 1, tokenizer))
 
 
 def _own_part(x: jax.Array) -> np.ndarray:
-    """Of an array over the devices of all processes the part that this process counts."""
+    """The part of an array over the devices of all processes that this process counts."""
     return np.concatenate([np.zeros(0, x.dtype), *(s.data for s in x.addressable_shards if s.replica_id == 0)])

@@ -1,6 +1,6 @@
 """Signs that training goes wrong: gradients that are not finite, losses that jump.
 
-They are seen inside the step; `Divergence`, outside, warns of them, and ends a run that has too many.
+The step detects them; `Divergence`, outside of the step, warns of them, and ends a run that has too many.
 """
 
 import math
@@ -15,27 +15,25 @@ from training.optimizer import GROUPS
 from transformer.model import Params
 
 _RATES = " and ".join(group.rate for group in GROUPS.values())
-WINDOW = 128  # real steps that the running mean of the loss looks back on, with fading weights
+WINDOW = 128  # real steps: the time constant of the running mean of the loss
 WARM_UP = 32  # real steps before a loss can be a spike
-FAR_ABOVE = 3.0  # times the loss of a uniform guess: no model is so bad that has not diverged
-LEAST_DEVIATION = 0.01  # of the mean: below that, a standard deviation is taken for this much
+FAR_ABOVE = 3.0  # times the loss of a uniform guess: a model with a higher loss has diverged
+LEAST_DEVIATION = 0.01  # lower bound of the standard deviation, as a share of the mean
 
 
 class Health(NamedTuple):
-    """What the step remembers of the numbers it has seen: scalars, saved with the state so that a resume is exact."""
+    """What the step remembers of earlier losses and gradients: scalars, saved with the state for an exact resume."""
 
     bad_batches: jax.Array  # micro-batches so far whose loss or gradient was not finite
-    bad_leaf: (
-        jax.Array
-    )  # of the latest of these: the first bad gradient's place among the sorted names; beyond: the loss
+    bad_leaf: jax.Array  # in the latest of these: index of the first bad gradient; one past the end means the loss
     loss_mean: jax.Array  # of recent real steps
     loss_variance: jax.Array
-    loss_steps: jax.Array  # real steps in these two
+    loss_steps: jax.Array  # real steps that entered mean and variance
     loss_spikes: jax.Array  # real steps so far whose loss was a spike
 
 
 def fresh_health() -> Health:
-    """Before the first step."""
+    """The health before the first step."""
     count, number = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     return Health(count, count, number, number, count, count)
 
@@ -51,9 +49,9 @@ def see_gradients(health: Health, loss: jax.Array, grads: Params) -> tuple[jax.A
 def see_loss(health: Health, loss: jax.Array, counts: jax.Array, sigmas: float) -> tuple[jax.Array, Health]:
     """Whether a real step's loss is more than `sigmas` standard deviations above the mean of recent ones (0: never).
 
-    Mean and variance are exponentially weighted (West, "Updating mean and variance estimates", 1979). Only a loss that
-    `counts` enters them, and a spike no higher than the limit it broke: one spike hardly moves them, while a level that
-    has changed for good is accepted after some steps.
+    Mean and variance are exponentially weighted (West, "Updating mean and variance estimates", 1979). A loss enters
+    them if it `counts`; a spike enters as the limit that it exceeded, so that a single one hardly moves them, and a
+    permanently higher level is accepted after some steps.
     """
     deviation = jnp.maximum(jnp.sqrt(health.loss_variance), LEAST_DEVIATION * health.loss_mean)
     limit = health.loss_mean + sigmas * deviation
@@ -69,22 +67,22 @@ def see_loss(health: Health, loss: jax.Array, counts: jax.Array, sigmas: float) 
 
 
 def first_not_finite(params: Params) -> str | None:
-    """The name of the first array that holds a NaN or an infinity."""
+    """The name of the first array with a NaN or an infinity; None if there is none."""
     finite = jax.jit(lambda params: {name: jnp.isfinite(p).all() for name, p in params.items()})(params)
     return next((name for name, good in sorted(jax.device_get(finite).items()) if not good), None)
 
 
-# --- What it says about the run -----------------------------------------------------------------------------------
+# --- Warnings -----------------------------------------------------------------------------------------------------
 
 
 class Divergence:
-    """Looks at the metrics of a step and remembers what it has warned of.
+    """Checks the metrics of steps, and warns of each problem once.
 
     Args:
       parameters: names of the arrays that are trained.
       before: the metrics of the last step before this session.
       warn: takes one line.
-      vocab_size: of which a uniform guess takes one, at a loss of its logarithm.
+      vocab_size: its logarithm is the loss of a uniform guess.
     """
 
     def __init__(
@@ -102,10 +100,9 @@ class Divergence:
         self._seen = {name: int(before[name]) for name in ("bad_batches", "loss_spikes")}
 
     def check(self, step: int, lr: float, metrics: dict[str, Any]) -> None:
-        """Takes `bad_leaf` out of the metrics, which is no number to log.
+        """Warns of new problems, and removes `bad_leaf` from the metrics, as it is no quantity to log.
 
-        Raises:
-          DivergedError: `max_bad_steps` real steps in a row had no finite gradient.
+        Raises DivergedError if `max_bad_steps` real steps in a row had no finite gradient.
         """
         place = self._places[metrics.pop("bad_leaf")]
         new = {name: metrics[name] - seen for name, seen in self._seen.items()}
@@ -126,7 +123,7 @@ class Divergence:
         self._look_at_size(step, metrics["loss"], metrics["grad_norm"])
 
     def _look_at_size(self, step: int, loss: float, grad_norm: float) -> None:
-        """Numbers that are finite and yet no training's: each is told of once, until it was otherwise in between."""
+        """Warns of a far too high loss and of a zero gradient; again only if it was normal in between."""
         uniform = math.log(self._vocab_size)
         if loss > FAR_ABOVE * uniform and not self._told_of_loss:
             self._warn(
@@ -143,4 +140,4 @@ class Divergence:
                 f"step {step}: the gradient is exactly 0, as at step {self._zero_since}: nothing is learned any more; "
                 f"begin anew with a lower {_RATES}"
             )
-            self._zero_since = -1  # told
+            self._zero_since = -1  # warned

@@ -1,7 +1,7 @@
-"""The loss of a batch: cross-entropy, whole or in chunks that never hold the logits of all tokens at once.
+"""The loss of a batch: cross-entropy, whole or in chunks, which never have the logits of all tokens in memory.
 
-Shapes: B sequences, T tokens each, D embedding_dim, V vocabulary; I chunks of C tokens. A batch is [B, T + 1], inputs
-and targets being its two slices.
+Shapes: B sequences, T tokens each, D embedding_dim, V vocabulary; I chunks of C tokens. A batch is [B, T + 1]; inputs
+and targets are two slices of it.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,15 @@ from flax import nnx
 
 from transformer.config import TransformerConfig
 from transformer.model import Params, head_logits, model_of
-from transformer.sharding import bring_together, constrain
+from transformer.sharding import constrain, gather_parameter
 
 
 def batch_loss(
     config: TransformerConfig, params: Params, batch_BT1: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss and the number of targets of a batch [B, T + 1]; -1 is no target. With `key`, dropout is on."""
-    width, dtype = (
-        config.embedding_dim,
-        config.activation_dtype,
-    )  # those of the blocks come together where they are used
-    params = {n: p if n.startswith("blocks.") else bring_together(n, p, width, dtype) for n, p in params.items()}
+    gather = lambda name, p: gather_parameter(name, p, config.embedding_dim, config.activation_dtype)
+    params = {n: p if n.startswith("blocks.") else gather(n, p) for n, p in params.items()}  # blocks gather their own
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)
     x_BTD, _ = model.hidden(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs)
@@ -41,16 +38,13 @@ def batch_loss(
 
 
 def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of logits [..., V] summed over the targets [...] that are not negative, and how many those are.
-
-    In nats, float32.
-    """
+    """Cross-entropy (nats, float32) of logits [..., V], summed over targets [...] >= 0, and the number of these."""
     real = targets >= 0
     return jnp.where(real, token_losses(logits, targets), 0.0).sum(), real.sum()
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy [...] of logits [..., V], in nats; of a negative target it means nothing."""
+    """Cross-entropy [...] of logits [..., V], in nats; meaningless for a negative target."""
     target = jnp.maximum(targets, 0)[..., None]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target, axis=-1)[..., 0]
 
@@ -62,11 +56,10 @@ def chunked_loss_sum(
     targets_BT: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `loss_sum` gives for the logits of x, made for `chunk` tokens at a time.
+    """`loss_sum` of the logits of x, computed for `chunk` tokens at a time.
 
-    The gradients of a chunk are taken while its logits are there, in the forward pass: nothing is computed twice, as
-    it would be if the backward pass had to make the logits again. Those of the weights are summed in their own dtype,
-    float32.
+    A chunk's gradients are computed in the forward pass, while its logits are in memory, so the backward pass need not
+    compute the logits again. Gradients of the weights are summed in the weights' dtype, float32.
 
     Args:
       chunk_loss: (weights, x [C, D], targets [C]) -> the sum of the C tokens' losses; negative targets add nothing.
@@ -76,7 +69,7 @@ def chunked_loss_sum(
 
 
 def _in_chunks(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """[I, C, D] and [I, C], filled up with tokens that have no target; chunks of equal size, not above `chunk`."""
+    """[I, C, D] and [I, C]: chunks of equal size, at most `chunk`, padded with tokens that have no target."""
     chunks = -(-targets_BT.size // chunk)
     missing = -targets_BT.size % chunks
     x_ND = jnp.pad(x_BTD.reshape(-1, x_BTD.shape[-1]), ((0, missing), (0, 0)))

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for the 2-D hidden weights, the work shared out over the devices."""
+"""Muon: orthogonalised momentum for the 2-D hidden weights; the devices share the work."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from transformer.sharding import AXES, param_spec
 
-# Coefficients (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, one row an iteration.
+# Coefficients (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, one row for each iteration.
 # classical: Keller Jordan, https://kellerjordan.github.io/posts/muon/ (the same row every time).
-# polar_express: Amsel et al., arXiv:2505.16932, table of its reference implementation; after the last row, repeat it.
+# polar_express: Amsel et al., arXiv:2505.16932, table of its reference implementation; the last row is repeated.
 CLASSICAL = (3.4445, -4.7750, 2.0315)
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -26,10 +26,10 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# Where a matrix lacks rank, rounding leaves A eigenvalues just below 0, which each A <- P A P multiplies by up to a^2:
-# 8 to 10 iterations in a row would blow up.
+# If a matrix lacks rank, rounding gives A eigenvalues just below 0, and each A <- P A P multiplies them by up to a^2:
+# 8 to 10 iterations in a row would diverge.
 GRAM_STEPS = 5
-SAFETY = 1.01  # Polar Express: it starts lower and each row but the last is slackened, so that rounding stays in range
+SAFETY = 1.01  # Polar Express: a lower start, and each row but the last relaxed, so that rounding stays in range
 
 
 def newton_schulz_rows(kind: str, steps: int) -> list[tuple[float, float, float]]:
@@ -41,15 +41,12 @@ def newton_schulz_rows(kind: str, steps: int) -> list[tuple[float, float, float]
 
 
 def orthogonalize(x_XMN: jax.Array, kind: str = "classical", steps: int = 5) -> jax.Array:
-    """Newton-Schulz: push the singular values of each matrix of a stack [X, M, N] towards 1, in float32.
+    """Newton-Schulz: moves the singular values of each matrix of a stack [X, M, N] towards 1, in float32.
 
     A wide matrix is iterated in Gram form: each iteration multiplies X by a polynomial P of A = X X^T, and P commutes
     with A, so A <- P A P and Q <- P Q can run on the small square matrices alone, with Q X formed once at the end.
-    The same polynomial in exact arithmetic, fewer operations when N is larger than M. After GRAM_STEPS iterations it
-    starts again from Q X.
-
-    Args:
-      kind, steps: as in `newton_schulz_rows`.
+    In exact arithmetic the polynomial is the same, with fewer operations if N is larger than M. After GRAM_STEPS
+    iterations it starts again from Q X. `kind` and `steps` are those of `newton_schulz_rows`.
     """
     if x_XMN.shape[1] > x_XMN.shape[2]:
         return orthogonalize(x_XMN.mT, kind, steps).mT
@@ -80,7 +77,7 @@ def _iterate_gram(x_XMN: jax.Array, rows: list[tuple[float, float, float]]) -> j
 
 
 class MuonState(NamedTuple):
-    updates: jax.Array  # made so far
+    updates: jax.Array  # the number made so far
     momentum: Any
 
 
@@ -97,23 +94,18 @@ def scale_by_muon(
     """Orthogonalised Nesterov momentum for matrices [in, out] (Keller Jordan's Muon).
 
     buf <- m buf + (1 - m) g, update = orthogonalize(m buf + (1 - m) g), scaled by sqrt(max(1, out / in)) ("aspect")
-    or by 0.2 sqrt(max(in, out)) ("rms": Moonlight, arXiv:2502.16982). Matrices of one shape are orthogonalised in one
-    batched call, each on one device of the mesh.
-
-    Args:
-      momentum: m, reached after `warmup_steps` updates, linearly from `start_momentum`.
+    or by 0.2 sqrt(max(in, out)) ("rms": Moonlight, arXiv:2502.16982). m grows linearly from `start_momentum` to
+    `momentum` in `warmup_steps` updates. Matrices of one shape are orthogonalised in one batched call, each on one
+    device of the mesh.
     """
-    last = momentum
-    first = momentum if start_momentum is None else start_momentum
+    last, first = momentum, momentum if start_momentum is None else start_momentum
 
     def init(params):
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(updates, state, params=None):
         del params
-        warm = jnp.minimum(state.updates / max(warmup_steps, 1), 1.0)
-        warm = warm if warmup_steps else 1.0
-        m = first + (last - first) * warm
+        m = first + (last - first) * (jnp.minimum(state.updates / warmup_steps, 1.0) if warmup_steps else 1.0)
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, momentum, updates)
 
@@ -124,15 +116,10 @@ def scale_by_muon(
             spec = param_spec(path[-1].key, leaf.shape, mesh) if mesh else None
             alike.setdefault((*leaf.shape, spec), []).append(i)
         stacks = [jnp.stack([leaves[i] for i in members]) for members in alike.values()]
-        done = share_out(
-            lambda x_XMN: orthogonalize(x_XMN, newton_schulz, newton_schulz_steps),
-            stacks,
-            [spec for *_, spec in alike],
-            mesh,
-        )
+        work = lambda x_XMN: orthogonalize(x_XMN, newton_schulz, newton_schulz_steps)
+        done = share_out(work, stacks, [spec for *_, spec in alike], mesh)
         for ((n_in, n_out, _), members), done_XMN in zip(alike.items(), done, strict=True):
-            wide = math.sqrt(max(1, n_out / n_in))
-            factor = wide if scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
+            factor = math.sqrt(max(1, n_out / n_in)) if scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
             for j, i in enumerate(members):
                 leaves[i] = factor * done_XMN[j]
         return jax.tree.unflatten(treedef, leaves), MuonState(state.updates + 1, momentum)
@@ -149,14 +136,14 @@ def share_out(
     specs: Sequence[PartitionSpec],
     mesh: Mesh | None,
 ) -> list[jax.Array]:
-    """`work` on stacks [X, M, N] of matrices, each device doing an equal part of every stack.
+    """`work` on stacks [X, M, N] of matrices; each device does an equal part of every stack.
 
-    `work` takes and gives stacks of any length. Without a mesh, or on one device, it is simply called.
+    `work` takes and returns stacks of any length. Without a mesh, or on one device, it is simply called.
 
     Args:
-      specs: how the matrices [M, N] of each stack are split, before and after. An all-to-all for each axis that splits
-        them makes them whole, some on each device, and another shares them out again. The devices that held the same
-        bring their results together, where all did, in one flat all-gather.
+      specs: how the matrices [M, N] of each stack are split, before and after. For each axis that splits them, one
+        all-to-all gives each device some whole matrices, and another splits the results again. Devices with the same
+        matrices exchange their results; if all have the same, in one flat all-gather.
     """
     if mesh is None or mesh.size == 1:
         return [work(stack_XMN) for stack_XMN in stacks]
@@ -174,19 +161,18 @@ def share_out(
         splits = [PartitionSpec(None, *spec) for spec in specs]
         mapped = jax.shard_map(on_each_part, mesh=mesh, in_specs=tuple(splits), out_specs=splits, check_vma=False)
     else:
-        mapped = jax.shard_map(
-            on_each_device, mesh=mesh, in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(), check_vma=False
-        )
+        splits = {"in_specs": PartitionSpec(AXES), "out_specs": PartitionSpec()}
+        mapped = jax.shard_map(on_each_device, mesh=mesh, **splits, check_vma=False)
     return [x[: len(stack)] for x, stack in zip(mapped(*padded), stacks, strict=True)]
 
 
 def _on_whole_matrices(work: Callable[[jax.Array], jax.Array], part_Xmn: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`work` on the matrices of which this device holds the part that `spec` says, and that part of the result."""
-    exchanges = [(name, axis) for axis, name in enumerate(spec, 1) if name]  # a matrix's axes follow one mesh axis each
+    """`work` on matrices of which this device holds a part (`spec`); returns the same part of the results."""
+    exchanges = [(name, axis) for axis, name in enumerate(spec, 1) if name]  # one mesh axis splits an axis of a matrix
     x = part_Xmn
     for name, axis in exchanges:
         x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
-    same = tuple(axis for axis in AXES if axis not in dict(exchanges))  # devices that differ in these hold the same
+    same = tuple(axis for axis in AXES if axis not in dict(exchanges))  # devices that differ in these have the same
     if (count := jax.lax.axis_size(same)) > 1:
         own = len(x) // count
         x = work(jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(same) * own, own))

@@ -1,9 +1,9 @@
-"""Who is trained by what: Muon for the 2-D hidden weights, AdamW for everything else, schedules, accumulation.
+"""Which optimizer trains which parameters (Muon the 2-D hidden weights, AdamW all others), schedules, accumulation.
 
-The step is one optax transformation. Its `update` takes, beside gradients and parameters:
-  tokens: how many targets the gradients were summed over, in all micro-batches of this real step;
-  real_step: the optimizer step this belongs to, from 0;
-  apply:  whether this micro-batch ends a real step that has anything to apply.
+The step is one optax transformation. Its `update` takes, besides gradients and parameters:
+  tokens: the number of targets that the gradients were summed over, in all micro-batches of this real step;
+  real_step: the number of the optimizer step, from 0;
+  apply: whether this micro-batch ends a real step that has anything to apply.
 """
 
 import re
@@ -37,11 +37,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The settings of the optimizer; `configs/default.py` says what each means.
-
-    Raises:
-      ValueError: `<field>: <what is wrong>`.
-    """
+    """The optimizer's settings, see `configs/default.py`. Raises ValueError, `<field>: <what is wrong>`."""
 
     lr: Positive = 3e-4
     muon_lr: Positive = 0.02
@@ -70,28 +66,22 @@ class OptimizerConfig:
             raise ValueError(f"betas: must be two numbers at least 0 and below 1, got {self.betas}")
 
 
-# --- Who goes where -----------------------------------------------------------------------------------------------
+# --- Groups of parameters -----------------------------------------------------------------------------------------
 
 
 class Group(NamedTuple):
-    """The parameters of one label, as whoever reports of them calls them."""
+    """The parameters of one optimizer, and how reports name them."""
 
-    title: str  # of their optimizer
-    members: str  # in the plural
-    rate: str  # the setting with their peak learning rate, and the name by which the rate is logged; it ends in lr
+    title: str  # the optimizer's name
+    members: str  # what the parameters are called, in the plural
+    rate: str  # the setting with their peak learning rate, under whose name the rate is logged; it ends in lr
     make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
 
 
 def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
-    return scale_by_muon(
-        c.muon_momentum,
-        start_momentum=c.muon_momentum_start,
-        warmup_steps=c.muon_momentum_warmup_steps,
-        newton_schulz=c.newton_schulz,
-        newton_schulz_steps=c.newton_schulz_steps,
-        scale=c.muon_scale,
-        mesh=mesh,
-    )
+    warmup: dict[str, Any] = {"start_momentum": c.muon_momentum_start, "warmup_steps": c.muon_momentum_warmup_steps}
+    iteration: dict[str, Any] = {"newton_schulz": c.newton_schulz, "newton_schulz_steps": c.newton_schulz_steps}
+    return scale_by_muon(c.muon_momentum, **warmup, **iteration, scale=c.muon_scale, mesh=mesh)
 
 
 GROUPS = {  # by label, see `labels_of`
@@ -101,11 +91,7 @@ GROUPS = {  # by label, see `labels_of`
 
 
 def labels_of(params: Params, config: OptimizerConfig) -> dict[str, str]:
-    """The label in GROUPS of each parameter, by name.
-
-    Raises:
-      ValueError: a name that no rule knows, or that two rules claim: a new kind of parameter needs a decision.
-    """
+    """The label in GROUPS of each parameter, by name. Raises ValueError for a new kind: it needs a decision."""
     labels = {}
     for name in params:
         matrix = HIDDEN_MATRIX.fullmatch(name) is not None
@@ -117,12 +103,12 @@ def labels_of(params: Params, config: OptimizerConfig) -> dict[str, str]:
 
 
 def groups_of(labels: Mapping[str, str]) -> dict[str, Group]:
-    """The groups that have members."""
+    """The groups with at least one parameter."""
     return {label: group for label, group in GROUPS.items() if label in labels.values()}
 
 
 def decayed(name: str, decay_embeddings: bool) -> bool:
-    """Whether weight decay touches a parameter: matrices, never norms, biases or sinks; embeddings if asked."""
+    """Whether a parameter decays: matrices do, norms, biases and sinks never, embeddings if asked."""
     return name == HEAD or bool(HIDDEN_MATRIX.fullmatch(name) or (decay_embeddings and EMBEDDING.fullmatch(name)))
 
 
@@ -130,11 +116,11 @@ def decayed(name: str, decay_embeddings: bool) -> bool:
 
 
 def schedule_shape(config: OptimizerConfig, total_steps: int, first_total: int | None = None) -> Schedule:
-    """The factor, 0 to 1, of both peak learning rates at a real step.
+    """The factor, 0 to 1, of the peak learning rates at a real step.
 
-    A linear warm-up over `lr_warmup_ratio` of the steps (of `first_total`, where the run was laid out for so many when
-    it began), then `schedule`: constant; cosine or linear to `min_lr_ratio`; or constant_linear, which starts its decay
-    `decay_ratio` of all steps before the end.
+    A linear warm-up over `lr_warmup_ratio` of the steps (of `first_total`, if the run was first planned for so many),
+    then `schedule`: constant; cosine or linear to `min_lr_ratio`; or constant_linear, which decays in the last
+    `decay_ratio` of all steps.
     """
     warmup = round(config.lr_warmup_ratio * (total_steps if first_total is None else first_total))
     rest = max(total_steps - warmup, 1)
@@ -180,10 +166,7 @@ def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs
 
 
 def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Scale by minus the learning rate of `real_step`.
-
-    optax's own schedules count the updates that were made, which lags behind when a step had nothing to apply.
-    """
+    """Scale by minus the learning rate at `real_step`; optax's schedules would not count steps without an update."""
 
     def update(updates, state, params=None, **extra):
         del params
@@ -198,9 +181,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
     """The optimizer of a run of `total_steps` real steps; only the names and shapes of `params` are read.
 
-    Gradients come in as sums over tokens, one call a micro-batch. When `apply` is false the inner optimizer does not
-    run at all: not in the middle of an accumulation (where optax.MultiSteps would run it and throw the result away,
-    Newton-Schulz included), and not for a step that has no finite gradient.
+    Gradients are sums over tokens, one call for each micro-batch. If `apply` is false, the inner optimizer does not run
+    at all: neither within an accumulation (optax.MultiSteps would run it, Newton-Schulz included, and discard the
+    result), nor for a step without a finite gradient.
     """
     labels = labels_of(params, config)
     shape = schedule_shape(config, total_steps, first_total)
@@ -217,7 +200,7 @@ def make_optimizer(
     inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels), *average)
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
     if config.accumulation_steps == 1:
-        return gated  # MultiSteps would keep a buffer of the parameters' size for nothing
+        return gated  # MultiSteps would need a buffer of the parameters' size
     return optax.MultiSteps(gated, config.accumulation_steps, use_grad_mean=False)
 
 

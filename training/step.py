@@ -1,6 +1,6 @@
 """One training step: the state, the gradients over all devices, the gate for bad numbers, the update.
 
-Shapes: B sequences a micro-batch, T context length; a batch is [B, T + 1], inputs and targets being its two slices.
+Shapes: B sequences in a micro-batch, T context length; a batch is [B, T + 1], inputs and targets are slices of it.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from training.health import Health, fresh_health, see_gradients, see_loss
 from training.loss import batch_loss
 from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_of, make_optimizer, schedule_shape
 from transformer.config import TransformerConfig
-from transformer.model import Params, init_params
+from transformer.model import Params, init_params, shapes_of
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
 from transformer.xla import jit_for, settle, target_of, traced_for
 
@@ -28,8 +28,8 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     micro_step: jax.Array  # micro-batches seen
-    window_loss: jax.Array  # summed over the micro-batches of the real step under way
-    window_tokens: jax.Array  # targets in those micro-batches
+    window_loss: jax.Array  # summed over the micro-batches of the current real step
+    window_tokens: jax.Array  # targets in these micro-batches
     health: Health
     metrics: dict[str, jax.Array]  # of the last real step
 
@@ -39,15 +39,9 @@ def init_state(model_config: TransformerConfig, optimizer: Any, labels: dict[str
     params = init_params(model_config, key)
     opt_state, health, number, count = optimizer.init(params), fresh_health(), jnp.zeros(()), jnp.zeros((), jnp.int32)
     inputs = (params, params, opt_state, health, number, number, count, count > 0, count > 0)
-    return TrainState(
-        params=params,
-        opt_state=opt_state,
-        micro_step=jnp.zeros((), jnp.int32),
-        window_loss=jnp.zeros((), jnp.float32),
-        window_tokens=jnp.zeros((), jnp.int32),
-        health=health,
-        metrics=jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(partial(_metrics, labels), *inputs)),
-    )
+    shapes = jax.eval_shape(partial(_metrics, labels), *inputs)
+    metrics = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes)
+    return TrainState(params, opt_state, count, number, count, health, metrics)
 
 
 def _metrics(
@@ -62,12 +56,10 @@ def _metrics(
     counts: jax.Array,
     apply: jax.Array,
 ) -> dict[str, jax.Array]:
-    """What a real step tells of itself: the one place that names the metrics. A checkpoint holds them, by these names.
+    """The metrics of a real step. This is the one place that names them; a checkpoint holds them by these names.
 
-    Args:
-      bad_steps: in a row, before this one.
-      counts: whether the step had tokens whose loss and gradient were finite.
-      apply: whether it changes the parameters.
+    bad_steps: in a row, before this one. counts: whether any token had a finite loss and gradient. apply: whether the
+    step changes the parameters.
     """
     return {
         "loss": jnp.where(counts, mean_loss, jnp.nan),
@@ -83,10 +75,10 @@ def _metrics(
 
 
 def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable:
-    """(params, batch, key) -> summed loss, targets, summed gradients, over the whole batch.
+    """(params, batch, key) -> summed loss, number of targets, summed gradients, over the whole batch.
 
-    On several devices each works on its rows. Where all hold everything, it travels in one flat all-reduce: XLA would
-    send an array a parameter, and on small models most of the time would go into starting them.
+    Each of several devices works on its rows. If all hold all parameters, one flat all-reduce sums the gradients: one
+    for each parameter would take longer to start than to run on small models.
     """
 
     def on_one_device(params, batch_BT1, key):
@@ -97,7 +89,7 @@ def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable
     def on_each_device(params, batch_BT1, key):
         total, tokens, grads = on_one_device(params, batch_BT1, jax.random.fold_in(key, jax.lax.axis_index(ROWS)))
         if not is_data_parallel(mesh):
-            width = model_config.embedding_dim  # gradients of what was split are summed over fsdp already
+            width = model_config.embedding_dim  # gradients of split parameters are already summed over fsdp
             sums = {n: sum_over((DATA,) if is_part(n, g, width) else ROWS, g, mesh) for n, g in grads.items()}
             return *sum_over(ROWS, (total, tokens), mesh), sums
         flat, unravel = ravel_pytree((total, tokens.astype(jnp.float32), grads))  # float32 counts up to 2^24 exactly
@@ -108,19 +100,18 @@ def make_loss_and_grads(model_config: TransformerConfig, mesh: Mesh) -> Callable
         return on_one_device
 
     def on_all(params, batch_BT1, key):
-        everywhere, rows, parts = PartitionSpec(), PartitionSpec(ROWS), rows_specs(params, mesh)
-        return on_rows(on_each_device, mesh, (parts, rows, everywhere), (everywhere, everywhere, parts))(
-            params, batch_BT1, key
-        )
+        whole, rows, parts = PartitionSpec(), PartitionSpec(ROWS), rows_specs(params, mesh)
+        on_mesh = on_rows(on_each_device, mesh, (parts, rows, whole), (whole, whole, parts))
+        return on_mesh(params, batch_BT1, key)
 
     return on_all
 
 
 def make_eval_step(model_config: TransformerConfig, mesh: Mesh) -> Callable[[Params, jax.Array], tuple]:
-    """(params, batch) -> summed loss and number of targets, one entry for each of the devices with rows of their own.
+    """(params, batch) -> summed loss and number of targets, one entry for each device with rows of its own.
 
-    Nothing is summed over these: evaluation steps do not depend on each other, and on CPUs collectives of several
-    programs in flight at once can wait for each other for ever.
+    The host sums these: evaluation steps do not depend on each other, and collectives of several programs in flight on
+    CPUs can wait for each other for ever.
     """
 
     def on_each_device(params, batch_BT1):
@@ -146,9 +137,8 @@ def make_train_step(
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """One micro-batch: (state, batch [B, T + 1]) -> (state, metrics of the last real step). The state is donated.
 
-    A micro-batch whose loss or gradient is not finite counts as one without tokens: its gradient is zeroed, the
-    counters go on. A real step without any tokens changes neither parameters nor optimizer, nor does one whose loss is
-    a spike (`health.see_loss`) under `skip_spikes`.
+    A micro-batch whose loss or gradient is not finite counts as one without tokens: its gradient is zeroed. A real step
+    without tokens changes neither parameters nor optimizer; nor does one with a loss spike under `skip_spikes`.
     """
     loss_and_grads = make_loss_and_grads(model_config, mesh)
 
@@ -156,7 +146,7 @@ def make_train_step(
         params = state.params
         loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
         good, seen = see_gradients(state.health, loss, grads)
-        good = settle(good)  # else a CPU program would hold a copy of the whole test for each gradient
+        good = settle(good)  # otherwise a CPU program would repeat the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         window_loss = state.window_loss + jnp.where(good, loss, 0.0)
         window_tokens = state.window_tokens + jnp.where(good, tokens, 0)
@@ -167,20 +157,13 @@ def make_train_step(
         mean_loss = window_loss / jnp.maximum(window_tokens, 1)
         spike, seen = see_loss(seen, mean_loss, counts, spike_sigmas)
         apply = counts & ~spike if skip_spikes else counts
-        updates, opt_state = optimizer.update(
-            grads,
-            state.opt_state,
-            params,
-            apply=apply,
-            tokens=jnp.maximum(window_tokens, 1).astype(jnp.float32),
-            real_step=real_step,
-        )
+        extra = {"apply": apply, "tokens": jnp.maximum(window_tokens, 1).astype(jnp.float32), "real_step": real_step}
+        updates, opt_state = optimizer.update(grads, state.opt_state, params, **extra)
         new_params = jax.tree.map(jnp.add, params, updates)
 
         lr_factor, bad_steps = jnp.asarray(schedule(real_step), jnp.float32), state.metrics["bad_steps"]
-        of_this_step = _metrics(
-            *(labels, new_params, updates, opt_state, seen), *(mean_loss, lr_factor, bad_steps, counts, apply)
-        )
+        numbers = mean_loss, lr_factor, bad_steps, counts, apply
+        of_this_step = _metrics(labels, new_params, updates, opt_state, seen, *numbers)
         step_metrics = jax.tree.map(lambda new, old: jnp.where(last, new, old), of_this_step, state.metrics)
         state = TrainState(
             params=new_params,
@@ -203,16 +186,15 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
     result = {}
     for group in sorted(set(labels.values())):
         leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
-        total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # no vdot, which would move a split array
+        total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # vdot would gather a split array
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
     return result
 
 
 def regroup(state: TrainState, old: int, new: int) -> TrainState:
-    """The state of a run that accumulated over `old` micro-batches, between two real steps, for `new` of them.
+    """Converts the state of a run, between two real steps, from accumulation over `old` micro-batches to `new`.
 
-    With more than one, the inner optimizer's state is wrapped in that of optax's MultiSteps, with one it stands alone.
-    The count of real steps stays.
+    With more than one, optax's MultiSteps wraps the inner optimizer's state. The number of real steps stays the same.
     """
     opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
     if new > 1:
@@ -220,16 +202,16 @@ def regroup(state: TrainState, old: int, new: int) -> TrainState:
     return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
-# --- The step of a run, for who trains it, plans it or times it ---------------------------------------------------
+# --- The step of a run --------------------------------------------------------------------------------------------
 
 
 class Step(NamedTuple):
-    """A step and what it is made of."""
+    """A step, and what belongs to it."""
 
     state: TrainState  # before the first step: shapes, dtypes and shardings of its arrays
     labels: dict[str, str]  # parameter -> the optimizer that trains it
-    init: Callable[[jax.Array], TrainState]  # key -> the state before the first step, each part born where it belongs
-    run: Callable  # as `make_train_step` gives it
+    init: Callable[[jax.Array], TrainState]  # key -> the state before the first step, sharded
+    run: Callable  # what `make_train_step` returns
 
 
 def make_step(
@@ -242,16 +224,13 @@ def make_step(
     skip_spikes: bool = False,
     first_total: int | None = None,
 ) -> Step:
-    """The step of a run of `total` real steps; `key` is dropout's, `first_total` the warm-up's."""
-    shapes = jax.eval_shape(partial(init_params, model_config), key)
+    """The step of a run of `total` real steps; `key` is for dropout, `first_total` for the warm-up."""
+    shapes = shapes_of(model_config)
     labels = labels_of(shapes, settings)
     optimizer = make_optimizer(settings, shapes, total, mesh, first_total)
     schedule = schedule_shape(settings, total, first_total)
-    run = make_train_step(
-        *(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh),
-        spike_sigmas=spike_sigmas,
-        skip_spikes=skip_spikes,
-    )
+    spikes = spike_sigmas, skip_spikes
+    run = make_train_step(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh, *spikes)
     init = partial(init_state, model_config, optimizer, labels)
-    born = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
-    return Step(jax.eval_shape(born, key), labels, born, run)
+    sharded = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
+    return Step(jax.eval_shape(sharded, key), labels, sharded, run)

@@ -1,4 +1,4 @@
-"""The model and its mathematics: nothing here knows files, consoles or the config file."""
+"""The model alone: it uses no files, no console and no config file."""
 
 from transformer.config import TransformerConfig
 from transformer.model import Transformer

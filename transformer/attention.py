@@ -1,7 +1,6 @@
 """Causal attention with learned sinks, and the key/value cache.
 
-Shapes: B batch, T query time, S key time, N query heads, K key/value heads, G = N / K queries a key head serves,
-H head_dim.
+Shapes: B batch, T query time, S key time, N query heads, K key/value heads, G = N / K queries for each, H head_dim.
 """
 
 import math
@@ -13,26 +12,21 @@ import numpy as np
 
 from transformer.xla import settle
 
-MASKED = float(np.finfo(np.float32).min)  # stands for minus infinity and, unlike it, never makes a NaN
+MASKED = float(np.finfo(np.float32).min)  # used instead of minus infinity, which could make NaNs
 
 
 def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, sink_N: jax.Array | None = None
 ) -> jax.Array:
-    """Softmax attention in which every row may also put weight on a learned sink.
+    """Softmax attention in which every row may also put weight on a learned sink: [B, T, N, H] in the dtype of v.
 
     Row t of head n: p_ts = exp(s_ts) / (exp(sink_n) + sum over visible s' of exp(s_ts')), with s = q·k / sqrt(H).
-    The sink's own probability is thrown away, so a head can attend to nothing (StreamingLLM, arXiv:2309.17453; as a
-    logit per head: gpt-oss, arXiv:2508.10925). Without a sink it is the usual softmax.
-
-    Scores and softmax are float32 whatever the inputs are.
+    The sink's own probability is discarded, so a head can attend to nothing (StreamingLLM, arXiv:2309.17453; as a
+    logit per head: gpt-oss, arXiv:2508.10925). Without a sink it is the usual softmax. Scores and softmax are float32.
 
     Args:
       mask_BTS: true where a query may see a key; B and T may be 1. Every row must see at least one key.
       sink_N: the sinks' logits, or None.
-
-    Returns:
-      [B, T, N, H] in the dtype of v.
     """
     return attend_heads_first(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask_BTS, sink_N)
 
@@ -40,7 +34,7 @@ def attend(
 def attend_heads_first(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, sink_N: jax.Array | None = None
 ) -> jax.Array:
-    """`attend` for keys and values that lie head by head, as the cache keeps them."""
+    """`attend` for keys and values with heads before tokens, as in the cache."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -63,7 +57,7 @@ def attend_heads_first(
 def visible(query_BT: jax.Array, key_S: jax.Array, window: int) -> jax.Array:
     """The causal mask [B, T, S] from the positions of queries and keys.
 
-    A query sees keys that are not after it and, when `window` > 0, of those only the last `window` (itself included).
+    A query sees the keys up to its own position; if `window` > 0, only the last `window` of them (itself included).
     """
     distance_BTS = query_BT[..., None] - key_S
     mask_BTS = distance_BTS >= 0
@@ -71,28 +65,28 @@ def visible(query_BT: jax.Array, key_S: jax.Array, window: int) -> jax.Array:
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer by slot; a head's lie together, since attention reads them so."""
+    """Keys and values of one layer by slot; those of a head are contiguous, as attention reads them."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
 
 
 class Cache(NamedTuple):
-    """The keys and values of a batch of texts that are aligned at their ends, so that all grow into the same slot."""
+    """The keys and values of a batch of texts, padded on the left so that all get their next token in the same slot."""
 
     layers: list[LayerCache]
-    start_B: jax.Array  # the slot of each text's first token; what lies before it is padding
+    start_B: jax.Array  # the slot of each text's first token; slots before it are padding
     length: jax.Array  # slots in use
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
     """Put the keys and values of T tokens into the slots from `slot` on."""
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
-    return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader writes a copy
+    return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader makes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:
-    """The mask [B, T, S] of T tokens that are about to be written: causal, and no padding."""
+    """The mask [B, T, S] for the next T tokens: causal, and without padding."""
     slot_S = jnp.arange(cache.layers[0].k_BKSH.shape[2])
     mask_1TS = visible((cache.length + jnp.arange(T))[None], slot_S, window)
     return mask_1TS & (slot_S >= cache.start_B[:, None])[:, None]

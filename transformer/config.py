@@ -1,4 +1,4 @@
-"""The shape of a model and how it is run: their settings, which values are possible, and what follows from them."""
+"""The settings of a model's shape and of how it is run: allowed values, and what follows from them."""
 
 from dataclasses import dataclass, fields
 
@@ -22,7 +22,7 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a model is run: nothing here adds, drops or reshapes a parameter."""
+    """How a model is run: these settings add, drop or reshape no parameter."""
 
     dtype: str = "float32"
     attention_kernel: str = "auto"
@@ -33,14 +33,11 @@ class Execution:
 
 @dataclass(frozen=True)
 class TransformerConfig(Execution):
-    """The shape of a model, with how it is run. `configs/default.py` says what each setting means.
+    """The shape of a model, and how it is run. `configs/default.py` says what each setting means.
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
-    the token with which a document begins, across which nothing attends. With -1, or when generating with a cache, the
-    whole sequence is one document.
-
-    Raises:
-      ValueError: `<field>: <what is wrong>`.
+    the token with which a document begins; attention does not reach across it. With -1, or with a cache, the whole
+    sequence is one document. Raises ValueError, `<field>: <what is wrong>`.
     """
 
     vocab_size: Count
@@ -108,34 +105,28 @@ class TransformerConfig(Execution):
 
     @property
     def period(self) -> int:
-        """After how many layers the windows repeat: the least divisor of num_blocks for which they do."""
+        """The number of layers after which the windows repeat: the least such divisor of num_blocks."""
         windows = list(map(self.window, range(self.num_blocks)))
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
         return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
 
     @property
     def activation_dtype(self) -> str:
-        """Of everything between the products, and of their results."""
+        """The dtype of matrix products' results, and of everything between the products."""
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
     @property
     def operand_dtype(self) -> str:
-        """Of what enters a product; sums are float32."""
+        """The dtype of matrix products' operands; their sums are float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
 
     @property
     def yarn(self) -> Yarn | None:
         if self.rope_scaling == "none":
             return None
-        return Yarn(
-            self.yarn_factor,
-            self.yarn_original_context,
-            self.yarn_beta_fast,
-            self.yarn_beta_slow,
-            self.yarn_truncate,
-            1.0 if self.rope_scaling == "llama3" else self.yarn_attention_factor,
-            ramp_over_turns=self.rope_scaling == "llama3",
-        )
+        llama3 = self.rope_scaling == "llama3"
+        sizes = self.yarn_factor, self.yarn_original_context, self.yarn_beta_fast, self.yarn_beta_slow
+        return Yarn(*sizes, self.yarn_truncate, 1.0 if llama3 else self.yarn_attention_factor, ramp_over_turns=llama3)
 
     def window(self, layer: int) -> int:
         """How many keys a query of this layer sees, itself included; 0 is all."""

@@ -1,7 +1,7 @@
 """Matrix products in half precision: operands in bfloat16, sums and results in float32, and everything else in float32.
 
-What TPUs do with float32 by default (`jax.default_matmul_precision`), for CPUs: AMX and AVX512-BF16 multiply bfloat16
-two to five times as fast as float32, while all other arithmetic in bfloat16 is slower there than in float32.
+TPUs do this with float32 by default (`jax.default_matmul_precision`). This is for CPUs: AMX and AVX512-BF16 multiply
+bfloat16 two to five times as fast as float32, while all other arithmetic is slower there in bfloat16 than in float32.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformer.xla import settle, target
 
 
 def half_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any = None, **options: Any) -> jax.Array:
-    """`dot_general` of operands that are rounded to bfloat16, with sums and result in float32; so are its gradients."""
+    """`dot_general` of operands rounded to bfloat16, with sums and result in float32; the same for its gradients."""
     del dimension_numbers, options  # those of an `nnx.Linear`
     return _half_product(x, w)
 
@@ -40,7 +40,7 @@ def _half_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[ja
     else:
         rows = list(range(x_rows.ndim - 1))
         dw = jnp.tensordot(x_rows, dy_rows, (rows, rows), preferred_element_type=jnp.float32)
-    # A transposition of a result, folded into its product, would make one that XLA's CPU backend cannot run.
+    # XLA would fold a transposition of the result into the product, which its CPU backend then could not run.
     return settle(dx).reshape(*dy.shape[:-1], w_half.shape[0]), settle(dw)
 
 
@@ -48,12 +48,12 @@ _half_product.defvjp(_half_forward, _half_backward)
 
 
 def _merged(x: jax.Array) -> jax.Array:
-    """[..., n] as [rows, n], where rows and tokens may be merged."""
+    """[..., n] as [rows, n], if rows and tokens may be merged."""
     return x if partitioned() else x.reshape(-1, x.shape[-1])
 
 
 def _in_rows(x: jax.Array) -> jax.Array:
-    """In bfloat16, stored row by row on a CPU: XLA's CPU backend converts any other operand to float32 again."""
+    """x in bfloat16, on a CPU stored row by row: XLA's CPU backend converts any other operand back to float32."""
     x = x.astype(jnp.bfloat16)
     if target().platform != "cpu":
         return x

@@ -1,4 +1,4 @@
-"""The model: a decoder-only Transformer whose settings span the original, GPT-2, Llama, Qwen3 and gpt-oss attention.
+"""The model: a decoder-only Transformer. Its settings cover the original, GPT-2, Llama, Qwen3 and gpt-oss's attention.
 
 Shapes: B batch, T time, D embedding_dim, N query heads, K key/value heads, H head_dim, F mlp_dim, V vocabulary.
 Weights are 2-D, [in, out], and float32; they are cast to the compute dtype where they are used.
@@ -27,39 +27,39 @@ Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 
 class Where(NamedTuple):
-    """Where tokens stand: how their heads are turned, and the number of their document, of which 0 may be cut off."""
+    """Rotary cosines and sines, and each token's document number. Document 0 may lack its beginning."""
 
     turn: Rotation | None
     document_BT: jax.Array | None
 
 
-def _normal(std: float = 0.02) -> nnx.Initializer:
-    return nnx.initializers.normal(std)
+_normal = nnx.initializers.normal(0.02)
 
 
 def _output_initializer(config: TransformerConfig) -> nnx.Initializer:
     """For the two projections that write into the residual stream ("scaled": GPT-2, 0.02 / sqrt(2 blocks))."""
     if config.output_init == "zero":
         return nnx.initializers.zeros_init()
-    return _normal(0.02 / math.sqrt(2 * config.num_blocks) if config.output_init == "scaled" else 0.02)
+    scale = math.sqrt(2 * config.num_blocks) if config.output_init == "scaled" else 1.0
+    return nnx.initializers.normal(0.02 / scale)
 
 
 def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: nnx.Rngs, init=None) -> nnx.Linear:
     product = half_dot_general if config.dtype == "bfloat16_matmul" else dot_general
     options: dict[str, Any] = {"dtype": config.activation_dtype, "dot_general": product}
-    return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init or _normal(), rngs=rngs, **options)
+    return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init or _normal, rngs=rngs, **options)
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
     common: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.activation_dtype, "rngs": rngs}
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.embedding_dim, **common)
-    # The one-pass variance E[x^2] - E[x]^2 loses digits; the two-pass form costs nothing that shows.
+    # The one-pass variance E[x^2] - E[x]^2 loses precision; the two-pass form takes no measurable time.
     return nnx.LayerNorm(config.embedding_dim, use_bias=config.norm_bias, use_fast_variance=False, **common)
 
 
 class Attention(nnx.Module):
-    """Q, K, V, the sinks, and the projection back into the residual stream."""
+    """Queries, keys, values, the sinks, and the projection back into the residual stream."""
 
     def __init__(self, config: TransformerConfig, layer: int, rngs: nnx.Rngs):
         c = config
@@ -68,9 +68,8 @@ class Attention(nnx.Module):
         self.query = _linear(c.embedding_dim, c.num_heads * c.head_dim, c.qkv_bias, c, rngs)
         self.key = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
         self.value = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
-        self.out = _linear(
-            c.num_heads * c.head_dim, c.embedding_dim, c.attention_out_bias, c, rngs, _output_initializer(c)
-        )
+        out_init = _output_initializer(c)
+        self.out = _linear(c.num_heads * c.head_dim, c.embedding_dim, c.attention_out_bias, c, rngs, out_init)
         if c.qk_norm != "none":
             own: dict[str, Any] = {"epsilon": c.norm_eps, "dtype": c.activation_dtype, "rngs": rngs}
             own["use_scale"] = c.qk_norm == "scaled"
@@ -79,7 +78,7 @@ class Attention(nnx.Module):
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
 
     def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned, as operands of products."""
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands."""
         c, B, T = self.config, *x_BTD.shape[:2]
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
         k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
@@ -116,7 +115,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = self.up(x_BTD)
         match self.kind:
-            case "gelu":  # through erf: cheaper on a CPU than jax.nn.gelu's erfc, and the same function
+            case "gelu":  # with erf: faster on a CPU than jax.nn.gelu's erfc, and the same function
                 h_BTF = 0.5 * up_BTF * (1 + jax.lax.erf(up_BTF * math.sqrt(0.5)))
             case "gelu_tanh":
                 h_BTF = jax.nn.gelu(up_BTF, approximate=True)
@@ -155,14 +154,14 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c = config
         self.config = c
-        embed: dict[str, Any] = {"embedding_init": _normal(), "dtype": c.activation_dtype, "rngs": rngs}
+        embed: dict[str, Any] = {"embedding_init": _normal, "dtype": c.activation_dtype, "rngs": rngs}
         self.embedding = nnx.Embed(c.vocab_size, c.embedding_dim, **embed)
         if c.position == "learned":
             self.positions = nnx.Embed(c.context_len, c.embedding_dim, **embed)
         self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.num_blocks)])
         self.final_norm = _norm(c, rngs)
         if not c.tie_embeddings:
-            init = nnx.initializers.zeros_init() if c.output_init == "zero" else _normal()
+            init = nnx.initializers.zeros_init() if c.output_init == "zero" else _normal
             self.head = _linear(c.embedding_dim, c.vocab_size, False, c, rngs, init)
         self.dropout = nnx.Dropout(c.dropout)
 
@@ -173,7 +172,7 @@ class Transformer(nnx.Module):
     def hidden(
         self, tokens_BT: jax.Array, cache: Cache | None = None, rngs: nnx.Rngs | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """The last layer's normalised output [B, T, D]; with a cache to go on from, also the one after these tokens."""
+        """The last layer's normalised output [B, T, D]; and, if a cache is given, the cache after these tokens."""
         c, T = self.config, tokens_BT.shape[1]
         position_BT = jnp.arange(T)[None]
         if cache is not None:
@@ -200,11 +199,11 @@ class Transformer(nnx.Module):
 
     @property
     def output(self) -> nnx.Embed | nnx.Linear:
-        """Whose weights make the logits."""
+        """The module whose weights give the logits."""
         return self.embedding if self.config.tie_embeddings else self.head
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [..., V] in float32 from the output of `hidden`; soft-capped to ±logit_softcap when that is set."""
+        """Logits [..., V] in float32 from the output of `hidden`, soft-capped to ±logit_softcap if that is set."""
         return head_logits(self.output, x_BTD, self.config)
 
     def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
@@ -215,7 +214,7 @@ class Transformer(nnx.Module):
 
 
 def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, config: TransformerConfig) -> jax.Array:
-    """`Transformer.logits` as a function of the module whose weights make them."""
+    """`Transformer.logits` as a function of the module whose weights give them."""
     if isinstance(output, nnx.Embed) and config.dtype == "bfloat16_matmul":
         logits = half_dot_general(x_BTD, output.embedding[...].T)
     else:
@@ -235,18 +234,19 @@ def params_of(model: Transformer) -> Params:
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-    """Fresh parameters (to be called inside `jit`, which then places them)."""
+    """Initial parameters (call it inside `jit`, which then places them)."""
     return params_of(Transformer(config, nnx.Rngs(key)))
 
 
-def model_of(config: TransformerConfig, params: Params) -> Transformer:
-    """The model that holds these parameters, traced or real.
+def shapes_of(config: TransformerConfig) -> Params:
+    """The shape and dtype of each of `init_params`, as `jax.ShapeDtypeStruct`."""
+    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, (_, value) in _skeleton(config)[1].items()}
 
-    Raises:
-      ValueError: a name is missing or unknown, or a shape is not the config's.
-    """
+
+def model_of(config: TransformerConfig, params: Params) -> Transformer:
+    """The model with these parameters, traced or real. Raises ValueError if a name or shape does not fit the config."""
     graph, flat = _skeleton(config)
-    want = {name: part_shape(name, shape) for name, (_, shape) in flat.items()}
+    want = {name: part_shape(name, value.shape) for name, (_, value) in flat.items()}
     have = {name: value.shape for name, value in params.items()}
     if want != have:
         odd = [f"{n} {have.get(n)} is not {want.get(n)}" for n in sorted(want | have) if want.get(n) != have.get(n)]
@@ -255,7 +255,7 @@ def model_of(config: TransformerConfig, params: Params) -> Transformer:
 
 
 @lru_cache  # tracing it takes 45 ms for 4 blocks, and every program asks for it
-def _skeleton(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, tuple[int, ...]]]]:
-    """The model without its parameters, and the path in it and the shape of each, by dotted name."""
+def _skeleton(config: TransformerConfig) -> tuple[nnx.GraphDef, dict[str, tuple[tuple, nnx.Variable]]]:
+    """The model without its parameters; of each parameter, by dotted name, the path and an abstract array."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    return graph, {".".join(map(str, path)): (path, variable.shape) for path, variable in nnx.to_flat_state(state)}
+    return graph, {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}

@@ -1,4 +1,4 @@
-"""Types of settings: what a number may be."""
+"""Types of settings that say which numbers are allowed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Numbers that are allowed."""
+    """A range of allowed numbers."""
 
     words: str  # for the message, after "must be"
     holds: Callable[[float], bool]
@@ -22,11 +22,7 @@ Share = Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 
 
 def require(settings: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Whether each setting is in the range that its type names.
-
-    Raises:
-      ValueError: `<setting>: must be <words>, got <value>`.
-    """
+    """Raises ValueError, `<setting>: must be <words>, got <value>`, if a setting is outside the range of its type."""
     for name, kind in types.items():
         for allowed in getattr(kind, "__metadata__", ()):
             if not allowed.holds(settings[name]):

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by their place in the text.
+"""Rotary positions: queries and keys are rotated by angles that grow with their position.
 
 Shapes: B batch, T time, N heads, H head_dim.
 """
@@ -17,9 +17,9 @@ class Yarn(NamedTuple):
     """How YaRN stretches rotary positions to a longer context (arXiv:2309.00071, section 3).
 
     Dimensions that turn more than `beta_fast` times within the original context are kept, those that turn fewer than
-    `beta_slow` times are slowed by `factor`, and a ramp lies between; `truncate` rounds the ramp's ends to whole
-    dimensions. Queries and keys are scaled by `attention_factor`; 0 means the paper's 0.1 ln(factor) + 1.
-    Llama 3 (arXiv:2407.21783) does the same with a ramp over turns instead of dimensions, and scales nothing.
+    `beta_slow` times are slowed down by `factor`, with a ramp between; `truncate` rounds the ramp's ends to whole
+    dimensions. Queries and keys are scaled by `attention_factor`; 0 means the paper's 0.1 ln(factor) + 1. Llama 3
+    (arXiv:2407.21783) has a ramp over turns instead of dimensions, and does not scale.
     """
 
     factor: float
@@ -32,7 +32,7 @@ class Yarn(NamedTuple):
 
 
 def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> tuple[np.ndarray, float]:
-    """Radians a position for each of the head_dim / 2 planes (RoFormer, arXiv:2104.09864), and the scale of q and k."""
+    """Radians per position of the head_dim / 2 planes (RoFormer, arXiv:2104.09864), and the scale of q and k."""
     plane = np.arange(0, head_dim, 2, dtype=np.float64)
     frequency = theta ** (-plane / head_dim)
     if yarn is None:
@@ -63,7 +63,7 @@ def rotation(position_BT: jax.Array, frequency: np.ndarray, scale: float = 1.0) 
 
 
 def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn each plane (x_i, x_{i + H/2}) by its `rotation`, in float32; [B, T, N, H] in the dtype of x."""
+    """Rotate each plane (x_i, x_{i + H/2}) by its `rotation`, in float32; [B, T, N, H] in the dtype of x."""
     cos, sin = turn
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,9 +1,9 @@
-"""Writing text: prefill of the prompts, then a jitted loop that decodes with the key/value cache.
+"""Generation: prefill of the prompts, then a jitted loop that decodes with the key/value cache.
 
 Shapes: B texts, P padded prompt length, V vocabulary.
 
-A text may outgrow the context. When the cache is full, the last `context_len // 2` tokens are kept and prefilled
-again, for each text by itself, so that the model never sees positions it was not trained on.
+A text may outgrow the context. If a text is longer than the context, its last `context_len // 2` tokens are prefilled
+again, so that the model never sees positions that it was not trained on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from transformer.model import Params, Transformer, model_of, params_of
 from transformer.xla import jit_where_it_lies
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
-FEWEST_SLOTS = 64  # of the cache; it doubles when it is full, since attention reads all of it for each token
-NOTHING = -1  # what a finished text yields
+FEWEST_SLOTS = 64  # of the cache; it starts small and doubles, since attention reads all of it for each token
+NOTHING = -1  # the "token" that a finished text yields
 
 
 class Tokenizer(Protocol):
-    """What text is made of, as far as writing it asks."""
+    """The part of a tokenizer that generation uses."""
 
-    eot: int | None  # the token that ends a text, and after which one begins
+    eot: int | None  # the token that ends a text, and after which the next one begins
     ends: tuple[int, ...]  # all tokens that end a text
     unsampled: tuple[int, ...]  # ids that stand for no text
 
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         """Token ids, 1-D."""
 
     def text_stream(self) -> Any:
-        """What takes ids by `feed` and gives their text, never half a character, the rest by `flush`."""
+        """A decoder: `feed` takes ids and gives their complete characters, `flush` gives the rest."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def pick(
 def _prefill(
     params: Params, tokens_BP, start_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
 ) -> tuple[jax.Array, Cache | None]:
-    """Read whole texts at once, padded on the left up to `start_B`; the next token of each, and a cache of P slots."""
+    """Read whole texts, padded on the left up to `start_B`; returns each one's next token, and a cache of P slots."""
     model = model_of(config, params)
     hidden_BPD, cache = model.hidden(tokens_BP, model.empty_cache(start_B, tokens_BP.shape[1]))
     return pick(model.logits(hidden_BPD[:, -1]), key, sampling, banned_V, number), cache
@@ -111,7 +111,7 @@ def _prefill(
 
 @partial(jax.jit, static_argnames="slots")
 def _enlarge(cache: Cache, slots: int) -> Cache:
-    """With room for so many slots."""
+    """The cache with room for `slots` slots."""
     grow = lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, slots - x_BKSH.shape[2]), (0, 0)))
     return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
@@ -153,7 +153,7 @@ def _decode(
 
 
 def _power_of_two(least: int) -> int:
-    """The next one: few sizes, few compilations."""
+    """The next power of two: few sizes mean few compilations."""
     return 1 << (least - 1).bit_length()
 
 
@@ -165,18 +165,18 @@ def generate_tokens(
     ends: tuple[int, ...] = (),
     unsampled: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Continue a batch of prompts of any lengths; arrays [n, B] of n <= CHUNK new tokens, as they come.
+    """Continue a batch of prompts of any lengths; yields arrays [n, B] of n <= CHUNK new tokens.
 
     Args:
-      prompts: token ids, at least one each; of a prompt longer than the context its end is read.
-      ends: the tokens that end a text. One is yielded, then -1 follows until the whole batch has ended.
+      prompts: token ids, at least one each; only the end of a prompt is read if it is longer than the context.
+      ends: the tokens that end a text. The first is yielded, then -1 follows until the whole batch has ended.
       unsampled: ids that are never chosen.
     """
     config = model.config
     params = params_of(model)
     key = jax.random.key(sampling.seed)
     banned_V = jnp.zeros(config.vocab_size, bool).at[jnp.array(list(unsampled), int)].set(True) if unsampled else None
-    run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed; another compiles nothing
+    run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed: a new seed compiles nothing
     texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]
     done_B = np.zeros(len(texts), bool)
     made = 0
@@ -208,14 +208,14 @@ def generate_tokens(
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
             used, room = used + count, room - count
         for row, text in enumerate(texts):
-            if done_B[row]:  # a finished text takes no room from the others
+            if done_B[row]:  # a finished text must not make the batch longer
                 texts[row] = text[-1:]
             elif len(text) > config.context_len:
                 texts[row] = text[-max(1, config.context_len // 2) :]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """A prompt's ids; for an empty one what a text starts after: end-of-text, a newline, or the first symbol."""
+    """A prompt's ids; for an empty prompt the end-of-text token, or else a newline, or else the first symbol."""
     if prompt:
         return tokenizer.encode(prompt)
     if tokenizer.eot is not None:
@@ -227,11 +227,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 def stream(
     model: Transformer, tokenizer: Tokenizer, prompt: str, num_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[str]:
-    """Continue a prompt; text as it comes, never half a character. The end-of-text token is not shown.
-
-    Raises:
-      UnknownCharacters: the prompt has characters that the tokenizer lacks.
-    """
+    """Continue a prompt; yields complete characters, without the end-of-text token. Raises as `generate`."""
     for (text,) in _streams(model, tokenizer, [prompt], num_tokens, sampling):
         if text:
             yield text
@@ -244,10 +240,9 @@ def generate(
     num_tokens: int,
     sampling: Sampling | None = None,
 ) -> list[str]:
-    """Continue a batch of prompts; the new text of each, up to its end-of-text.
+    """Continue a batch of prompts; returns the new text of each, up to its end-of-text token.
 
-    Raises:
-      UnknownCharacters: a prompt has characters that the tokenizer lacks.
+    Raises UnknownCharacters if a prompt has characters that the tokenizer lacks.
     """
     parts = zip(*_streams(model, tokenizer, prompts, num_tokens, sampling), strict=True)
     return ["".join(texts) for texts in parts]
@@ -256,7 +251,7 @@ def generate(
 def _streams(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, sampling: Sampling | None
 ) -> Iterator[list[str]]:
-    """The new text of each prompt, in pieces as they come; what ends a text is not shown."""
+    """The new text of each prompt, in pieces, without the tokens that end a text."""
     ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     decoders = [tokenizer.text_stream() for _ in prompts]
     hidden, ends = (NOTHING, *tokenizer.ends), tokenizer.ends

@@ -1,8 +1,8 @@
-"""The mesh of devices, and the one table of who holds what on it.
+"""The mesh of devices, and the one table of how arrays are split over it.
 
-Rows of a batch are shared out by hand (`jax.shard_map` over data and fsdp, with all-gathers of fsdp's parameters where
-they are used and reduce-scatters of their gradients); within a row, along sequence and tensor, XLA partitions the
-program by the constraints that `constrain` and `by_heads` put on its activations.
+The rows of a batch are divided explicitly (`jax.shard_map` over data and fsdp, with all-gathers of fsdp's parameters
+where they are used and reduce-scatters of their gradients). Along sequence and tensor, XLA partitions the program by
+the constraints that `constrain` and `by_heads` put on its activations.
 """
 
 import math
@@ -17,24 +17,24 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the batch is split, everything else is whole on every device
-FSDP = "fsdp"  # the batch is split, and so are parameters and optimizer, which are brought together where they are used
+FSDP = "fsdp"  # the batch is split, and so are optimizer and parameters, which are gathered where they are used
 SEQUENCE = "sequence"  # activations are split by tokens, for long contexts
 TENSOR = "tensor"  # heads, hidden widths and the vocabulary are split
-AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are each other's neighbours: it talks the most
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)  # devices of the last axis are neighbours: it communicates the most
 ROWS = (DATA, FSDP)  # devices that differ in one of these take different rows of a batch
 
-# Which mesh axes split which axis of an array. An axis that stands in no rule, or that its mesh axes do not divide, is
-# whole on every device.
+# Which mesh axes split which axis of an array. An axis that is not in the table, or that its mesh axes do not divide,
+# is whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "rows": ROWS,
     "tokens": (SEQUENCE,),
-    "width": (FSDP,),  # the residual stream's, of parameters alone: activations hold it whole
+    "width": (FSDP,),  # the residual stream's axis in parameters; in activations it is whole
     "query_heads": (TENSOR,),
     "key_heads": (TENSOR,),
     "mlp": (TENSOR,),
     "vocab": (TENSOR,),
 }
-PARAMETERS = {  # pattern of the name -> axes; what matches none (biases, norms, sinks) is whole everywhere
+PARAMETERS = {  # pattern of the name -> axes; a parameter that matches none (bias, norm, sink) is whole everywhere
     r"embedding\.embedding": ("vocab", "width"),
     r"positions\.embedding": ("", "width"),
     r"blocks\.\d+\.attention\.query\.kernel": ("width", "query_heads"),
@@ -55,10 +55,9 @@ ACTIVATIONS = {  # by the suffix of their names
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The sizes that "data=2,fsdp=4" names, -1 standing for the devices that are left; "" is all devices on data.
+    """The sizes in "data=2,fsdp=4"; -1 means all devices that are left, and "" all devices on data.
 
-    Raises:
-      ValueError: `mesh: <what is wrong>; <what would be right>`.
+    Raises ValueError, `mesh: <what is wrong>; <what would be right>`.
     """
     sizes: dict[str, int] = {}
     for part in text.split(",") if text else [f"{DATA}=-1"]:
@@ -75,10 +74,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
-    """The size of each of AXES: those that `text` leaves out are 1, and all of them make up the devices.
+    """The size of each of AXES, 1 for those that `text` leaves out.
 
-    Raises:
-      ValueError: as `parse_mesh`, or they do not.
+    Raises ValueError as `parse_mesh` does, or if the product is not the number of devices.
     """
     sizes = parse_mesh(text)
     fixed = math.prod(size for size in sizes.values() if size > 0)
@@ -94,23 +92,19 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", *, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh that `text` (see `parse_mesh`) makes of these devices, with all of AXES.
-
-    Raises:
-      ValueError: as `mesh_sizes`.
-    """
+    """The mesh of these devices with all of AXES, by `parse_mesh`'s text. Raises ValueError as `mesh_sizes` does."""
     shape = tuple(mesh_sizes(text, len(devices)).values())
-    grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)  # on a TPU, neighbours that are linked
+    grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)  # on a TPU, linked devices are neighbours
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def is_data_parallel(mesh: Mesh) -> bool:
-    """Whether every device holds everything and takes rows of its own."""
+    """Whether every device holds all parameters and takes rows of its own."""
     return mesh.shape[DATA] == mesh.size
 
 
-def most_shares(mesh: Mesh) -> tuple[int, int]:
-    """Into how many parts the mesh splits the parameters, and the residual stream of a batch, where all divides."""
+def most_parts(mesh: Mesh) -> tuple[int, int]:
+    """Into how many parts the mesh splits the parameters, and a batch's residual stream, if all sizes are divisible."""
     sizes = mesh.shape
     return sizes[FSDP] * sizes[TENSOR], sizes[DATA] * sizes[FSDP] * sizes[SEQUENCE]
 
@@ -125,15 +119,11 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-# --- Who holds what -----------------------------------------------------------------------------------------------
+# --- How arrays are split -----------------------------------------------------------------------------------------
 
 
 def spec_of(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """How an array with these axes (see RULES) and sizes is split.
-
-    Raises:
-      ValueError: two of its axes would be split by one mesh axis.
-    """
+    """How an array with these axes (see RULES) and sizes is split. ValueError if one mesh axis would split two axes."""
     used = [name for axis in axes for name in RULES.get(axis, ())]
     if len(used) != len(set(used)):
         raise ValueError(f"{axes}: two axes of one array are split by one axis of the mesh")
@@ -162,26 +152,26 @@ def param_spec(name: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every array of a training state or of a part of it, abstract or real.
 
-    What stands under a parameter's name and is of its rank (itself, its momentum, its moments) is split as it is,
-    everything else is whole everywhere.
+    An array under a parameter's name with its rank (the parameter, its momentum, its moments) is split as the
+    parameter; all others are whole everywhere.
     """
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = str(getattr(path[-1], "key", "")) if path else ""
         spec = param_spec(name, leaf.shape, mesh) if len(axes_of(name)) == leaf.ndim else ()
-        while spec and spec[-1] is None:  # as JAX writes those of results: else a step is compiled twice
+        while spec and spec[-1] is None:  # as JAX writes the specs of results; otherwise a step is compiled twice
             spec = spec[:-1]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def held_whole(params: Mapping[str, Any], activations: Mapping[str, int], mesh: Mesh) -> list[str]:
-    """What the mesh would split and does not divide, in words: "vocab 65 (tensor 8)".
+def undivided(params: Mapping[str, Any], activations: Mapping[str, int], mesh: Mesh) -> list[str]:
+    """The axes that the mesh would split if it divided them, in words: "vocab 65 (tensor 8)".
 
     Args:
       params: arrays or shapes by name.
-      activations: sizes of axes that only activations have, or that they count in other units, as heads.
+      activations: sizes of axes that only activations have, or that they count in other units, such as heads.
     """
     sizes = {(axis, size) for name, p in params.items() for axis, size in zip(axes_of(name), p.shape, strict=False)}
     result = []
@@ -193,7 +183,7 @@ def held_whole(params: Mapping[str, Any], activations: Mapping[str, int], mesh: 
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, split as `shardings_of` says, whole on every device."""
+    """Arrays that are split as `shardings_of` says, made whole on every device."""
     if is_data_parallel(mesh):
         return tree
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
@@ -209,19 +199,19 @@ def on_rows(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Ca
 
 
 def rows_specs(params: Mapping[str, Any], mesh: Mesh) -> dict[str, PartitionSpec]:
-    """The parameters' specs for `on_rows`: those of fsdp alone."""
+    """The parameters' specs for `on_rows`, which name fsdp alone."""
     of_fsdp = lambda name: FSDP if name == FSDP else None
     return {name: PartitionSpec(*map(of_fsdp, param_spec(name, p.shape, mesh))) for name, p in params.items()}
 
 
 def sum_over(axes: Sequence[str], tree: Any, mesh: Mesh) -> Any:
-    """The sum over these axes, inside `on_rows`; none over axes of size 1 compiles beside axes left to XLA."""
+    """The sum over these axes, inside `on_rows`; sums over axes of size 1 would not compile with axes left to XLA."""
     names = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return jax.lax.psum(tree, names) if names else tree
 
 
 def part_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which the model gets a parameter: inside `on_rows`, those of blocks in parts (see `run_blocks`)."""
+    """The shape of a parameter as the model gets it: inside `on_rows` only a part of those of blocks (`run_blocks`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if FSDP not in mesh.manual_axes or not name.startswith("blocks."):
         return shape
@@ -235,13 +225,13 @@ def _width_axis(name: str) -> int | None:
 
 
 def is_part(name: str, x: jax.Array, width: int) -> bool:
-    """Whether a device holds a part of a parameter alone; `width` is the residual stream's."""
+    """Whether a device holds only a part of a parameter; `width` is the residual stream's."""
     axis = _width_axis(name)
     return axis is not None and x.shape[axis] != width
 
 
-def bring_together(name: str, x: jax.Array, width: int, dtype: Any) -> jax.Array:
-    """A parameter whole over fsdp, in the dtype of the arithmetic if it travelled; its gradient is shared out again."""
+def gather_parameter(name: str, x: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """A parameter gathered over fsdp, in the dtype of the arithmetic; its gradient is scattered again."""
     return _gather(_width_axis(name), jnp.dtype(dtype).name, x) if is_part(name, x, width) else x
 
 
@@ -255,15 +245,15 @@ def _gather_forward(axis: int, dtype: str, x: jax.Array) -> tuple[jax.Array, Non
 
 
 def _gather_backward(axis: int, dtype: str, kept: None, dx: jax.Array) -> tuple[jax.Array]:
-    del dtype, kept  # gradients are summed in float32, as those of data parallelism are
+    del dtype, kept  # gradients are summed in float32, as in data parallelism
     return (jax.lax.psum_scatter(dx.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def travels(primitive: Any, *_: Any, **parts: Any) -> bool:
-    """Whether an operation is `bring_together`, the gather that rematerialisation repeats instead of saving."""
+def is_gather(primitive: Any, *_: Any, **parts: Any) -> bool:
+    """Whether an operation is `gather_parameter`, the gather that rematerialisation repeats instead of saving."""
     del primitive
     return "call_jaxpr" in parts and any(each.primitive.name == "all_gather" for each in parts["call_jaxpr"].eqns)
 
@@ -272,18 +262,18 @@ def travels(primitive: Any, *_: Any, **parts: Any) -> bool:
 
 
 def _left_to_xla() -> dict[str, int]:
-    """The mesh axes, with their sizes, along which XLA partitions what is being traced."""
+    """The mesh axes, with their sizes, along which XLA partitions the program that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: mesh.shape[axis] for axis in mesh.auto_axes if mesh.shape[axis] > 1}
 
 
 def partitioned() -> bool:
-    """Whether XLA partitions what is being traced, so that axes must not be merged that it splits."""
+    """Whether XLA partitions the program that is being traced; then axes that it splits must not be merged."""
     return bool(_left_to_xla())
 
 
 def constrain(x: jax.Array, suffix: str) -> jax.Array:
-    """The same activation, split as its suffix in ACTIVATIONS says along the axes that are left to XLA."""
+    """The same activation, split by its suffix in ACTIVATIONS along the axes that are left to XLA."""
     free = _left_to_xla()
     if not free:
         return x
@@ -300,11 +290,11 @@ def by_heads(
     sink_N: jax.Array | None,
     document_BT: jax.Array | None,
 ) -> jax.Array:
-    """`attend(q, k, v, sink, document)` [B, T, N, H], each device taking whole sequences of heads of its own.
+    """`attend(q, k, v, sink, document)` [B, T, N, H]; each device takes whole sequences of some of the heads.
 
-    Tokens that were split over the sequence axis come together for it, an all-to-all before and one after (Ulysses,
-    arXiv:2309.14509): so kernels need not know of meshes. Heads are split over tensor and sequence, as far as these
-    divide them; key heads that are too few for that are repeated.
+    An all-to-all before it joins tokens that are split over the sequence axis, and one after it splits them again
+    (Ulysses, arXiv:2309.14509), so kernels need not know of meshes. Heads are split over tensor and sequence, as far as
+    these divide them; key heads are repeated if they are too few.
     """
     free = _left_to_xla()
     if not free:

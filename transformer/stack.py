@@ -1,7 +1,7 @@
-"""The stack of blocks in training: one after another, or in a loop that is compiled once, and what of it is kept.
+"""The stack of blocks in training: unrolled or in a loop that is compiled once, and with or without rematerialisation.
 
-Neither choice changes a value: a block that is run again for the backward pass, or inside a loop, draws the same
-random numbers as it would have.
+Neither choice changes a value: a block that is run again for the backward pass, or in a loop, draws the same random
+numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
-from transformer.sharding import bring_together, is_part, travels
+from transformer.sharding import gather_parameter, is_gather, is_part
 from transformer.xla import settle
 
-# What the forward pass keeps of a block for the backward pass beside its input; the rest is computed again.
+# What the forward pass saves of a block for the backward pass besides its input; the rest is computed again.
 REMAT_POLICIES: dict[str, Callable] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights, not attention's
@@ -25,7 +25,7 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 
 def _name(path: tuple) -> str:
-    """Of a weight of some block, as tables of parameters call it."""
+    """The name of a weight of any block, as in the table of parameters."""
     return ".".join(["blocks.0", *(str(part.key) for part in path if hasattr(part, "key"))])
 
 
@@ -40,11 +40,11 @@ def run_blocks(
     """All blocks on x [B, T, D], without a cache.
 
     Args:
-      blocks: called as block(x, where, rngs), the first result being the next x.
+      blocks: called as block(x, where, rngs); the first result is the next x.
       rngs: dropout's, advanced as the blocks draw from it; None without dropout.
       remat: a name in REMAT_POLICIES.
-      period: 0 unrolls the blocks. Otherwise a `jax.lax.scan` runs so many blocks an iteration, on their weights
-        stacked; block i must then be alike, up to its weights, to block i + period.
+      period: 0 unrolls the blocks. Otherwise a `jax.lax.scan` over the stacked weights runs `period` blocks in each
+        iteration; blocks i and i + period must then differ only in their weights.
     """
     width, dtype = x_BTD.shape[-1], x_BTD.dtype
     in_parts = any(is_part(_name(path), x, width) for path, x in tree_leaves_with_path(nnx.state(blocks[0])))
@@ -53,19 +53,19 @@ def run_blocks(
             x_BTD, _ = block(x_BTD, where, rngs)
         return x_BTD
     rngs_graph, draws = nnx.split(rngs)
-    policy = lambda *operation, **how: not travels(*operation, **how) and REMAT_POLICIES[remat](*operation, **how)
+    policy = lambda *operation, **how: not is_gather(*operation, **how) and REMAT_POLICIES[remat](*operation, **how)
     graphs, weights = zip(*map(nnx.split, blocks), strict=True)
 
     def apply(graph, weights, x_BTD, draws):
         rngs = nnx.merge(rngs_graph, draws)
         if in_parts:
-            weights = tree_map_with_path(lambda path, x: bring_together(_name(path), x, width, dtype), weights)
+            weights = tree_map_with_path(lambda path, x: gather_parameter(_name(path), x, width, dtype), weights)
         x_BTD, _ = nnx.merge(graph, weights)(x_BTD, where, rngs)
         return x_BTD, nnx.state(rngs)
 
     def run(graph, weights, x_BTD, draws):
         function = partial(apply, graph)
-        if remat != "none" or in_parts:  # in a loop nothing merges with the forward pass: no need to prevent it
+        if remat != "none" or in_parts:  # in a loop XLA cannot merge it with the forward pass
             function = jax.checkpoint(function, policy=policy, prevent_cse=not period)
         return function(weights, x_BTD, draws)
 
@@ -82,7 +82,7 @@ def run_blocks(
             return carry, None
 
         stacks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights[i::period]) for i in range(period)]
-        stacks = settle(stacks)  # else a CPU program copies each weight where it is used
+        stacks = settle(stacks)  # otherwise a CPU program copies each weight at each use
         (x_BTD, draws), _ = jax.lax.scan(iteration, (x_BTD, draws), stacks)
     if rngs is not None:
         nnx.update(rngs, draws)

@@ -1,10 +1,10 @@
-"""Matrix products, and where XLA has to store what it computes: what makes the step fast on a CPU.
+"""Matrix products, and where XLA has to store what it computes, which makes the step fast on a CPU.
 
-XLA's CPU backend would rather compute a cheap value again for each of its users than store it. In the backward pass
-each layer's gradient of the residual stream is a user of all later layers' ones, so that the work would grow with the
-square of the depth. `settle` stops that, in programs compiled with `compiler_options`. Nothing here changes a value.
+XLA's CPU backend computes a cheap value again for each of its users instead of storing it. In the backward pass each
+layer's gradient of the residual stream uses those of all later layers, so the work would grow with the square of the
+depth. `settle` prevents that, in programs compiled with `compiler_options`. Nothing here changes a value.
 
-What a program is traced for is a value that comes with its devices (`Target`), which need not be here.
+The kind of device that a program is traced for (`Target`) comes from its devices, which need not be here.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,32 +20,32 @@ from transformer.sharding import partitioned
 class Target(NamedTuple):
     """What kind of device a program is for."""
 
-    platform: str  # cpu, tpu, cuda, gpu (another maker's), ...
+    platform: str  # cpu, tpu, cuda, gpu (not NVIDIA's), ...
     compute_capability: str = ""  # of an NVIDIA GPU
 
 
-_target = jax.make_user_context()  # JAX keeps what it traced under one value apart from what it traced under another
+_target = jax.make_user_context()  # JAX caches traced programs separately for each value
 
 
 def target_of(devices: Iterable[jax.Device]) -> Target:
-    """The kind of these devices, which are all alike."""
+    """The kind of these devices, which are all of one kind."""
     device = next(iter(devices))
     nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
     return Target("cuda" if nvidia else device.platform, getattr(device, "compute_capability", ""))
 
 
 def target() -> Target:
-    """Of what is being traced: as `aimed_at` or `traced_for` says, else the device that JAX takes by itself."""
+    """The target of what is being traced: set by `aimed_at` or `traced_for`, else that of JAX's default devices."""
     return _target.value or target_of(jax.extend.backend.get_backend().local_devices())
 
 
 def aimed_at(target: Target) -> Any:
-    """A context in which `target()` is this one."""
+    """A context in which `target()` returns this target."""
     return _target(target)
 
 
 def traced_for(target: Target, function: Callable) -> Callable:
-    """The same function, aimed at a target whenever it is traced."""
+    """The same function, traced with `target` as its target."""
 
     @wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def jit_for(target: Target, function: Callable, **options: Any) -> Callable:
 
 
 def jit_where_it_lies(function: Callable, **options: Any) -> Callable:
-    """`jit_for` the devices of the first argument's arrays: while a module is imported no device is there to ask."""
+    """`jit_for` the devices of the first argument's arrays, as the devices are unknown while a module is imported."""
     program = cache(lambda target: jit_for(target, function, **options))
 
     @wraps(function)
@@ -75,39 +75,38 @@ def jit_where_it_lies(function: Callable, **options: Any) -> Callable:
 
 
 def settle(x: Any) -> Any:
-    """The same arrays, computed once and stored; for a GPU or TPU, which decide well themselves, nothing is done.
+    """The same arrays, computed once and stored, on a CPU. It does nothing on a GPU or TPU, whose backends decide well.
 
-    Each array gets a barrier of its own: one around a tuple ends the process in jaxlib 0.12's CPU compiler.
+    Each array gets a barrier of its own: one around a tuple crashes jaxlib 0.12's CPU compiler.
     """
     return jax.tree.map(jax.lax.optimization_barrier, x) if target().platform == "cpu" else x
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """For `jax.jit`: on a CPU barriers must last until operations have been fused, or `settle` does nothing."""
+    """For `jax.jit`: on a CPU barriers must stay until operations have been fused, or `settle` has no effect."""
     return _options_for_cpu() if target().platform == "cpu" else None
 
 
 @cache
 def _options_for_cpu() -> dict[str, Any] | None:
-    """Two passes are left out: the one that removes barriers, and (from jaxlib 0.12) the one that hands small loops to
-    a code generator that knows no barriers. Both names are internal to XLA, so a small program is compiled first; where
-    that fails there are no options, and steps are slower.
+    """Disables two passes: the one that removes barriers, and (from jaxlib 0.12) the one that gives small loops to a
+    code generator without barriers. Both names are internal to XLA, so a small program is compiled first; if that
+    fails, there are no options, and steps are slower.
     """
     options = {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
     return options if _compiles(options) else None
 
 
 def _compiles(options: dict[str, Any]) -> bool:
-    """Whether a barrier in a small loop and one outside compile under these options."""
+    """Whether a barrier in a small loop and one outside of it compile with these options."""
 
     def program(x):
         return settle(jax.lax.fori_loop(0, 2, lambda i, x: settle(jax.numpy.sin(x) * i) + 1, x))
 
     place = jax.sharding.SingleDeviceSharding(jax.extend.backend.get_backend("cpu").local_devices()[0])
+    x = jax.ShapeDtypeStruct((2,), "float32", sharding=place)
     try:
-        jax.jit(program, compiler_options=options).lower(
-            jax.ShapeDtypeStruct((2,), "float32", sharding=place)
-        ).compile()
+        jax.jit(program, compiler_options=options).lower(x).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
@@ -131,10 +130,10 @@ def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ja
 
 
 def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """With rows first, XLA's product of the transposed x and dy takes up to twice as long as on a transposed copy."""
+    """It transposes one operand by a copy: XLA's product of the transposed x and dy takes up to twice as long."""
     x, w = kept
     x_rows, dy_rows = x.reshape(-1, w.shape[0]), settle(dy).reshape(-1, w.shape[1])
-    if w.shape[0] <= w.shape[1]:  # the narrower one is copied
+    if w.shape[0] <= w.shape[1]:  # copy the narrower one
         dw = settle(x_rows.T) @ dy_rows
     else:
         dw = settle(settle(dy_rows.T) @ x_rows).T

@@ -28,17 +28,17 @@ class Planned:
 
     @property
     def tokens(self) -> int:
-        """Of a real step."""
+        """Tokens of a real step."""
         return self.config.batch_size * self.config.context_len * self.config.accumulation_steps
 
     @property
     def flops(self) -> float:
-        """Of the model, a real step, over all devices (PaLM's count, in which nothing is computed twice)."""
+        """FLOPs of the model in a real step, over all devices (PaLM's count, without what remat computes again)."""
         return flops_per_token(self.model) * self.tokens
 
 
 def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
-    """The config's step for a mesh; the dtype is the config's own, "auto" being that of the device here."""
+    """The config's step for a mesh; the dtype "auto" means that of the device here."""
     key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
     settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
     step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)

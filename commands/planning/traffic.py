@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: its collectives, counted in XLA's text."""
+"""What a compiled program sends between devices: its collectives, counted in its HLO text."""
 
 import math
 import re
@@ -21,17 +21,17 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of operation, among groups of the same size and kind, over a whole step."""
+    """All operations of one kind among the same groups of devices, in a whole step."""
 
     op: str
     group: tuple[int, ...]  # the devices of the first group, as the mesh numbers them
-    count: int  # times a step
-    sent: float  # bytes that each device sends, a step
-    in_open_loop: bool  # is in a loop whose length the program does not state; counted once
+    count: int  # in a step
+    sent: float  # bytes that each device sends in a step
+    in_open_loop: bool  # in a loop whose length the program does not state; counted once
 
 
 def sent_bytes(op: str, result: int, n: int) -> float:
-    """Bytes that each of n devices sends for a result of so many bytes, by the algorithms that send least."""
+    """Bytes that each of n devices sends for a result of `result` bytes, by the algorithms that send least."""
     match op:
         case "all-reduce":
             return 2 * (n - 1) / n * result
@@ -44,7 +44,7 @@ def sent_bytes(op: str, result: int, n: int) -> float:
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
-    """All collectives among more than one device of a compiled program, `text` being its HLO, the largest first."""
+    """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     bodies = _computations(text)
     for name, (times, known) in _times(bodies).items():
@@ -60,7 +60,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation by its name, that of the entry last."""
+    """The lines of each computation by its name, the entry computation last."""
     result: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in text.splitlines():
@@ -75,7 +75,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
-    """How often a step runs each computation (both branches of a condition count), and whether all loops state it."""
+    """How often a step runs each computation, and whether all its loops state their length. Both branches count."""
     result: dict[str, tuple[int, bool]] = {}
 
     def visit(name: str, times: int, known: bool) -> None:
@@ -86,7 +86,7 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
 
     calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
     holds = {name: any(map(_COLLECTIVE.search, lines)) for name, lines in bodies.items()}
-    for _ in bodies:  # skip what leads to no collective: a program has thousands of fusions
+    for _ in bodies:  # leave out what calls no collective: a program has thousands of fusions
         grown = {name: holds[name] or any(holds[callee] for callee, *_ in calls[name]) for name in bodies}
         if grown == holds:
             break

@@ -1,10 +1,9 @@
-"""Whether what was written is still what is there: fingerprints of arrays, a seal on JSON, the hashes of files.
+"""Detects damage to checkpoints: fingerprints of arrays, a hash in each JSON object, the hashes of files.
 
-Fingerprints are made on the device that holds an array: a few bytes of each array travel, never the array. Each array
-gives two sums of its 32-bit words modulo 2^32. A sum of integers is the same in whatever order it is made, so it does
-not depend on how many devices share the array. Whatever changes within one word, a single bit for instance, changes the
-second sum for certain, for its terms are bijections of their words. Other damage goes unseen with a chance of about
-2^-64.
+Fingerprints are computed on the device that holds an array, so only a few bytes of each array are transferred. They are
+two sums of the array's 32-bit words modulo 2^32. A sum of integers does not depend on its order, and so not on how
+many devices share the array. Any change within one word, such as a single bit, is certain to change the second sum,
+whose terms are bijections of their words. Other damage goes unnoticed with a probability of about 2^-64.
 """
 
 import hashlib
@@ -20,17 +19,17 @@ import numpy as np
 from runtime.errors import UserError, one_line
 from runtime.files import read_file, read_object
 
-Fingerprints = dict[str, list]  # path of a leaf -> [shape, dtype, sixteen hexadecimal digits], as JSON gives it back
+Fingerprints = dict[str, list]  # path of a leaf -> [shape, dtype, sixteen hexadecimal digits], as JSON reads it
 
 _WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of an entry; eight bytes are two words
-_GOLDEN = 0x9E3779B1  # odd, and near 2^32 over the golden ratio: indices that follow each other come to lie far apart
+_GOLDEN = 0x9E3779B1  # odd, and near 2^32 over the golden ratio, which moves neighbouring indices far apart
 
 
 def fingerprints(tree: Any) -> Fingerprints:
     """Shape, dtype and fingerprint of every array of a tree, by its path: `0/mu/blocks.0.mlp.up.kernel`.
 
-    A path reads the same whether the tree is made of tuples and named tuples or, as a checkpoint is read without a
-    pattern, of lists and dictionaries.
+    A path is the same for a tree of tuples and named tuples, and for one of lists and dictionaries, which Orbax returns
+    for a checkpoint that is read without a target.
     """
     leaves = paths_of(tree)
     sums = jax.device_get(_all_sums(list(leaves.values())))
@@ -47,20 +46,19 @@ def paths_of(tree: Any) -> dict[str, Any]:
 
 
 def signature(leaf: Any) -> list:
-    """[shape, dtype] of an array, or of what stands for one."""
+    """[shape, dtype] of an array or a `jax.ShapeDtypeStruct`."""
     return [list(leaf.shape), np.dtype(leaf.dtype).name]
 
 
 def require_same_kind(where: str, stored: Fingerprints, tree: Any) -> None:
-    """Refuse a checkpoint of other arrays; Orbax would cast, and leave out what nobody asked for, without a word.
+    """Raises UserError if a checkpoint has other arrays than `tree`; it names the first one that differs.
+
+    Orbax itself would silently cast arrays and leave out those that `tree` lacks.
 
     Args:
-      where: what an array's path is put behind, to name it.
-      stored: of a checkpoint.
-      tree: of arrays, or of what stands for them, as this run has them.
-
-    Raises:
-      UserError: an array has another shape or dtype, is missing, or is one too many: the first, and both sides.
+      where: prefix of an array's path in the message.
+      stored: the checkpoint's fingerprints.
+      tree: this run's arrays or their `jax.ShapeDtypeStruct`s.
     """
     there = {path: entry[:2] for path, entry in stored.items()}
     here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
@@ -81,7 +79,7 @@ def _all_sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 @jax.jit  # arrays of one shape are traced once
 def _sums(x: jax.Array) -> jax.Array:
-    """The two sums [2] of an array."""
+    """The two sums of an array: [2], uint32."""
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     words = jax.lax.bitcast_convert_type(x, _WORD[x.dtype.itemsize]).astype(jnp.uint32)
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1  # of each word; no reshape, which would move a sharded array
@@ -89,13 +87,14 @@ def _sums(x: jax.Array) -> jax.Array:
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
     weight = 2 * index + 1  # odd, so that it has an inverse modulo 2^32
-    linear = jnp.sum(words * weight, dtype=jnp.uint32)
-    mixed = jnp.sum(_mix(words ^ (weight * jnp.uint32(_GOLDEN))), dtype=jnp.uint32)
-    return jnp.stack([linear, mixed])
+    terms = words * weight, _mix(words ^ (weight * jnp.uint32(_GOLDEN)))
+    add = lambda sums, more: tuple(a + b for a, b in zip(sums, more, strict=True))
+    zeros = (jnp.uint32(0),) * 2  # one reduction of both: of one sum alone XLA's CPU backend would store all terms
+    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(words.ndim))))
 
 
 def _mix(word: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which every bit of the result depends on every bit of the word (MurmurHash3's last)."""
+    """A bijection of 32 bits; every bit of the result depends on every bit of the word (MurmurHash3's finalizer)."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
@@ -103,9 +102,9 @@ def _mix(word: jax.Array) -> jax.Array:
 
 # --- Hashes of a JSON object, and of a directory's files ----------------------------------------------------------
 
-SEAL = "sha256"  # the key under which an object carries the hash of all its others
+SEAL = "sha256"  # the key of an object's seal: the hash of all its other keys and values
 FILE_LIST = "files.sha256"  # as `sha256sum --check` reads it
-LARGEST = 64 * 2**20  # bytes of a JSON object that is read at all: some hundred thousand arrays
+LARGEST = 64 * 2**20  # bytes of a JSON file: enough for some hundred thousand arrays
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +115,7 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The object in a file, without its seal.
 
-    Raises:
-      ValueError: the file is missing, too large, no JSON object, or the seal does not fit; says which.
+    Raises ValueError, which says why, if the file is missing, too large or no JSON object, or if the seal is wrong.
     """
     try:
         values = read_object(path, LARGEST)
@@ -137,22 +135,22 @@ def _hash_of(values: Mapping[str, Any]) -> str:
 
 
 def write_file_list(directory: Path, besides: Collection[str]) -> None:
-    """List the hash of every file under `directory`, but for `besides`."""
+    """List the hash of every file under `directory`, except those named in `besides`."""
     lines = [f"{hash_of}  {name}\n" for name, hash_of in _hash_files(directory, besides).items()]
     (directory / FILE_LIST).write_text("".join(lines), encoding="utf-8")
 
 
 def unreadable_files(directory: Path, largest: int) -> list[str]:
-    """What lies under `directory` and is not to be opened: no regular file, or one of more than `largest` bytes."""
+    """What must not be opened under `directory`: anything but regular files of at most `largest` bytes."""
     paths = [path for path in directory.rglob("*") if not path.is_dir()]
     wrong = [path for path in paths if not path.is_file() or path.stat().st_size > largest]
     return sorted(path.relative_to(directory).as_posix() for path in wrong)
 
 
 def changed_files(directory: Path, besides: Collection[str]) -> list[str] | None:
-    """Files that are not as the list has them, those included that only the list or only the directory knows.
+    """Files whose hash differs from the list, and files that only the list or only the directory has.
 
-    None where there is no list. A list that is damaged itself disagrees with what is there.
+    None if there is no list. If the list itself is damaged, files differ from it.
     """
     try:
         text = read_file(directory / FILE_LIST, LARGEST).decode("utf-8", errors="replace")

@@ -1,12 +1,13 @@
-"""Checkpoints on disk. The only file that knows Orbax.
+"""Checkpoints on disk. The only file that uses Orbax.
 
-A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (all else that
-the training state is made of), and `meta`, a JSON object under a seal. `meta` says of every array what it must be, down
-to a fingerprint that the device made when it was saved; nothing is used before it was found to be that. Beside the
-items lies a list of all files' hashes, for `verify`.
+A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (the rest of the
+training state), and `meta`, a JSON object with a hash of itself. `meta` has the shape, the dtype and a fingerprint of
+every array, computed on the device when it was saved; they are checked before an array is used. Beside the items is a
+list of all files' hashes, for `verify`.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import re
@@ -14,11 +15,12 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from runtime.checkpoints.integrity import (
@@ -53,23 +55,23 @@ from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
 from runtime.workdir import CHECKPOINTS, UNSAVED
 
-FORMAT = 2  # of the three items; raised when an older program could not read them. Every format keeps the seal
+FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
 ITEMS = ("params", "rest")
-BYTES_PER_ARRAY = 4096  # what a checkpoint takes beside the numbers
+BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
 AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
-LARGE = 2**29  # bytes of a state that a CPU, whose memory is the step's too, does not write in the background
+LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
 NEVER = 100 * 365 * 86400  # seconds
-BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax writes last: times, read by nobody
-Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a tree of arrays -> one of shardings
+BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last, with times that nobody reads
+Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a function: tree -> tree of shardings
 
 
 class DamagedError(NoCheckpointError):
-    """A checkpoint is not what was saved; the text says in which way, without its name."""
+    """A checkpoint is not what was saved; the text says what is wrong, without the checkpoint's path."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What an examination of a checkpoint found."""
+    """What `Checkpoints.examine` found."""
 
     val_loss: float | None
     size: int  # bytes of all files
@@ -78,17 +80,25 @@ class Finding:
 
 
 def val_tokens_of(meta: Mapping[str, Any]) -> int:
-    """On how many tokens a checkpoint's validation loss stands; 0: on all of the split.
+    """How many tokens a checkpoint's validation loss was computed on; 0: the whole split.
 
-    Older builds did not say: there the config does, but after the last step the loss was that of the whole split.
+    Older builds did not store it: it was the config's `eval_tokens`, but the whole split after the last step.
     """
     config = {"eval_tokens": 0, "max_steps": 0, "accumulation_steps": 1} | meta.get("config", {})
     last = meta["step"] == config["max_steps"] * config["accumulation_steps"]
     return meta.get("checkpoint_val_tokens", 0 if last else config["eval_tokens"])
 
 
+@cache
+def _orbax() -> ModuleType:
+    """Takes a fifth of the time that all imports take, and a new run's first steps need none of it."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 def _bytes_on_disk(state: Any) -> int:
-    """What a checkpoint of this state takes at most, as found by measuring small and large ones."""
+    """An upper bound for a checkpoint of this state, found by measuring small and large ones."""
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
 
 
@@ -109,46 +119,29 @@ def _is_entry(entry: Any) -> bool:
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `workdir/checkpoints`.
 
-    Kept are the newest `keep` and the one with the lowest validation loss, where that stands on different
-    tokens the lowest on each. Saving is asynchronous: an error of the disk surfaces at the next save or at `close`. Use
-    as a context manager, so that the last save is waited for.
-
+    The newest `keep` are kept, and the one with the lowest validation loss; if losses were computed on different
+    tokens, the lowest on each. Saving is asynchronous: a disk error is raised at the next save or at `close`. As a
+    context manager it waits for the last save.
     """
 
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
         """Open `workdir/checkpoints`; `read_only` creates and changes nothing.
 
-        Raises:
-          NoCheckpointError: `read_only` and there are none; or one is of another format.
+        Raises NoCheckpointError if `read_only` and there are none, or if one is of another format.
         """
         self.directory = workdir.absolute() / CHECKPOINTS
         if read_only and not self.directory.is_dir():
             raise NoCheckpointError(f"{self.directory}: no checkpoints here; train first, or name another --workdir")
         quieten()
         self._marks: dict[int, Mark] = {}
-        self._damaged: dict[int, str] = {}  # those whose meta says nothing any more, and why
+        self._damaged: dict[int, str] = {}  # step -> why its meta cannot be used
         self._saving: int | None = None
         self._read_only = read_only
         self._retention = Retention(self._marks, keep)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._retention,
-            todelete_subdir=None if read_only else DELETED,  # what a kill leaves there is no damage
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=False,  # we have done so
-            lightweight_initialize=True,  # reads nothing: what is damaged must not stop us here
-            async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
-                timeout_secs=NEVER,  # goes by the wall clock, which may jump: the watchdog looks after saves that hang
-                post_finalization_callback=self._list_files,
-            ),
-        )
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
         if not read_only:
+            by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             by_first(lambda: tidy_up(self.directory))
         self._empty_trash()
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        self._manager.reached_preemption = lambda step: False  # its own questions would confuse `reached_stop`
         for step in self._steps_on_disk():
             try:
                 meta = self.meta(step)
@@ -156,6 +149,31 @@ class Checkpoints(contextlib.AbstractContextManager):
             except DamagedError as error:
                 self._damaged[step] = str(error)
         require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+
+    def load_orbax(self) -> None:
+        """Load Orbax now, and not only at the first save, which should find nothing missing. All processes call it."""
+        _ = self._manager
+
+    @cached_property
+    def _manager(self) -> Any:
+        ocp = _orbax()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._retention,
+            todelete_subdir=None if self._read_only else DELETED,  # what a kill leaves there does not count as damaged
+            create=False,
+            read_only=self._read_only,
+            cleanup_tmp_directories=False,  # `tidy_up` does it
+            lightweight_initialize=True,  # reads nothing: a damaged checkpoint must not stop us here
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,  # else a read-only disk hangs the exit for minutes
+                timeout_secs=NEVER,  # it uses the wall clock, which may jump; the watchdog ends saves that hang
+                post_finalization_callback=self._list_files,
+            ),
+        )
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
+        manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        manager.reached_preemption = lambda step: False  # its own calls would disturb `reached_stop`
+        return manager
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -165,23 +183,20 @@ class Checkpoints(contextlib.AbstractContextManager):
         return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name)))
 
     def _known(self) -> dict[int, Mark]:
-        """Of the checkpoints that are there and whose meta is sound."""
-        return {step: self._marks[step] for step in self._manager.all_steps() if step in self._marks}
+        """The marks of the checkpoints whose meta is sound."""
+        there = self._manager.all_steps() if self._marks else ()
+        return {step: self._marks[step] for step in there if step in self._marks}
 
     def steps(self) -> list[int]:
-        """All that are there, damaged ones included."""
+        """All steps that have a checkpoint, damaged ones included."""
         return sorted({*self._known(), *self._damaged})
 
     def latest(self) -> int | None:
-        """The newest whose meta is sound: the one that has read most of the data."""
+        """The newest step whose meta is sound: the one that has read most of the data."""
         return next(iter(newest_first(self._known())), None)
 
     def best(self) -> int:
-        """The step with the lowest validation loss; the newest when none was evaluated.
-
-        Raises:
-          NoCheckpointError: there is no checkpoint.
-        """
+        """The step with the lowest validation loss, or the newest if none was evaluated. NoCheckpointError if none."""
         return self._best_first()[0]
 
     def _best_first(self) -> list[int]:
@@ -192,7 +207,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return best_first(self._known())
 
     def begin(self) -> None:
-        """A run begins here: until one of its checkpoints is complete, it may begin again."""
+        """A run begins here: until one of its checkpoints is complete, it may start from step 0 again."""
         by_first((self.directory / UNSAVED).touch)
 
     def never_saved(self) -> bool:
@@ -218,11 +233,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Write a checkpoint of that number in the background.
 
         The one with the highest `position` (default: the step) counts as the newest. One of the same position is
-        replaced, whatever its number, and at no moment is there neither of the two. A `val_loss` that is not finite is
-        as none; it stands on the first `val_tokens` of the validation split, or (0) on all.
+        replaced, whatever its number; at every moment one of the two is complete. A `val_loss` that is not finite
+        counts as None; it was computed on the first `val_tokens` tokens of the validation split, or (0) on all.
 
-        Raises:
-          StorageError: this save, or the one before, could not be written.
+        Raises StorageError if this checkpoint, or the one before, could not be written.
         """
         mark = Mark(
             position=int(step if position is None else position),
@@ -245,6 +259,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             "checkpoint_val_tokens": mark.val_tokens,
             "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
         }
+        ocp = _orbax()
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
@@ -254,35 +269,32 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.wait_until_finished()
             self._note_saved()
             self._empty_trash()
-            self.require_room(1, (params, rest))  # a disk that is full in mid-save is seen at the next one only
+            self.require_room(1, (params, rest))  # an error during a save is only seen at the next one
             replaces = step in self._manager.all_steps()
             if replaces:
                 by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
-            self._manager.save(int(step), args=args, force=True)  # Orbax's own idea of the newest is the highest number
+            self._manager.save(int(step), args=args, force=True)  # Orbax takes the highest number for the newest
             if replaces:
                 self._manager.wait_until_finished()
                 by_first(lambda: finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
-                self._manager.wait_until_finished()  # until then the next step cannot reuse the memory of the state
+                self._manager.wait_until_finished()  # until then the next step cannot reuse the state's memory
+                gc.collect()  # nor until Orbax's copies are gone, which it leaves in a circle of references
         except StorageError:
             raise
         except Exception as error:
             raise self._not_saved(f"step {step} not saved", error, _bytes_on_disk((params, rest))) from error
 
     def _list_files(self) -> None:
-        """Orbax calls this when all is written and not yet committed, from its own thread."""
+        """Orbax calls this from its own thread, when all is written and not yet committed."""
         if is_first():
-            with contextlib.suppress(OSError):  # the list is an extra; a full disk is told of by the save itself
+            with contextlib.suppress(OSError):  # the list is an extra; the save itself reports a full disk
                 write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
 
     def require_room(self, count: int, state: Any) -> None:
-        """Whether the disk would take `count` more checkpoints of a state.
-
-        Raises:
-          StorageError: it would not.
-        """
+        """Raises StorageError unless the disk has room for `count` more checkpoints of a state."""
         what = f"{count} checkpoints" if count > 1 else "a checkpoint"
         require_room(self.directory, count * _bytes_on_disk(state), what)
 
@@ -291,13 +303,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             empty_trash(self.directory)
 
     def close(self) -> None:
-        """Wait for what is being written.
-
-        Raises:
-          StorageError: it could not be.
-        """
+        """Wait for the last save. Raises StorageError if it failed."""
         try:
-            self._manager.close()
+            if "_manager" in vars(self):
+                self._manager.close()
             if not self._read_only:
                 self._note_saved()
             self._empty_trash()
@@ -305,7 +314,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise self._not_saved("the last checkpoint was not saved", error) from error
 
     def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
-        """One line; of the libraries' long one the operating system's reason, if it is in there."""
+        """An error of one line: the operating system's reason, if the libraries' long text has one."""
         end_if_a_peer_is_lost(error)
         reasons = "No space left on device|Read-only file system|File too large|Disk quota exceeded"
         reason = re.search(reasons, str(error))
@@ -317,9 +326,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item of a checkpoint.
 
-        Raises:
-          DamagedError: it is not what was saved.
-          NoCheckpointError: there is no such checkpoint, or its format is another program's.
+        Raises DamagedError if it is not what was saved, NoCheckpointError if there is none or it has another format.
         """
         if step not in self._steps_on_disk():
             steps = self.steps()
@@ -349,9 +356,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
         """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
 
-        Raises:
-          UserError: it is another model's or program's: the first array that differs, and in what.
-          DamagedError: it is not what was saved.
+        Raises UserError if the checkpoint has other arrays, DamagedError if it is not what was saved.
         """
         return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
 
@@ -368,7 +373,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         stored = self.meta(step)["arrays"]
         self._require_regular(step, stored)
         if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
-            raise DamagedError("files have changed, `verify` names them")  # else some would wait inside Orbax for ever
+            raise DamagedError("files have changed, `verify` names them")  # else some would wait in Orbax for ever
         for item, tree in wanted.items():
             there = stored[item].items()
             stored[item] = {path.removeprefix(below): entry for path, entry in there if path.startswith(below)}
@@ -376,7 +381,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return {item: self._read(step, item, stored[item], tree, sharding, below) for item, tree in wanted.items()}
 
     def _require_regular(self, step: int, stored: dict[str, dict[str, list]]) -> None:
-        """Raises DamagedError when something is there that reading would wait for, or never end with."""
+        """Raises DamagedError if there is anything that could block a read, or that never ends."""
         entries = [math.prod(shape) for arrays in stored.values() for shape, *_ in arrays.values()]
         largest = LARGEST + 8 * sum(entries)
         if wrong := unreadable_files(self.directory / str(step), largest):
@@ -391,6 +396,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if below:
                 found = self._read_part(step, item, target, below)
             else:
+                ocp = _orbax()
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
                 found = self._manager.restore(step, args=args)[item]
         except Exception as error:
@@ -404,7 +410,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _read_part(self, step: int, item: str, target: dict[str, Any], below: str) -> dict[str, Any]:
         """Of an item the arrays at `below` and their name; the others stay on disk, which the manager cannot do."""
-        whole = self._manager.item_metadata(step)[item]
+        ocp, whole = _orbax(), self._manager.item_metadata(step)[item]
         pick = lambda path: target.get(path.removeprefix(below), ocp.PLACEHOLDER)
         wanted = jax.tree.unflatten(jax.tree.structure(whole), map(pick, paths_of(whole)))
         args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
@@ -412,7 +418,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             found = paths_of(reader.restore(self.directory / str(step) / item, args=args))
         return {name: found[below + name] for name in target}
 
-    # --- Reading the one that is best to read -------------------------------------------------------------------------
+    # --- Reading the newest or the best sound one ---------------------------------------------------------------------
 
     def restore_newest(
         self,
@@ -420,16 +426,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         sharding: Placement,
         warn: Callable[[str], None],
     ) -> tuple[int, dict[str, Any], Any, Any] | None:
-        """Step, meta, `params` and `rest` of the newest sound checkpoint; None where there is none at all.
+        """Step, meta, `params` and `rest` of the newest sound checkpoint; None if there is no checkpoint at all.
 
-        What is damaged is renamed, but only once a sound one was restored. `warn` gets a line about each, and one about
-        foreign files.
-
-        Args:
-          target: takes a step and its meta and gives the trees for `restore`; may raise to refuse.
-
-        Raises:
-          NoCheckpointError: all are damaged; nothing was renamed.
+        Damaged ones are renamed, but only after a sound one was restored. `warn` gets a line about each, and one about
+        foreign files. `target` takes a step and its meta and gives the trees for `restore`; it may raise to refuse.
+        Raises NoCheckpointError if all are damaged; then nothing is renamed.
         """
         damaged = dict(self._damaged)
         if names := strangers(self.directory):
@@ -453,12 +454,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore_best_params(
         self, params: Any, sharding: Placement, warn: Callable[[str], None], weights: str = "trained"
     ) -> tuple[int, Any]:
-        """Step and weights of the best sound checkpoint. Renames nothing: `warn` gets a line about what is damaged.
+        """Step and weights of the best sound checkpoint. Renames nothing; `warn` gets a line about each damaged one.
 
-        Which weights, `restore_params` says.
-
-        Raises:
-          NoCheckpointError: there is no checkpoint, or all are damaged.
+        Which weights, `restore_params` says. Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
         """
         damaged = dict(self._damaged)
         for step in self._best_first():
@@ -489,13 +487,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         return place
 
     def _prune(self) -> None:
-        """Delete what a save, had it not been cut short, would have: not before one that stays was found sound."""
+        """Delete what an interrupted save did not get to delete; call it after a sound checkpoint was found."""
         for step in self._retention.superfluous(self._known()):
             self._manager.delete(step)
         self._empty_trash()
 
     def examine(self, step: int) -> "Finding":
-        """Look at every file and at every array of a checkpoint, on one device."""
+        """Check every file and every array of a checkpoint, on one device."""
         path, val_loss, changed = self.directory / str(step), None, None
         wrong: list[str] = []
         try:
@@ -517,19 +515,19 @@ class Checkpoints(contextlib.AbstractContextManager):
         return Finding(val_loss, size, wrong, changed is not None)
 
 
-# --- Orbax says much that is no news: what we raise as one line, it logs, and drops with tracebacks ---------------
+# --- Silencing Orbax: it logs, with tracebacks, errors that we raise as one line ----------------------------------
 
 
 def quieten() -> None:
-    """Let nothing of that through; called as often as one likes."""
-    absl_logging.set_verbosity(absl_logging.FATAL)  # its own settings, and what it raises
+    """Silences Orbax's logs for errors that we report ourselves. It may be called more than once."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").addFilter(_is_news)
     sys.unraisablehook = _print_news
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
-# When a read or a write fails, Orbax drops the others: for each that had begun asyncio or Python itself prints a
-# traceback, for each that had not, a warning. Nothing of ours is a coroutine.
+# When one read or write fails, Orbax abandons the others: for each that had begun, asyncio or Python itself prints a
+# traceback, for each that had not, a warning. This program has no coroutines of its own.
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,5 +1,6 @@
-"""Which of a run's checkpoints is the newest, which the best, which stay, and what the others are called meanwhile."""
+"""Which of a run's checkpoints is the newest, the best, which are kept, and how the other directories are named."""
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,22 +11,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mark:
-    """What of a checkpoint decides: how much of the data had been read, and the loss where it was evaluated."""
+    """What decides whether a checkpoint is kept: how much of the data was read, and the loss, if evaluated."""
 
     position: int
     val_loss: float | None
-    val_tokens: int = 0  # on so many tokens of the validation split, its first; 0: on all
+    val_tokens: int = 0  # the loss was computed on so many first tokens of the validation split; 0: on all
 
 
 def newest_first(marks: Mapping[int, Mark]) -> list[int]:
-    """Steps by position; equal positions by number."""
+    """Steps by position, then by number, highest first."""
     return sorted(marks, key=lambda step: (marks[step].position, step), reverse=True)
 
 
 def best_first(marks: Mapping[int, Mark]) -> list[int]:
     """Steps by validation loss, then those without one, the newest first.
 
-    A loss on other tokens than the newest one's is as none: it does not compare.
+    A loss counts as missing if it was computed on other tokens than the newest loss, because the two do not compare.
     """
     newest = newest_first(marks)
     tokens = next((marks[step].val_tokens for step in newest if marks[step].val_loss is not None), 0)
@@ -36,16 +37,16 @@ def best_first(marks: Mapping[int, Mark]) -> list[int]:
 
 
 class Retention:
-    """Orbax's preservation policy: keeps the newest `keep`, the best (on whichever tokens), and whatever has no mark.
+    """Orbax's preservation policy: keeps the newest `keep`, the best for each number of tokens, and all without a mark.
 
-    `marks` is read at each decision, so that its owner may change it.
+    `marks` is read at each decision, so its owner may change it.
     """
 
     def __init__(self, marks: Mapping[int, Mark], keep: int):
         self._marks, self._keep = marks, keep
 
     def superfluous(self, steps: Iterable[int]) -> list[int]:
-        """Those of the steps that need not stay."""
+        """The steps that need not be kept."""
         ours = {step: self._marks[step] for step in steps if step in self._marks}
         stay = set(newest_first(ours)[: self._keep])
         for tokens in {mark.val_tokens for mark in ours.values()}:
@@ -59,23 +60,23 @@ class Retention:
         return [info.step not in superfluous for info in checkpoints]
 
 
-# --- The names under which a checkpoint is not, or no longer, one of the run's ------------------------------------
-# What a kill may leave under them. Everything happens by a rename, which is whole or has not been: a directory that is
-# named like a step is never on its way in or out.
+# --- Directories of unfinished, replaced or damaged checkpoints ---------------------------------------------------
+# A kill may leave them behind. Checkpoints come and go by a rename, which is atomic: a directory that is named by a
+# step alone is always complete.
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being written
-REPLACED = ".replaced"  # ends the name of one that waits for the one that replaces it
-DAMAGED = ".damaged-"  # and a number end the name of one that was set aside
-DELETED = "deleted"  # the directory of those that are being deleted
+REPLACED = ".replaced"  # ends the name of one that is kept until its replacement is complete
+DAMAGED = ".damaged-"  # this and a number end the name of one that was set aside
+DELETED = "deleted"  # the directory of checkpoints that are being deleted
 
 
 def empty_trash(directory: Path) -> None:
-    """Delete what has been thrown away; what cannot be deleted now is left for the next time."""
+    """Delete what is in `deleted`; what cannot be deleted now is left for the next time."""
     shutil.rmtree(directory / DELETED, ignore_errors=True)
 
 
 def tidy_up(directory: Path) -> None:
-    """Remove what a kill has left of saves that were under way; Orbax would do so beside the run, and be late."""
+    """Remove what a kill has left of unfinished saves; Orbax would do so in the background, which may be too late."""
     finish_replacing(directory)
     for path in directory.glob(f"*{UNFINISHED}*"):
         if re.fullmatch(rf"\d+{re.escape(UNFINISHED)}.*", path.name, re.ASCII):
@@ -83,7 +84,7 @@ def tidy_up(directory: Path) -> None:
 
 
 def finish_replacing(directory: Path) -> None:
-    """Remove replaced checkpoints; bring back those whose successor was never completed."""
+    """Remove replaced checkpoints; bring back those whose replacement was never completed."""
     for old in directory.glob(f"*{REPLACED}"):
         if old.with_suffix("").exists():
             shutil.rmtree(old)
@@ -92,15 +93,13 @@ def finish_replacing(directory: Path) -> None:
 
 
 def place_aside(path: Path) -> Path:
-    """Where a damaged checkpoint goes: the first such name that is free."""
-    number = 1
-    while (place := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
-        number += 1
-    return place
+    """The path to rename a damaged checkpoint to: the first such name that is free."""
+    places = (path.with_name(f"{path.name}{DAMAGED}{number}") for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
 
 
 def strangers(directory: Path) -> list[str]:
-    """Names that neither a checkpoint has nor what this program makes of one; hidden files are nobody's business."""
+    """Names that neither a checkpoint nor a directory of those above has; hidden files are ignored."""
     ours = rf"(0|[1-9]\d*)({UNFINISHED}.*|{REPLACED}|{DAMAGED}\d+)?|{DELETED}|\..*"
     names = (entry.name for entry in directory.iterdir())
     return sorted(name for name in names if not re.fullmatch(ours, name, re.ASCII | re.DOTALL))

@@ -1,7 +1,7 @@
-"""What a person sees of a run: a header, a line per logged step, samples, tables, warnings.
+"""What a person sees of a run: a header, a line for each logged step, samples, tables, warnings.
 
-On a terminal that is `runtime.screen.terminal`'s work, elsewhere there are plain lines. `NO_COLOR` is respected,
-`TERM=dumb` is no terminal. Output that nobody can read any more never stops a run.
+On a terminal `runtime.screen.terminal` draws it, elsewhere there are plain lines. `NO_COLOR` is respected, and
+`TERM=dumb` does not count as a terminal. A closed output never stops a run.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class _NoBar:
 class Console:
     """Prints a run's output to stdout, and its warnings and errors to stderr; with `silent`, nothing.
 
-    What moves on a terminal has ended when the console's `with` block is left.
+    Leaving the console's `with` block ends the live view.
     """
 
     def __init__(self, silent: bool = False) -> None:
@@ -45,7 +45,7 @@ class Console:
         if self._out.isatty() and os.environ.get("TERM") != "dumb":
             from runtime.screen import terminal
 
-            # What goes to a file does not belong above the live view.
+            # stderr is printed above the live view only if it is a terminal as well
             self._terminal = terminal.Terminal(self._out, redirect_stderr=self._err.isatty())
 
     def __enter__(self) -> Self:
@@ -56,11 +56,7 @@ class Console:
             self._terminal.hide()
 
     def header(self, rows: list[tuple[str, str]], panels: Sequence[Table] = ()) -> None:
-        """A table of names and values, of which one of several lines stays in its column.
-
-        Args:
-          panels: tables of names and values that stand for it on a terminal.
-        """
+        """A table of names and values, which may have several lines. A terminal shows `panels` instead."""
         if self._terminal is not None and panels:
             self._terminal.panels(panels)
             return
@@ -74,7 +70,7 @@ class Console:
         self._print((text, ""))
 
     def table(self, table: Table) -> None:
-        """A table and an empty line: as wide as it needs to be in a pipe, folded into the width of a terminal."""
+        """A table and an empty line. A terminal folds it to its width."""
         if table.title:
             self._print((table.title, "bold cyan"))
         lines = ([table.columns] if any(table.columns) else []) + table.rows
@@ -91,21 +87,20 @@ class Console:
         self._print(("", ""))
 
     def doing(self, text: str) -> None:
-        """Says on a terminal what is being done from now on, until something else is said or the console is left."""
+        """Shows on a terminal what is being done, until the next call or the end of the console."""
         if self._terminal is not None:
             self._terminal.doing(text)
 
     def busy(self, text: str) -> contextlib.AbstractContextManager[None]:
-        """Says it while inside, beside what else moves."""
+        """Shows it inside the `with` block, together with the progress bar."""
         return contextlib.nullcontext() if self._terminal is None else self._terminal.busy(text)
 
     def step_line(self, row: dict[str, Any], total: int) -> None:
-        """One logged step of `total`, at most 120 columns, which line up from step to step.
+        """One logged step of `total`: a line of at most 120 characters, in columns.
 
-        On a terminal the live view takes it, and a line is for evaluations alone; a narrow one gets no rates and no
-        MFU. `row` has step, loss, grad_norm, lr, step_seconds, tokens_per_second, mfu (or None), elapsed_seconds,
-        eta_seconds and peak_memory_bytes; val_loss and ema_val_loss where there are any; each key that ends in lr is
-        a learning rate.
+        On a terminal the live view shows it, and only evaluations get a line, which is shorter if the terminal is
+        narrow. `row` has step, loss, grad_norm, lr, step_seconds, tokens_per_second, mfu (or None), elapsed_seconds,
+        eta_seconds and peak_memory_bytes, perhaps val_loss and ema_val_loss; each key that ends in lr is a rate.
         """
         narrow = self._terminal is not None and self._terminal.width <= _LINE_WIDTH
         left_out = ("grad", "lr", "took", "mfu") if narrow else ()
@@ -127,17 +122,13 @@ class Console:
             self._print(("  | ", ""), (line, ""))
 
     def closing(self, table: Table, command: str) -> None:
-        """On a terminal, the end of a run: what came out, and the command that samples from it."""
+        """On a terminal, the end of a run: its results, and the command that samples from it."""
         if self._terminal is not None:
             self._terminal.closing(table, command)
 
     @contextlib.contextmanager
     def progress(self, total: int, start: int, first: str = "") -> Iterator[ProgressBar]:
-        """A bar that shows the way from `start` to `total` and the time left, while it is entered.
-
-        Args:
-          first: what is done until it moves; a line of its own where no person watches.
-        """
+        """A bar from `start` to `total` with the time left. `first` says what is done until it moves."""
         if self._terminal is not None:
             with self._terminal.progress(total, start, first) as bar:
                 yield bar
@@ -167,7 +158,7 @@ class Console:
         text = printable(" ".join(text.split()))
         with live.drawing:
             if self._terminal is not None and self._terminal.live and self._err.isatty():
-                self._print((text, style))  # above the live view; written past rich, it would tear that
+                self._print((text, style))  # rich prints it above the live view
             else:
                 self._err.write(text + "\n")
                 self._err.flush()
@@ -198,7 +189,7 @@ def _cells(row: dict[str, Any], total: int) -> dict[str, tuple[str, str]]:
 
 
 def _fixed(x: float, digits: int) -> str:
-    """`x` with `digits` significant digits (less below 1) in digits + 1 characters, if it is below 10 ** digits."""
+    """`x` with `digits` significant digits (fewer below 1), in digits + 1 characters if it is below 10 ** digits."""
     if not math.isfinite(x) or abs(x) >= 10**digits:
         text = f"{x:.1e}"
     else:
@@ -207,13 +198,13 @@ def _fixed(x: float, digits: int) -> str:
 
 
 class _Output:
-    """A text stream that goes silent when its reader is gone (`| head`, a closed terminal), where others raise.
+    """A text stream that becomes silent, and does not raise, when its reader is gone (`| head`, a closed terminal).
 
-    What the stream's encoding lacks comes out escaped.
+    Characters that the stream's encoding lacks are escaped.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream  # None already when the process was started with it closed
+        self._stream = stream  # None if the process was started with a closed stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
@@ -232,7 +223,7 @@ class _Output:
         try:
             action(self._stream)
         except (OSError, ValueError):  # ValueError: the stream object was closed
-            # Python flushes its streams once more at exit: without this, what they hold would fail again there.
+            # Python flushes its streams again at exit: without this, it would fail there once more
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
             self._stream = None

@@ -1,4 +1,4 @@
-"""Whatever moves on the terminal, for those who must take it away: another bar, Ctrl-Z, the sudden end."""
+"""What is redrawn on the terminal, for code that must remove it: another bar, Ctrl-Z, the immediate exit."""
 
 import contextlib
 import ctypes
@@ -10,27 +10,27 @@ from typing import Protocol
 
 
 class View(Protocol):
-    """Lines that are drawn again and again at the foot of the terminal."""
+    """Lines that are redrawn at the bottom of the terminal."""
 
     def hide(self) -> None:
-        """Takes the lines away."""
+        """Removes the lines."""
 
     def show(self) -> None:
-        """Draws them, until they are hidden."""
+        """Draws the lines until they are hidden."""
 
 
-_shown: list[View] = []  # what is on the terminal now: one or none
-drawing = threading.RLock()  # held by whoever writes there, or shows or hides a view: Ctrl-C and Ctrl-Z have a thread
+_shown: list[View] = []  # what is on the terminal now: one view or none
+drawing = threading.RLock()  # to write there, or to show or hide a view: Ctrl-C and Ctrl-Z are handled in a thread
 
 
 def note(view: View, shown: bool) -> None:
-    """Notes that a view is on the terminal now, or no more."""
+    """Notes that a view is on the terminal now, or no longer."""
     _shown[:] = [view] if shown else []
 
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-    """Inside, nothing of ours moves on the terminal: somebody else draws there."""
+    """Hides the view, because other code draws on the terminal inside."""
     with drawing:
         views = list(_shown)
         for view in views:
@@ -44,12 +44,12 @@ def set_aside() -> Iterator[None]:
 
 
 def suspend() -> None:
-    """What Ctrl-Z does to a program that does not care, with the terminal clean meanwhile. From any thread.
+    """Stops the process, as Ctrl-Z does by default, with the view hidden meanwhile. It works in any thread.
 
-    SIGTSTP is let through here, so that a process nobody could wake again is not stopped, as the kernel wants it.
+    It sends SIGTSTP and not SIGSTOP, so that the kernel does not stop a process that no shell could wake again.
     """
     with drawing, set_aside():
-        set_handler = ctypes.pythonapi.PyOS_setsig  # Python's own is for the main thread, which may be compiling
+        set_handler = ctypes.pythonapi.PyOS_setsig  # Python's own needs the main thread, which may be compiling
         set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
         handler = set_handler(signal.SIGTSTP, None)  # the default
         signal.pthread_kill(threading.get_ident(), signal.SIGTSTP)  # to this thread: it has stopped when this returns
@@ -57,9 +57,9 @@ def suspend() -> None:
 
 
 def leave() -> None:
-    """Leaves the terminal in order before a process ends at once, whatever its other threads do."""
+    """Restores the terminal before the process ends at once, whatever its other threads do."""
     with contextlib.suppress(OSError):
         if _shown:
             os.write(1, b"\r\n")
         elif os.isatty(2):
-            os.write(2, b"\x1b[?25h")  # a bar of a download has hidden the cursor
+            os.write(2, b"\x1b[?25h")  # a download's bar has hidden the cursor

@@ -1,7 +1,7 @@
-"""The console where a person watches: panels, samples in a margin, and a live view at the foot (rich draws it all).
+"""The console on a terminal: panels, samples with a margin, and a live view at the bottom, all drawn by rich.
 
-The live view is drawn by a thread of its own from what it was told: it asks neither the trainer nor a device. The
-cursor stays visible, so that whatever ends the process, SIGKILL too, leaves the terminal as it was.
+A thread draws the live view from values that it was given; it never asks the trainer or a device. The cursor stays
+visible, so that the terminal is intact even after SIGKILL.
 """
 
 import contextlib
@@ -22,26 +22,21 @@ from rich.text import Text
 from runtime.screen import live
 from runtime.screen.text import Curve, Table, duration, human, printable
 
-WIDE = 120  # columns from which on two panels, or a whole step, stand side by side
+WIDE = 120  # columns; on a narrower terminal panels are not side by side
 _NARROW = 80
 _REFRESH = 4  # a second
-_SURE_AFTER = 2.0  # seconds of work from which on its pace says when it ends
+_SURE_AFTER = 2.0  # seconds of work after which its pace predicts the end
 
 Span = tuple[str, str]  # a text and its rich style
 
 
 class _Screen(RichConsole):
     def show_cursor(self, show: bool = True) -> bool:
-        return False  # neither hides nor shows it
+        return False  # the cursor always stays visible
 
 
 class Bar:
-    """The way through some work, as far as it is known.
-
-    Args:
-      total, start: units of the work in all, and before this session.
-      begin: called when it moves for the first time.
-    """
+    """The progress of some work, in units: `start` of `total` at first; `begin` is called at the first update."""
 
     def __init__(self, total: int, start: int, begin: Callable[[], None]) -> None:
         self.total, self._done, self.moved, self._begin = total, start, False, begin
@@ -50,14 +45,14 @@ class Bar:
         self._losses = Curve()
 
     def update(self, done: int) -> None:
-        """So much is done, or on its way to the device: costs no more than to note it."""
+        """So much is done, or sent to the device. It only stores the number."""
         if not self.moved:
             self._first, self._first_at, self.moved = done, time.monotonic(), True
             self._begin()
         self._done = done
 
     def add(self, row: dict[str, Any]) -> bool:
-        """A logged step; whether it is the first, with which the line of numbers comes."""
+        """Adds a logged step; returns whether it is the first, with which the line of numbers appears."""
         first = self._row is None
         self._row, self._row_at = row, time.monotonic()
         self._losses.add(row["loss"])
@@ -65,14 +60,14 @@ class Bar:
         return first
 
     def done(self) -> float:
-        """Units done by now: from the last row on as the clock says, but no more than was begun."""
+        """Units done by now, estimated by the clock since the last row, but never more than `update` was told."""
         if not self._row or not self._row["step_seconds"]:
             return self._done
         since = (time.monotonic() - self._row_at) / self._row["step_seconds"]
         return max(self._row["step"], min(self._done, self._row["step"] + since))
 
     def times(self) -> str:
-        """Time so far and to come."""
+        """The time elapsed and the time left."""
         now = time.monotonic()
         if self._row and self._row["step_seconds"]:
             since = now - self._row_at
@@ -84,7 +79,7 @@ class Bar:
         return ""
 
     def numbers(self, width: int, ascii_only: bool) -> Text:
-        """The newest numbers in one line, with as much of the curve of the loss as there is room for."""
+        """The newest numbers in one line, with as much of the loss curve as there is room for."""
         if self._row is None:
             return Text()
         row = self._row
@@ -106,11 +101,9 @@ class Bar:
 
 
 class Terminal:
-    """Draws for `runtime.screen.console.Console`, whose methods say what these show.
+    """Draws on the terminal `out` for `runtime.screen.console.Console`, whose methods say what these show.
 
-    Args:
-      out: the terminal.
-      redirect_stderr: whether stderr is the same terminal, so that what a library writes there belongs above the view.
+    redirect_stderr: stderr is a terminal too, so what libraries write to it is printed above the live view.
     """
 
     def __init__(self, out: Any, redirect_stderr: bool) -> None:
@@ -128,17 +121,17 @@ class Terminal:
 
     @property
     def live(self) -> bool:
-        """Whether something is drawn again and again, which nothing must be written past."""
+        """Whether the live view is shown; all output must then go through rich."""
         return self._live is not None
 
     # --- What stays -----------------------------------------------------------------------------------------------
 
     def print(self, *spans: Span) -> None:
-        """One line, which the terminal folds: it can be copied whole."""
+        """One line, which the terminal itself folds, so that it can be copied as one."""
         self._print(Text.assemble(*spans), soft_wrap=True)
 
     def panels(self, panels: Sequence[Table]) -> None:
-        """Tables of names and values in boxes, two side by side where there is room."""
+        """Tables of names and values in boxes, two side by side if there is room."""
         boxes = [_box(table) for table in panels]
         if self.width < WIDE:
             self._print(*boxes, sep="\n")
@@ -162,7 +155,7 @@ class Terminal:
         self._print(Group(*lines))
 
     def closing(self, table: Table, command: str) -> None:
-        """The end of a run: what came out, and how to use it."""
+        """The end of a run: its results, and the command that samples from it."""
         self._print(_box(table, "green"), width=min(self.width, _NARROW))
         self.print(("to sample from it:  ", ""), (command, "bold green"))
 
@@ -173,7 +166,7 @@ class Terminal:
     # --- What moves -----------------------------------------------------------------------------------------------
 
     def doing(self, text: str) -> None:
-        """Says what is being done, from now on."""
+        """Shows what is being done, from now on."""
         self._doing, self._since = text, time.monotonic()
         with live.drawing:
             if self._live is None:
@@ -183,9 +176,9 @@ class Terminal:
 
     @contextlib.contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """Says it while inside."""
+        """Shows it inside the `with` block."""
         before = self._doing, self._since
-        with live.drawing:  # not while Ctrl-Z has it hidden: it would be taken for one that was not there
+        with live.drawing:  # while Ctrl-Z hides the view, `live` would wrongly be False
             alone = not self.live
             self.doing(text)
         try:
@@ -206,12 +199,12 @@ class Terminal:
             self.hide()
 
     def row(self, row: dict[str, Any], spans: Sequence[Span]) -> None:
-        """A logged step; that of an evaluation is worth a line that stays."""
+        """A logged step; an evaluation also gets a line that stays."""
         if self._bar:
             grows = self._bar.add(row)
             with live.drawing:
                 if grows and self._live is not None:
-                    self._live.refresh()  # or a line printed while rich's thread does it leaves the old height's rest
+                    self._live.refresh()  # the view grows here, not in rich's thread while a line is printed
         if "val_loss" in row:
             self.print(*spans)
 
@@ -236,7 +229,7 @@ class Terminal:
 
     def _view(self) -> RenderableType:
         """What is shown now: at most two lines, none wider than the terminal."""
-        width, now = self.width - len("^C") - 1, time.monotonic()  # or the key's echo ends in a row that stays
+        width, now = self.width - len("^C") - 1, time.monotonic()  # otherwise the key's echo would wrap to a new line
         spinner, bar = cast(Text, self._spinner.render(now)), self._bar
         if bar is None or not bar.moved:
             return _cut(Text.assemble(spinner, f" {self._doing}  {duration(now - self._since)}"), width)
@@ -268,11 +261,11 @@ def _box(table: Table, style: str = "cyan") -> Panel:
 
 
 def _table(table: Table) -> RichTable:
-    """The table for a terminal: its texts are texts, no markup."""
+    """The table for a terminal; its texts are not read as markup."""
     grid = RichTable(box=None, show_header=any(table.columns), padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for i, title in enumerate(table.columns):
         number = i >= table.left
-        title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, for the sake of the first column
+        title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, to leave room for the first column
         grid.add_column(Text(title), justify="right" if number else "left", overflow="fold")
     for i, row in enumerate(table.rows):
         grid.add_row(*(Text(printable(text)) for text in row), style="bold green" if i in table.bold else None)

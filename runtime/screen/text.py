@@ -1,4 +1,4 @@
-"""Numbers, spans of time and tables as people read them, for whatever shows them."""
+"""Numbers, durations and tables as people read them."""
 
 import difflib
 import itertools
@@ -22,7 +22,7 @@ def human(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span of time: 1:23, 2h 05m, 3d 04h; `?` when it is not finite."""
+    """A duration: 1:23, 2h 05m, 3d 04h; `?` if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)
@@ -34,20 +34,20 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: a sample may hold escape sequences."""
+    """The text without control characters, because a sample may hold escape sequences."""
     return _CONTROL.sub("?", text)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Words and numbers in rows, for whoever shows them.
+    """A table of texts.
 
     Args:
       title: the line above it; "" for none.
-      columns: headings; "" for all of them: no line of headings.
+      columns: headings; if all are "", there is no line of headings.
       rows: a text for each column.
-      left: how many columns, from the first, hold words and so begin at the left; the others hold numbers.
-      bold: indices of the rows that stand out.
+      left: the first `left` columns hold words and are aligned left; the others hold numbers, aligned right.
+      bold: indices of rows to print in bold.
     """
 
     title: str
@@ -58,11 +58,7 @@ class Table:
 
 
 class Curve:
-    """A curve that grows, kept small: two neighbours become their mean whenever there are too many.
-
-    Args:
-      most: how many values are kept at most.
-    """
+    """A curve that grows and keeps at most `most` values: pairs of neighbours become their mean when it is full."""
 
     def __init__(self, most: int = 512) -> None:
         self._most, self._stride = most, 1
@@ -70,7 +66,7 @@ class Curve:
         self._pending: list[float] = []
 
     def add(self, value: float) -> None:
-        """The next value; one that is not finite is left out."""
+        """Adds a value, unless it is not finite."""
         if not math.isfinite(value):
             return
         self._pending.append(value)
@@ -84,8 +80,8 @@ class Curve:
     def sparkline(self, width: int) -> str:
         """The curve in at most `width` characters, each the mean of its share of the values.
 
-        The highest bar is the highest value after the first tenth: a loss falls so far at first that one could not see
-        it fall later.
+        The scale ends at the highest value after the first tenth: a loss falls so far at first that its later fall
+        would not be visible.
         """
         values, count = self._values, len(self._values)
         edges = [round(i * count / width) for i in range(width + 1)] if count > width else range(count + 1)
@@ -102,6 +98,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def nearest(word: str, words: Sequence[str], alike: float = 0.6) -> str:
-    """ "; did you mean X?" for the closest of `words`, or nothing where none is `alike` (from 0 to 1)."""
+    """ "; did you mean X?" for the closest of `words`, or "" if none has a similarity of `alike` (0 to 1)."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=alike)
     return f"; did you mean {close[0]}?" if close else ""

@@ -4,15 +4,11 @@ Its settings are its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENT
 so on), from the environment or a `.env` file in the current directory.
 """
 
-import http.client
 import netrc
 import os
 import re
 import secrets
-import ssl
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +20,8 @@ from runtime.trackers.service import Service, Tracker
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
-_MOST_SAMPLES = 100  # in a table: W&B keeps each of a run's tables whole
-_DEFAULTS = {  # for what the environment leaves open
+_MOST_SAMPLES = 100  # in a table: W&B stores every table that a run logs
+_DEFAULTS = {  # for variables that the environment does not set
     "WANDB_PROJECT": "transformer",
     "WANDB_SILENT": "true",  # the console is the run's own
     "WANDB_CONSOLE": "off",
@@ -85,7 +81,7 @@ def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable
 
 
 def _load_settings() -> None:
-    """Puts W&B's settings into the environment: what is set there stays, then comes `.env`, then our defaults."""
+    """Sets W&B's variables in the environment: those set there stay, then come those of `.env`, then our defaults."""
     from dotenv import dotenv_values
 
     for settings in (dotenv_values(".env"), _DEFAULTS):
@@ -98,7 +94,7 @@ def _run_id(workdir: Path) -> str:
     """The id by which a resumed run continues the same W&B run."""
     path = workdir / ID_FILE
     found = read_text(path) if path.exists() else ""
-    if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes a part of W&B's paths and addresses
+    if not re.fullmatch(r"[0-9a-f]{8}\n", found):  # it becomes part of W&B's paths and addresses
         found = secrets.token_hex(4) + "\n"
         write_text(path, found)
     return found.strip()
@@ -126,7 +122,12 @@ def _key_in_netrc(url: str) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers in time, whatever it says. Proxies of the environment are used."""
+    """Whether a server answers in time, with any answer. The environment's proxies are used."""
+    import http.client  # here, because most runs ask nobody
+    import ssl
+    import urllib.error
+    import urllib.request
+
     answered = threading.Event()
 
     def ask() -> None:
@@ -135,7 +136,7 @@ def _answers(url: str) -> bool:
         except urllib.error.HTTPError:
             pass
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # a certificate is for W&B to judge
+            if not isinstance(error.reason, ssl.SSLError):  # W&B judges certificates itself
                 return
         except (OSError, ValueError, http.client.HTTPException):
             return

@@ -160,6 +160,12 @@ def test_a_log_that_cannot_be_cut_back_is_an_error_too(tmp_path):
         files.cut_back(tmp_path / "log", 3, pytest.fail)
 
 
+def test_a_path_that_no_system_takes_is_one_line(capsys):
+    for command in (["sample", f"--workdir={'a' * 5000}"], ["eval", f"--workdir={'b/' * 3000}"]):
+        assert main.main(command) == 2
+        assert_one_line(capsys.readouterr().err, "File name too long; name another one")
+
+
 def test_other_errors_of_the_system_are_bugs(monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EINVAL, "Invalid argument")

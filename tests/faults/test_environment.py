@@ -21,12 +21,13 @@ from training import step
 KEY = "c4a5" * 10  # what a W&B key looks like
 
 
+@pytest.mark.once
 def test_a_reader_that_leaves_a_strange_locale_and_an_odd_workdir_stop_nothing(tmp_path):
     """`python main.py ... | head -1`, no terminal, ASCII alone, a relative workdir: blanks, umlauts, `..`, a link."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a run ü").symlink_to("elsewhere")
     (tmp_path / "text.txt").write_text(make_text() + "é☃" * 40, encoding="utf-8")
-    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13, num_blocks=1, use_muon=False)
+    config = tiny_config(dataset="text.txt", sample_prompt="☃", max_steps=13, use_muon=False)
     command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, str(ROOT / "main.py")]
     environment = {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
     done = subprocess.run(
@@ -62,6 +63,7 @@ def test_a_platform_that_is_not_there_is_refused_in_one_line(tmp_path, platform)
     assert_one_line(done.stderr, f"error: JAX_PLATFORMS={platform}: ", "cpu", "unset it")
 
 
+@pytest.mark.once
 def test_a_clock_that_jumps_by_a_year_changes_nothing(tmp_path, monkeypatch):
     year, now = 365 * 86400, time.time
     jumps = itertools.cycle([0, year, -year])
@@ -133,6 +135,7 @@ def test_damaged_compiled_programs_are_removed_once_with_one_line(tmp_path, dama
     assert sorted(tmp_path.glob("jit__lambda*-sealed-cache")) == entries
 
 
+@pytest.mark.once
 def test_a_run_with_wandb_out_of_reach_ends_well_and_keeps_the_key_to_itself(tmp_path):
     """The key is looked for in all that the run wrote, packed or not, and in all that it printed."""
     config = tiny_config(wandb_enabled=True, max_steps=8)

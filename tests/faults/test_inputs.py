@@ -120,6 +120,7 @@ def test_bytes_that_are_no_text_are_refused_with_the_place(tmp_path_factory, dat
             load_dataset(str(folder / "text"), "char", **size)
 
 
+@pytest.mark.once
 def test_a_text_that_is_rewritten_during_a_run_changes_nothing_until_the_next(tmp_path, monkeypatch):
     text = tmp_path / "text"
     text.write_text(make_text())
@@ -141,16 +142,16 @@ def test_a_text_that_is_rewritten_during_a_run_changes_nothing_until_the_next(tm
     assert train_lib.train(config, tmp_path / "run").step == 9
 
 
+@pytest.mark.once
 def test_a_text_of_one_symbol_trains_to_a_loss_of_nothing(tmp_path):
     (tmp_path / "text").write_text("a" * 3000)
-    run = train_lib.train(
-        tiny_config(dataset=str(tmp_path / "text"), max_steps=3, num_blocks=1, sample_prompt="a"), tmp_path / "run"
-    )
+    run = train_lib.train(tiny_config(dataset=str(tmp_path / "text"), max_steps=3, sample_prompt="a"), tmp_path / "run")
     assert [row["loss"] for row in run.history] == [0.0] * 3 and run.val_loss == 0
     assert all(row["bad_batches"] == row["loss_spikes"] == 0 for row in run.history)
     assert "a" * 21 in (tmp_path / "run" / "samples.txt").read_text()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_an_alphabet_of_65000_symbols_is_warned_of_and_trains(tmp_path, capsys):
     alphabet = [chr(code) for code in range(0x100, 0x110000) if not 0xD800 <= code < 0xE000][:65_000]
@@ -172,6 +173,7 @@ def test_an_alphabet_of_65000_symbols_is_warned_of_and_trains(tmp_path, capsys):
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), max_size=40))
+@example("A\u0301").via("a mark that would be printed onto the quote before it")
 @settings(max_examples=60)
 def test_any_prompt_is_known_or_its_strange_characters_are_named(prompt):
     tokenizer = finished_run().tokenizer

@@ -43,6 +43,7 @@ def end_the_same_after(kills: int, steps: int, tmp_path: Path) -> dict[str, int]
     return told
 
 
+@pytest.mark.once
 def test_two_kills_at_random_times(tmp_path):
     end_the_same_after(2, 300, tmp_path)
 

@@ -95,7 +95,7 @@ def test_bad_steps_between_two_rows_are_warned_of(tmp_path, monkeypatch, capsys)
 def test_a_run_that_stays_bad_says_where_and_ends_no_later_than_the_next_row(tmp_path, monkeypatch):
     """Cut between two bad steps, it goes on counting."""
     monkeypatch.setattr(train_lib, "Batches", bad_batches(*range(12, 1000)))
-    config = tiny_config(max_steps=60, max_bad_steps=3, log_every=4, eval_every=100, sample_every=0)
+    config = tiny_config(max_steps=60, max_bad_steps=4, log_every=4, eval_every=100, sample_every=0)
     train_until(14, config, tmp_path)
     with pytest.raises(DivergedError) as diverged:
         train_lib.train(config, tmp_path)
@@ -219,7 +219,7 @@ def spiky_batches(index_of_spike: int):
 def test_a_run_warns_of_a_spike_and_a_resume_skips_the_same_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_lib, "Batches", spiky_batches(38))
     config = tiny_config(
-        **{"num_blocks": 1, "max_steps": 42, "eval_every": 100, "save_every": 100, "sample_every": 0},
+        **{"max_steps": 42, "eval_every": 100, "save_every": 100, "sample_every": 0},
         **{"spike_sigmas": 2.0, "skip_spikes": True},
     )
     whole = train_lib.train(config, tmp_path / "whole")
@@ -247,7 +247,7 @@ def test_a_spike_that_is_not_skipped_names_the_key():
 
 def test_a_run_that_diverges_without_a_nan_says_so(tmp_path, capsys):
     """Unclipped, at rates that throw the weights far away: a loss of hundred thousands, and every number is finite."""
-    wild = {"lr": 100.0, "muon_lr": 1000.0, "grad_clip": 0.0, "num_blocks": 1, "max_steps": 12, "sample_every": 0}
+    wild = {"lr": 100.0, "muon_lr": 1000.0, "grad_clip": 0.0, "max_steps": 12, "sample_every": 0}
     train_lib.train(tiny_config(**wild, eval_every=100), tmp_path)
     said = capsys.readouterr().err.splitlines()
     [far] = [line for line in said if "far above ln" in line]

@@ -11,7 +11,6 @@ from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
 
 SETTINGS = {
-    "num_blocks": 1,
     "use_muon": False,
     "save_every": 3,
     "eval_every": 30,

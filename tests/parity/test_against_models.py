@@ -50,9 +50,10 @@ def their_side(model: torch.nn.Module, batch_BT1: np.ndarray) -> tuple[np.ndarra
 def our_side(config, params, batch_BT1):
     """The same from the model and the gradients that training uses."""
     params = jax.tree.map(jax.numpy.asarray, params)
-    logits_BTV = jax.jit(lambda p, t: model_of(config, p)(t))(params, batch_BT1[:, :-1])
-    loss_and_grads = jax.jit(make_loss_and_grads(config, make_mesh(devices=jax.devices()[:1])))
-    total, count, grads = loss_and_grads(params, batch_BT1, jax.random.key(0))
+    loss_and_grads = make_loss_and_grads(config, make_mesh(devices=jax.devices()[:1]))
+    both = lambda p, t: (model_of(config, p)(t[:, :-1]), loss_and_grads(p, t, jax.random.key(0)))
+    program = jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
+    logits_BTV, (total, count, grads) = program(params, batch_BT1)
     return logits_BTV, total / count, {name: np.asarray(g) / count for name, g in grads.items()}
 
 

@@ -137,7 +137,7 @@ def test_the_recipe_in_the_shape_of_gpt_oss_can_leave(random_params):
 def our_own(tmp_path_factory, random_params) -> Path:
     """A run of a shape that is only ours."""
     config = shakespeare.get_config()
-    tiny = tiny_config(logit_softcap=7.0)
+    tiny = tiny_config(num_blocks=2, logit_softcap=7.0)
     config.update({key: tiny[key] for key in (*TINY, "logit_softcap", "dataset", "data_dir")})
     params = random_params(config_lib.model_config_of(config, CHAR.vocab_size))
     return make_run(tmp_path_factory.mktemp("runs") / "run", config, CHAR, params)

@@ -1,5 +1,6 @@
 """Files that hold no model of ours: one line that names what does not fit, status 2, and no run is left behind."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def gone(name):
     return lambda directory: (directory / name).unlink()
 
 
+def pipe(name):
+    """Which a reader would wait for."""
+    return lambda directory: (gone(name)(directory), os.mkfifo(directory / name))
+
+
 def eight_bits(directory):
     """One weight in eight bits, as quantised models have them."""
     arrays = torch_files.load_file(directory / WEIGHTS)
@@ -80,6 +86,7 @@ DAMAGE = {
         (setting(rope_parameters={"rope_theta": "high"}), "rope_theta: must be of type float, got 'high'"),
         (setting(rope_parameters=[1]), "rope_parameters: must be an object"),
         (setting(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor: must be 1"),
+        (setting(rope_parameters={"full_attention": {"rope_theta": 5e5}}), "full_attention has settings of its own"),
         (setting(**ONE_EXPERT, layer_types=["linear"]), "layer_types: must be of sliding_attention, full_attention"),
         (setting(**ONE_EXPERT, layer_types=["full_attention"]), "layer_types: 1 of them for 3 layers"),
         (setting(hidden_act=["silu"]), "hidden_act: must be one of silu"),
@@ -99,6 +106,8 @@ DAMAGE = {
         (cut(WEIGHTS), f"{WEIGHTS}: cannot be read"),
         (content(WEIGHTS, b"no weights"), f"{WEIGHTS}: cannot be read"),
         (gone(WEIGHTS), f"{WEIGHTS}: cannot be read"),
+        (pipe(WEIGHTS), f"{WEIGHTS}: cannot be read"),
+        (pipe("tokenizer.json"), "tokenizer.json: "),
         (cut("tokenizer.json"), "tokenizer.json: "),
         (content("tokenizer.json", b"{}"), "tokenizer.json: "),
         (content("tokenizer.json", b"\xff\xfe"), "tokenizer.json: "),

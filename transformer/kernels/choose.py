@@ -1,7 +1,7 @@
-"""Which kernel causal self-attention takes, and sinks around those that know none.
+"""Which kernel causal self-attention uses, and sinks for kernels without them.
 
-The kernels of `chunked` and `vendor` know no sinks. They are added around them, exactly, from what every flash kernel
-keeps for its backward pass: its output, and the logarithm of each row's sum of exponentials.
+The kernels of `chunked` and `vendor` have no sinks. Sinks are added to them, exactly, from what every flash kernel
+saves for its backward pass: its output, and the logarithm of each row's sum of exponentials.
 
 Shapes: B batch, T time, S key time, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -22,21 +22,21 @@ from transformer.xla import target
 
 KERNEL_NAMES = ("auto", "plain", "chunked", "cudnn", "splash")
 
-# Tokens from which "auto" takes chunks where no kernel of the device's own runs: on a CPU they save time (measured),
-# elsewhere they are thought to cost some, and save the memory.
+# From so many tokens on "auto" takes chunks if no kernel for the device runs: on a CPU they save time (measured),
+# elsewhere they save memory and probably cost some time.
 LONG_ON_CPU = 256
 LONG = 1024
 
 
 class Kernel(NamedTuple):
-    """Causal softmax attention without sinks, scores q·k / sqrt(H), each query seeing its last `window` keys (0: all).
+    """Causal softmax attention without sinks, scores q·k / sqrt(H); a query sees its last `window` keys (0: all).
 
-    Of those only the keys of its own document, where `document_BT` is not None.
+    If `document_BT` is not None, it sees only the keys of its own document.
 
-    forward: (q_BTNH, k_BTKH, v_BTKH, document_BT, window) -> out_BTNH in the dtype backward wants, float32 lse_BNT.
-    backward: (q, k, v, document, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. Takes probabilities as
-      exp(score - lse) and the softmax's correction as sum(dout * out), like FlashAttention-2 (arXiv:2307.08691,
-      algorithm 2): so it differentiates whatever softmax `out` and `lse` describe, one with sinks too.
+    forward: (q_BTNH, k_BTKH, v_BTKH, document_BT, window) -> out_BTNH in the dtype backward needs, float32 lse_BNT.
+    backward: (q, k, v, document, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. It computes
+      probabilities as exp(score - lse) and the softmax's correction as sum(dout * out), like FlashAttention-2
+      (arXiv:2307.08691, algorithm 2), so it differentiates any softmax that `out` and `lse` describe, also with sinks.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -52,16 +52,16 @@ def causal_attention(
     kernel: str = "auto",
     document_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """What `attend` gives for T tokens that see each other causally, [B, T, N, H] in the dtype of v.
+    """Causal `attend` of T tokens among themselves: [B, T, N, H] in the dtype of v.
 
     Args:
       sink_N: the sinks' logits in float32, or None.
       window: how many keys a query sees, itself included; 0 is all.
       kernel: one of KERNEL_NAMES.
-      document_BT: a number for each token's document, across whose border nothing is seen; None: all is one.
+      document_BT: the number of each token's document, outside of which it sees nothing; None: one document.
 
     Raises:
-      ValueError: `attention_kernel: <why>` when a kernel asked for by name cannot run here.
+      ValueError: `attention_kernel: <why>` if a kernel asked for by name cannot run here.
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
@@ -78,11 +78,7 @@ def causal_attention(
 
 
 def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
-    """The kernel to take, never "auto": for that the fastest that runs here.
-
-    Raises:
-      ValueError: as `causal_attention`.
-    """
+    """The kernel to use; for "auto" the fastest one that runs here. Raises ValueError as `causal_attention` does."""
     if kernel != "auto":
         if problem := obstacle(kernel, T, N, K, H, dtype, documents):
             raise ValueError(f"attention_kernel: {problem}")
@@ -100,7 +96,7 @@ def choose(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: b
 
 
 def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool = False) -> str:
-    """What keeps a kernel from running on these sizes on `target()`, or "" ("auto" always finds one that runs).
+    """Why a kernel cannot run with these sizes on `target()`, or "" (always "" for "auto").
 
     `documents`: it has to keep documents apart.
     """
@@ -126,9 +122,9 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents:
 
 @cache
 def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
-    """What the installed library has against a kernel of its own (none of them is a stable interface), or "".
+    """Why the installed library refuses a kernel of its own (none of them is a stable interface), or "".
 
-    Nothing is compiled or run: its shapes are worked out, forward and backward.
+    Nothing is compiled or run: only the shapes are computed, forward and backward.
     """
 
     def forward_and_backward(*qkv):
@@ -156,7 +152,7 @@ def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, docum
     """Attention as in `attend`, by a kernel.
 
     With lse = log sum exp(s), sinks make it lse' = log(exp(lse) + exp(sink)) and the output out' = out exp(lse - lse').
-    Given out' and lse', the kernel's backward pass differentiates that softmax; what is left for the sinks is
+    Given out' and lse', the kernel's backward pass differentiates that softmax; the gradient of the sinks is
     dsink = -sum over rows of exp(sink - lse') (dout' · out').
     """
     return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)[0]

@@ -1,7 +1,7 @@
-"""Causal attention in plain JAX that never holds a [T, S] array whole, on any device.
+"""Causal attention in plain JAX, for any device, that never has a whole [T, S] array in memory.
 
-FlashAttention-2 over blocks of queries and of the keys that they see: what lies outside is never computed. In loops,
-since XLA runs unrolled blocks all at once and keeps their scores for the backward pass, a [T, S] array again.
+FlashAttention-2 over blocks of queries and of the keys that they see; other blocks are never computed. The blocks run
+in loops: XLA would run unrolled ones all at once and save their scores for the backward pass, a [T, S] array again.
 
 Shapes: B batch, T time, S key time, N query heads, K key/value heads, G = N / K, H head_dim; I blocks of C tokens.
 """
@@ -27,7 +27,7 @@ BLOCK = 128  # tokens; 64 and 256 were no faster on a CPU
 
 
 def _in_blocks(x: jax.Array, K: int) -> jax.Array:
-    """[B, T, N, ...] as [I, B, K, G, C, ...], with as few zeros at the end as equal blocks allow."""
+    """[B, T, N, ...] as [I, B, K, G, C, ...], padded with as few zeros as equal blocks need."""
     B, T, N, *rest = x.shape
     blocks = -(-T // BLOCK)
     x = jnp.pad(x, [(0, 0), (0, -T % blocks)] + [(0, 0)] * (x.ndim - 2))
@@ -58,7 +58,7 @@ def _block_scores(
 
 
 def _loop_over_keys(i: jax.Array, C: int, window: int, step: Callable, start: Any) -> Any:
-    """step(j, carry) for each block of keys that queries of block i see. The last is their own: no row ends empty."""
+    """step(j, carry) for each block of keys that queries of block i see. The last is their own, so no row is empty."""
     first = jnp.maximum(i * C - window + 1, 0) // C if window else 0
     return jax.lax.fori_loop(first, i + 1, step, start)
 
@@ -76,7 +76,7 @@ def chunked_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
             scores_BKGCS = _block_scores(q_IBKGCH[i], k_IBKSH[j], document_IBC, i, j, window)
             higher_BKGC1 = jnp.maximum(top_BKGC1, scores_BKGCS.max(-1, keepdims=True))
             weights_BKGCS = jnp.exp(scores_BKGCS - higher_BKGC1)
-            rescale_BKGC1 = jnp.exp(top_BKGC1 - higher_BKGC1)  # 0 where all before was masked
+            rescale_BKGC1 = jnp.exp(top_BKGC1 - higher_BKGC1)  # 0 if all keys so far were masked
             values_BKGCH = jnp.einsum(
                 "BKGCS,BKSH->BKGCH", weights_BKGCS.astype(v_BTKH.dtype), v_IBKSH[j], preferred_element_type=jnp.float32
             )

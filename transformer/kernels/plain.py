@@ -1,7 +1,7 @@
-"""Causal self-attention with sinks that keeps its whole [T, T] probabilities for the backward pass: for short texts.
+"""Causal self-attention with sinks that saves its whole [T, T] probabilities for the backward pass: for short texts.
 
-Shapes: B batch, T time, N query heads, K key/value heads, G = N / K, H head_dim; and for the batched products, which
-on a CPU must not step over other heads, X = B K matrices, whose rows R = G T are the queries that share a key head.
+Shapes: B batch, T time, N query heads, K key/value heads, G = N / K, H head_dim. The batched products have contiguous
+matrices, which is faster on a CPU: X = B K matrices with R = G T rows, the queries that share a key head.
 """
 
 import math
@@ -22,13 +22,7 @@ def attend_plain(
     window: int,
     document_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """What `attend` gives for T tokens that see each other causally: [B, T, N, H] in the dtype of v.
-
-    Args:
-      sink_N: the sinks' logits in float32, or None.
-      window: how many keys a query sees, itself included; 0 is all.
-      document_BT: a number for each token's document, across whose border nothing is seen; None: all is one.
-    """
+    """Causal `attend` of T tokens among themselves: [B, T, N, H] in the dtype of v. Args as `causal_attention`."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     G = N // K

@@ -1,4 +1,4 @@
-"""The kernels that come with the hardware: cuDNN's for NVIDIA, Splash for TPU.
+"""The hardware's own kernels: cuDNN's for NVIDIA GPUs, Splash for TPUs.
 
 Shapes: B batch, T time, N query heads, K key/value heads, H head_dim.
 """
@@ -12,11 +12,12 @@ import jax.extend.backend
 import jax.numpy as jnp
 
 # --- cuDNN: NVIDIA ------------------------------------------------------------------------------------------------
-# The public jax.nn.dot_product_attention rounds lse to bfloat16 and lets no gradient through it; its insides do not.
+# The public jax.nn.dot_product_attention rounds lse to bfloat16 and passes no gradient through it; so this calls the
+# functions behind it.
 
 
 def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here: what may be missing must not stop the rest
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, because it may be missing
 
     return cudnn.dot_product_attention(
         q_BTNH,
@@ -33,7 +34,7 @@ def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     rule = cudnn._dot_product_attention_bwd_rule
-    modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is promised
+    modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is a public interface
     others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
     unused = [jnp.zeros(0, q_BTNH.dtype)] * 7  # bias, lengths, offsets, page tables
     return rule(
@@ -52,9 +53,9 @@ def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_
 
 
 # --- Splash: TPU --------------------------------------------------------------------------------------------------
-# It has sinks of its own, but sums their gradient in the dtype of the output.
+# Its own sinks are not used, because it sums their gradient in the dtype of the output.
 
-SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T; the first is what large trainers use
+SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T is used; large trainers use the first
 
 
 def _splash(T: int, N: int, window: int, interpret: bool):
@@ -75,7 +76,7 @@ def _splash(T: int, N: int, window: int, interpret: bool):
 
 
 def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
-    """The documents for the kernel, and [B, heads, T, H] of each, q scaled: the kernel does not scale the scores."""
+    """The kernel's documents, and [B, heads, T, H] of each array; q is scaled, because the kernel does not scale."""
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
     scaled_BTNH = (q_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype)
