@@ -41,6 +41,7 @@ RANGES = {
     **dict.fromkeys(["train_shards", "batch_size", "steps_per_dispatch", "max_bad_steps", "peer_seconds"], Count),
     **dict.fromkeys(["eval_every", "log_every", "save_every", "keep"], Count),
     **dict.fromkeys(["epochs", "max_steps", "seed", "eval_tokens", "sample_every", "sample_tokens"], CountOrNone),
+    **{"max_flops": NotNegative, "max_seconds": NotNegative},
     **{"watchdog_seconds": CountOrNone, "temperature": NotNegative, "spike_sigmas": NotNegative},
     **{"test_fraction": BelowOne, "val_fraction": Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]},
 }
@@ -53,8 +54,8 @@ SHAPE_KEYS -= {"vocab_size", "document_start"}
 # Keys that may change when a run goes on: how long it runs, how it is watched and saved, and where its text is (which
 # has to have the same hash). A change of any other key would make it another run.
 FREE_ON_RESUME = {
-    *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
-    *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
+    *("epochs", "max_steps", "max_flops", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run"),
+    *("log_every", "sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *("trackers", "wandb_enabled"),
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
@@ -123,7 +124,7 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(f"config.trackers: unknown tracker {name!r}{near}")
     if config.val_fraction + config.test_fraction >= 1:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
-    if not config.epochs and not config.max_steps:
+    if not any(config[key] for key in ("epochs", "max_steps", "max_flops", "max_seconds")):
         raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
     if not config.sample_prompt:
         raise UserError("config.sample_prompt: must not be empty; a newline is a good start")
@@ -212,7 +213,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
             )
     if new.schedule not in ("cosine", "linear"):
         return
-    differs = [key for key in ("max_steps", "epochs") if old[key] != new[key]]
+    differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]
     if differs:
         raise UserError(
             f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "

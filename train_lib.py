@@ -31,6 +31,7 @@ from runtime.signals import StopSignals
 from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if_unused
+from training.budget import measure, steps_in
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import longest, several_steps, spans, throttled
@@ -44,12 +45,20 @@ from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_parts, shardings_of, whole
 
 
-def total_steps(config: ConfigDict, batches: Batches) -> int:
-    """Real steps of the whole run: the fewer of `epochs` and `max_steps`."""
-    limits = [config.max_steps] if config.max_steps else []
+def total_steps(config: ConfigDict, batches: Batches, flops_a_token: float, timed: int | None) -> int:
+    """Real steps of the whole run, by the limit that comes first; `timed` are those for `max_seconds`.
+
+    Raises UserError if `max_flops` is less than a step takes.
+    """
+    limits = [limit for limit in (config.max_steps, timed) if limit]
     if config.epochs:
         limits.append(max(1, math.ceil(batches.steps(config.epochs) / config.accumulation_steps)))
-    return min(limits)
+    if config.max_flops:
+        a_step = flops_a_token * config.context_len * config.batch_size * config.accumulation_steps
+        limits.append(math.floor(config.max_flops / a_step))
+        if not limits[-1]:
+            raise UserError(f"config.max_flops: {config.max_flops:g} is less than the {a_step:g} of a step; raise it")
+    return min(limits, default=2**31 - 1)
 
 
 def train(
@@ -134,13 +143,16 @@ class Trainer:
         self.placement = partial(shardings_of, mesh=self.mesh)
         self.arithmetic = run_lib.arithmetic_of(self.model_config, self.mesh)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
+        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
+        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
+        self.work_ahead = side_work(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         build = partial(self._build, dropout_key)
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
         step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
         self.val_tokens = some if some < whole_split else 0  # evaluations on so many are compared; 0: the whole split
-        self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         several = config.steps_per_dispatch > 1
         self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
@@ -162,9 +174,6 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
-        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
-        self.work_ahead = side_work(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
         self.divergence = Divergence(
             *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
@@ -172,7 +181,7 @@ class Trainer:
 
         self.tracing = False
         settings = config_lib.to_dict(config)
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **self._timed(), **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
@@ -193,14 +202,33 @@ class Trainer:
         self.batches = Batches(
             self.data.train, config.context_len, seed=config.seed, order=config.order, **at(config, micro_step)
         )
-        self.total = self.total_before = total_steps(config, self.batches)
+        flops, self.timed_steps = flops_per_token(self.model_config), (meta or {}).get("timed_steps")
+        settings, health = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        make = lambda total, *first: make_step(settings, self.model_config, total, key, self.mesh, *health, *first)
+        if config.max_seconds and not meta:
+            self.timed_steps = self._time(make(total_steps(config, self.batches, flops, None)), key)
+        self.total = self.total_before = total_steps(config, self.batches, flops, self.timed_steps)
         if meta:
             old = run_lib.config_of(meta, self.workdir)
-            self.total_before = total_steps(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
-        settings = config_lib.optimizer_config(config)
+            batches = replace(self.batches, **at(old, run_lib.micro_step_of(meta)))
+            self.total_before = total_steps(old, batches, flops, self.timed_steps)
         self.first_total = (meta or {}).get("first_total", self.total_before)
-        health = config.spike_sigmas, config.skip_spikes
-        return make_step(settings, self.model_config, self.total, key, self.mesh, *health, self.first_total)
+        return make(self.total, self.first_total)
+
+    def _time(self, step: Step, key: jax.Array) -> int:
+        """The steps that `max_seconds` are enough for."""
+        config, seconds = self.config, self.config.max_seconds
+        self.console.doing("timing some steps")
+        batch_at = lambda i: place(self.batches, self.mesh, 1, range(i, i + 1))
+        evaluate = lambda params, tokens: self.evaluate(params, self.data.val, tokens, self.stop.raise_if_set)
+        pace = measure(step, key, batch_at, config.accumulation_steps, evaluate, seconds)
+        steps = steps_in(seconds, pace, self.work_ahead)
+        self.console.line(f"max_seconds {seconds:g}: enough for {steps:,} steps of {1000 * pace.step:.3g} ms")
+        return steps
+
+    def _timed(self) -> dict[str, int]:
+        """What is kept of it."""
+        return {"timed_steps": self.timed_steps} if self.timed_steps else {}
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """Start a new run, with initial weights or those of `init_from`."""
@@ -403,6 +431,7 @@ class Trainer:
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
             "first_total": self.first_total,
+            **self._timed(),
             "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
             "compile_seconds": self._compiled(),

@@ -89,7 +89,10 @@ def get_config() -> ConfigDict:
     # --- Training ----------------------------------------------------------------------------------------------
     config.batch_size = 16  # sequences a micro-batch, over all devices
     config.epochs = 1  # passes over the training text; 0: no limit
-    config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
+    config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever limit comes first
+    config.max_flops = 0.0  # floating-point operations of the whole run, as its MFU counts them; 0: no limit
+    config.max_seconds = 0.0  # of steps, evaluations and saves, without compilation; 0: no limit. A trial of some
+    # seconds fixes the number of steps once, and from then on the run is the one that max_steps would give
     config.seed = 0  # of initial weights, data order and dropout
     config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
     # bfloat16_matmul: products of bfloat16, the rest float32; for CPUs with AMX or AVX512-BF16, where bfloat16 is slow
