@@ -21,6 +21,7 @@ from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import Execution, TransformerConfig
+from transformer.forms import sink_name
 from transformer.kernels.choose import obstacle
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Range, require
 from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
@@ -84,16 +85,16 @@ def check(config: ConfigDict) -> None:
     for key, value in known.items():
         if key not in config:
             raise UserError(f"config.{key}: missing; start from configs.default.get_config()")
-        given = config[key]
+        given = _named(key, config[key])
         right = isinstance(given, type(value)) and isinstance(given, bool) == isinstance(value, bool)
         if not right and not (isinstance(value, float) and type(given) is int):
             raise UserError(f"config.{key}: expected {type_name(type(value))}, got {given!r}")
     with _of_the_config():
         require(config, RANGES)
     for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            near = nearest(config[key], choices) or f"; use one of {', '.join(choices)}"
-            raise UserError(f"config.{key}: unknown value {config[key]!r}{near}")
+        if (given := _named(key, config[key])) not in choices:
+            near = nearest(given, choices) or f"; use one of {', '.join(choices)}"
+            raise UserError(f"config.{key}: unknown value {given!r}{near}")
     with _of_the_config():
         optimizer_config(config)
         transformer_config(config, vocab_size=2, dtype="float32")
@@ -185,7 +186,12 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    return {key: list(value) if isinstance(value, tuple) else _named(key, value) for key, value in config.items()}
+
+
+def _named(key: str, value: Any) -> Any:
+    """A value by its present name."""
+    return sink_name(value) if key == "attention_sink" else value
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
@@ -205,7 +211,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool = False) -> None:
     """Raises UserError if a run made with `old` may not go on with `new`; with `rebatch` keys of REBATCH may differ."""
     for key in sorted(set(new) - FREE_ON_RESUME - (REBATCH if rebatch else set())):
-        if old[key] != new[key]:
+        if _named(key, old[key]) != _named(key, new[key]):
             raise UserError(
                 f"config.{key}: the run in {workdir} has {old[key]!r}, this config {new[key]!r}; use "
                 f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "

@@ -23,6 +23,7 @@ from runtime.workdir import WEIGHTS
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 _CONFIG_SECONDS = 60.0  # how long a config file may run
+config_flags.register_flag_parser_for_type(object, flags.ArgumentParser())  # for a key that takes words and switches
 
 
 def parse_flags(

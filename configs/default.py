@@ -6,7 +6,7 @@ The defaults are the model and training set-up of the PyTorch original on a smal
 the recipe to start with.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 MOST_USED = (  # what `--help` shows
     *("run", "dataset", "tokenizer", "max_steps", "epochs", "batch_size", "context_len", "num_blocks", "num_heads"),
@@ -39,7 +39,11 @@ def get_config() -> ConfigDict:
     config.yarn_truncate = True  # round the ramp between the two to whole planes
     config.yarn_attention_factor = 0.0  # scale of rotated q and k; 0: 0.1 ln(yarn_factor) + 1
     config.qk_norm = "none"  # RMSNorm of each query and key head before rotation: none | scaled | unscaled
-    config.attention_sink = True  # a learned logit per head joins every softmax
+    config.attention_sink = FieldReference("logit", field_type=object)  # joins every softmax and gives nothing: logit
+    # (learned, per head; also True) | zero (its logit is 0) | key (a learned key) | none (also False)
+    config.sink_pattern = "S"  # S sink, N none, repeated over the layers: with window_pattern "LG", "SN" is local ones'
+    config.attention_gate = "none"  # a sigmoid of the token on attention's output: none | head | channel
+    config.exclusive_attention = False  # attention's output loses its component along the token's own value
     config.sliding_window = 0  # keys a query of a local layer sees, itself included; 0: all
     config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates
     config.qkv_bias = False  # bias of the query, key and value projections

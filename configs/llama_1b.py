@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.rope_theta = 500_000.0
     config.qkv_bias = False
     config.attention_out_bias = False
-    config.attention_sink = False
+    config.attention_sink = "none"
     config.sliding_window = 0
 
     config.train_shards = 103

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.context_len = 256
     config.norm_bias = False
     config.mlp_bias = False
-    config.attention_sink = False
+    config.attention_sink = "none"
     config.dropout = 0.2
     config.output_init = "scaled"
 

@@ -77,6 +77,8 @@ class Family:
     constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
 
 
+_PLAIN_ATTENTION = {"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False}
+
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
@@ -110,7 +112,8 @@ GPT2 = Family(
         "tie_embeddings": ("tie_word_embeddings", True),
     },
     fixed={
-        **{"norm": "layernorm", "norm_bias": True, "position": "learned", "qk_norm": "none", "attention_sink": False},
+        **{"norm": "layernorm", "norm_bias": True, "position": "learned", "qk_norm": "none", "attention_sink": "none"},
+        **_PLAIN_ATTENTION,
         **{"sliding_window": 0, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "logit_softcap": 0.0},
     },
     activations={"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"},
@@ -159,7 +162,10 @@ _LLAMA_SETTINGS = {
     "qkv_bias": ("attention_bias", False),
     "attention_out_bias": ("attention_bias", False),
 }
-_LLAMA_FIXED = {"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": False, "logit_softcap": 0.0}
+_LLAMA_FIXED = {
+    **{"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": "none", "logit_softcap": 0.0},
+    **_PLAIN_ATTENTION,
+}
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
 
 LLAMA = Family(
@@ -204,7 +210,7 @@ GPT_OSS = Family(
         "qkv_bias": ("attention_bias", True),
         "attention_out_bias": ("attention_bias", True),
     },
-    fixed={**_LLAMA_FIXED, "attention_sink": True, "mlp_bias": True},
+    fixed={**_LLAMA_FIXED, "attention_sink": "logit", "mlp_bias": True},
     activations={"silu": "swiglu_clamped"},
     demands={
         **{"num_local_experts": (1, 128), "num_experts_per_tok": (1, 1)},

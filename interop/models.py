@@ -260,7 +260,7 @@ def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, An
 
 def family_of(config: TransformerConfig) -> Family:
     """The class that is nearest to a model."""
-    if config.attention_sink:
+    if config.has_sinks:
         return GPT_OSS
     if config.position == "learned":
         return GPT2
@@ -355,6 +355,8 @@ def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
         changes["norm_bias"] = True
     if config.qk_norm == "unscaled" and family is QWEN3:
         changes["qk_norm"] = "scaled"
+    if config.attention_sink == "zero":
+        changes["attention_sink"] = "logit"  # with zeros
     if not any(config.window(n) for n in range(config.num_blocks)):
         changes["sliding_window"] = 0
     return replace(config, **changes)
@@ -388,7 +390,7 @@ def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
         embedding_dim=width,
         head_dim=weights[f"{first}W_Q.weight"].shape[0] // num_heads,
         mlp_dim=weights["blocks.0.MLP_Layers.layer1.weight"].shape[0],
-        attention_sink=sink is not None,
+        attention_sink="none" if sink is None else "logit",
         tie_embeddings=tied,
     )
     for name in ("vocab_size", "context_len", "num_blocks", "num_heads", "embedding_dim", "mlp_dim"):

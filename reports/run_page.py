@@ -138,8 +138,8 @@ def _curves(run: RunRecord) -> list[Block]:
 
 def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np.ndarray) -> list[Block]:
     heading = Heading("Sinks")
-    if not model_config.attention_sink:
-        return [heading, "This model has no attention sinks (attention_sink = False)."]
+    if not model_config.has_sinks:
+        return [heading, "This model has no attention sinks (attention_sink = none)."]
     if not len(steps):
         return [heading, "No shares were measured in this run: it has no evaluation with report = True."]
     last_LN = shares_ELN[-1]
@@ -167,7 +167,7 @@ def _attention(
     ids = ids[: min(_MAP_TOKENS, model.config.context_len)]
     if len(ids) < 2:
         return [heading, 'No text to show it on; name one: python main.py report --workdir=RUN --text="..."']
-    sinks = model.config.attention_sink
+    sinks = model.config.has_sinks
     maps_LNTS = np.asarray(attention_maps(model, jnp.asarray(ids)), np.float64)
     shares_LNT = maps_LNTS[..., 0]
     shares_LN = shares_LNT.mean(-1)

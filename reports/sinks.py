@@ -16,7 +16,7 @@ import numpy as np
 
 from corpus.dataset import Split
 from runtime.files import MetricsFile
-from transformer.attention import MASKED, visible
+from transformer.attention import MASKED, sink_rows, visible
 from transformer.config import Execution, TransformerConfig
 from transformer.model import Attention, Params, Transformer, model_of, params_of
 
@@ -27,7 +27,7 @@ def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     At one position: exp(sink) / (exp(sink) + sum over visible s' of exp(s_ts')), which `attention.attend` discards.
     Raises ValueError if the model has no sinks.
     """
-    if not model.config.attention_sink:
+    if not model.config.has_sinks:
         raise ValueError("attention_sink: the model has none")
     return _shares(_unrolled(model.config), params_of(model), tokens_BT)
 
@@ -63,11 +63,9 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
     seen: list[tuple[jax.Array, jax.Array]] = []
 
     def watch(attention: Attention):
-        sink_N = attention.sink[...] if config.attention_sink else jnp.full(config.num_heads, -jnp.inf)
-
         def attend(x_BTD, where, place):
-            q_BTNH, k_BTKH, _ = attention.project(x_BTD, where.turn)
-            seen.append(_log_probabilities(q_BTNH, k_BTKH, sink_N, attention.window, where.document_BT))
+            q_BTNH, k_BTKH, _, sink = attention.project(x_BTD, where.turn)
+            seen.append(_log_probabilities(q_BTNH, k_BTKH, sink, attention.window, where.document_BT))
             return attention(x_BTD, where, place)
 
         return attend
@@ -80,7 +78,7 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
 
 
 def _log_probabilities(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, sink_N: jax.Array, window: int, document_BT: jax.Array | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, sink: jax.Array | None, window: int, document_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -90,10 +88,10 @@ def _log_probabilities(
     mask_BNTS = visible(jnp.arange(T)[None], jnp.arange(T), window)[:, None]
     if document_BT is not None:
         mask_BNTS = mask_BNTS & (document_BT[:, None, :, None] == document_BT[:, None, None])
-    sink_N1 = sink_N.astype(jnp.float32)[:, None]
-    total_BNT = jnp.logaddexp(jax.nn.logsumexp(jnp.where(mask_BNTS, scores_BNTS, MASKED), -1), sink_N1)
+    sink_BNT = jnp.float32(-jnp.inf) if sink is None else sink_rows(sink, 1)[:, 0, ..., 0]
+    total_BNT = jnp.logaddexp(jax.nn.logsumexp(jnp.where(mask_BNTS, scores_BNTS, MASKED), -1), sink_BNT)
     log_keys_BNTS = jnp.where(mask_BNTS, scores_BNTS - total_BNT[..., None], -jnp.inf)
-    return log_keys_BNTS, sink_N1 - total_BNT
+    return log_keys_BNTS, sink_BNT - total_BNT
 
 
 # --- Over a run: measured at each evaluation, kept in `sinks.jsonl` -----------------------------------------------

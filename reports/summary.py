@@ -49,7 +49,7 @@ def facts(
     if model.num_kv_heads != model.num_heads:
         heads += f", {model.num_kv_heads} of keys and values"
     mlp = f"MLP {model.mlp_dim} {model.mlp}"
-    sinks = "with sinks" if model.attention_sink else "without sinks"
+    sinks = "with sinks" if model.has_sinks else "without sinks"
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     members = Counter(step.labels.values())
     parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(GROUPS.items())]

@@ -63,6 +63,9 @@ MORE = {  # what else a step can be asked for, all at once
     "norm": "layernorm",
     "mask_documents": True,
     "sliding_window": 7,
+    "attention_sink": "key",
+    "attention_gate": "head",
+    "exclusive_attention": True,
 }
 
 

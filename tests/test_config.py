@@ -212,6 +212,18 @@ def test_a_mesh_is_checked_against_the_devices():
     config_lib.check_devices(config, 48)
 
 
+@pytest.mark.parametrize("old, name", [(True, "logit"), (False, "none"), ("True", "logit"), ("false", "none")])
+def test_true_and_false_stay_names_for_sinks_and_none(old, name):
+    config = default.get_config()
+    config.attention_sink = old
+    config_lib.check(config)
+    assert config_lib.to_dict(config)["attention_sink"] == name
+    assert config_lib.transformer_config(config, 7, "float32").attention_sink == name
+    present = default.get_config()
+    present.attention_sink = name
+    config_lib.check_resume(config, present, Path("runs/old"))
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_any_number_in_any_key_is_possible_or_refused_in_one_line(key):
     for value in (-1, 0, 10**30, -1.0, 0.0, math.nan, math.inf, 1e300, True, None, "", "?", (), (1.0, math.nan)):

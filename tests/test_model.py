@@ -39,6 +39,12 @@ FAMILIES = {
         **{"output_init": "zero", "tie_embeddings": False, "logit_softcap": 2.0},
     },
     "no positions": {"position": "none", "norm_bias": False},
+    "sinks with keys, in local layers": {
+        **{"position": "rope", "num_kv_heads": 3, "head_dim": 4, "qk_norm": "scaled", "attention_sink": "key"},
+        **{"num_blocks": 2, "sliding_window": 3, "window_pattern": "LG", "sink_pattern": "SN"},
+        **{"attention_gate": "head", "exclusive_attention": True},
+    },
+    "softmax off by one, gated": {"attention_sink": "zero", "attention_gate": "channel", "num_kv_heads": 2},
 }
 
 
@@ -84,9 +90,11 @@ class Reference:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.c.norm_eps)
         return x * self.p.get(f"{name}.scale", 1) + self.p.get(f"{name}.bias", 0)
 
+    def normed(self, x_TH, norm_name):
+        return x_TH if self.c.qk_norm == "none" else self.norm(x_TH, norm_name, centred=False)
+
     def head(self, x_TH, norm_name):
-        if self.c.qk_norm != "none":
-            x_TH = self.norm(x_TH, norm_name, centred=False)
+        x_TH = self.normed(x_TH, norm_name)
         if self.c.position != "rope":
             return x_TH
         frequency, scale = rope_frequencies(self.c.head_dim, self.c.rope_theta, self.c.yarn)
@@ -94,7 +102,7 @@ class Reference:
         turned = (x_TH[:, :half] + 1j * x_TH[:, half:]) * np.exp(1j * np.arange(len(x_TH))[:, None] * frequency)
         return scale * np.concatenate([turned.real, turned.imag], axis=-1)
 
-    def attention(self, x_TD, name, window):
+    def attention(self, x_TD, name, window, sinks):
         c, mixed = self.c, []
         q, k, v = (
             np.split(self.linear(x_TD, f"{name}.{part}"), heads, axis=-1)
@@ -106,8 +114,23 @@ class Reference:
             scores_TS = self.head(q[n], f"{name}.query_norm") @ self.head(k[shared], f"{name}.key_norm").T
             visible_TS = (distance_TS >= 0) & (distance_TS < (window or len(x_TD)))
             weights_TS = visible_TS * np.exp(scores_TS / math.sqrt(c.head_dim))
-            sink = np.exp(self.p[f"{name}.sink"][n]) if c.attention_sink else 0
-            mixed.append(weights_TS @ v[shared] / (sink + weights_TS.sum(-1, keepdims=True)))
+            sink_T1 = np.zeros((len(x_TD), 1))
+            if sinks == "logit":
+                sink_T1 = np.exp(sink_T1 + self.p[f"{name}.sink"][n])
+            elif sinks == "zero":
+                sink_T1 = np.ones_like(sink_T1)
+            elif sinks == "key":
+                key_H = self.p[f"{name}.sink_key"][shared]
+                sink_T1 = np.exp(self.normed(q[n], f"{name}.query_norm") @ key_H / math.sqrt(c.head_dim))[:, None]
+            y_TH = weights_TS @ v[shared] / (sink_T1 + weights_TS.sum(-1, keepdims=True))
+            if c.exclusive_attention:
+                own_TH = v[shared] / np.linalg.norm(v[shared], axis=-1, keepdims=True)
+                y_TH = y_TH - (y_TH * own_TH).sum(-1, keepdims=True) * own_TH
+            if c.attention_gate == "head":
+                y_TH = y_TH * sigmoid(self.linear(x_TD, f"{name}.gate")[:, [n]])
+            elif c.attention_gate == "channel":
+                y_TH = y_TH * sigmoid(np.split(self.linear(x_TD, f"{name}.gate"), c.num_heads, axis=-1)[n])
+            mixed.append(y_TH)
         return self.linear(np.concatenate(mixed, axis=-1), f"{name}.out")
 
     def mlp(self, x_TD, name):
@@ -122,7 +145,8 @@ class Reference:
         for i in range(c.num_blocks):
             window = c.sliding_window if c.window_pattern[i % len(c.window_pattern)] == "L" else 0
             y_TD = self.norm(x_TD, f"blocks.{i}.attention_norm", centred)
-            x_TD = x_TD + self.attention(y_TD, f"blocks.{i}.attention", window)
+            sinks = c.attention_sink if c.sink_pattern[i % len(c.sink_pattern)] == "S" else "none"
+            x_TD = x_TD + self.attention(y_TD, f"blocks.{i}.attention", window, sinks)
             x_TD = x_TD + self.mlp(self.norm(x_TD, f"blocks.{i}.mlp_norm", centred), f"blocks.{i}.mlp")
         head_DV = self.p["embedding.embedding"].T if c.tie_embeddings else self.p["head.kernel"]
         logits_TV = self.norm(x_TD, "final_norm", centred) @ head_DV
@@ -158,6 +182,7 @@ def test_the_families_use_every_choice_there_is():
         ("head_dim", {"head_dim": 5, "position": "rope"}),
         ("yarn_beta_fast", {"rope_scaling": "llama3", "yarn_beta_fast": 1.0}),
         ("window_pattern", {"window_pattern": "LX"}),
+        ("sink_pattern", {"sink_pattern": "SX"}),
         *((name, {name: "other"}) for name in CHOICES),
     ],
 )
@@ -269,6 +294,9 @@ def test_flops_per_token_counted_by_hand():
     mlp = 7 * 13 + 13 * 7
     attention = 2 * 2 * 4 * 5 * 8  # scores and mix, multiply and add, 4 heads of 5, 8 keys
     assert flops_per_token(config) == 3 * (3 * (2 * (projections + mlp) + attention) + 2 * 7 * 11)
+    for gate, width in (("head", 4), ("channel", 20)):
+        own = flops_per_token(dataclasses.replace(config, attention_gate=gate)) - flops_per_token(config)
+        assert own == 3 * 3 * 2 * 7 * width
     gated = dataclasses.replace(config, mlp="swiglu", sliding_window=3, window_pattern="LG")
     attention = 2 * 2 * 4 * 5 * (3 + 8 + 3)
     assert flops_per_token(gated) == 3 * (3 * 2 * (projections + mlp + 7 * 13) + attention + 2 * 7 * 11)

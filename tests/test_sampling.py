@@ -41,6 +41,9 @@ CONFIGS = {
         sliding_window=5,
         window_pattern="LG",
         qk_norm="scaled",
+        attention_sink="key",
+        attention_gate="head",
+        exclusive_attention=True,
         tie_embeddings=False,
     ),
     "half precision": TransformerConfig(

@@ -64,7 +64,7 @@ def definition(config: TransformerConfig, params) -> np.ndarray:
             starts = [s for s in range(t + 1) if TOKENS_BT[b, s] == c.document_start]
             first = max(first, *starts[-1:], 0)
             weights = np.exp([q[b, t, n] @ k[b, s, n // (N // K)] / math.sqrt(H) for s in range(first, t + 1)])
-            sink = math.exp(p[f"{block}.attention.sink"][n]) if c.attention_sink else 0.0
+            sink = math.exp(p[f"{block}.attention.sink"][n]) if c.has_sinks else 0.0
             found[layer, b, n, t, 0] = sink / (sink + weights.sum())
             found[layer, b, n, t, 1 + first : 2 + t] = weights / (sink + weights.sum())
             out[b, t, n] = found[layer, b, n, t, 1 + first : 2 + t] @ v[b, first : t + 1, n // (N // K)]

@@ -22,7 +22,7 @@ ALONE = {"runtime", "transformer"}  # import nothing else of the project
 SHARED_BY_COMMANDS = ("commands.flags", "commands.planning")
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
-    *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges"}),
+    *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges", "forms"}),
 ]
 OUTSIDE_WORLD = {"os", "sys", "pathlib", "shutil", "logging", "absl", "ml_collections", "orbax", "rich", "wandb"}
 NO_PRODUCT = {"tests", "benchmarks", "docs", "launch", "notebooks"}

@@ -21,16 +21,21 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
     matrices = 3 if c.mlp.startswith("swiglu") else 2
     norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
-    attention = 2 * D * H * (N + K) + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
+    attention = 2 * D * H * (N + K) + _gate(c) * D + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
     return {
         "embedding": c.vocab_size * D,
         "positions": c.context_len * D if c.position == "learned" else 0,
         "attention": L * attention,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
-        "sinks": L * N if c.attention_sink else 0,
+        "sinks": sum({"logit": N, "key": K * H}.get(c.sink(layer), 0) for layer in range(L)),
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
     }
+
+
+def _gate(config: TransformerConfig) -> int:
+    """Numbers in a token's gate, in one layer."""
+    return config.num_heads * {"none": 0, "head": 1, "channel": config.head_dim}[config.attention_gate]
 
 
 def flops_per_token(config: TransformerConfig) -> float:
@@ -41,10 +46,9 @@ def flops_per_token(config: TransformerConfig) -> float:
     """
     c, D = config, config.embedding_dim
     keys = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
-    block = (
-        2 * D * c.head_dim * (c.num_heads + c.num_kv_heads) + (3 if c.mlp.startswith("swiglu") else 2) * D * c.mlp_dim
-    )
-    return 6 * (c.num_blocks * block + D * c.vocab_size) + 12 * keys * c.num_heads * c.head_dim
+    attention = 2 * c.head_dim * (c.num_heads + c.num_kv_heads) + _gate(c)
+    mlp = (3 if c.mlp.startswith("swiglu") else 2) * c.mlp_dim
+    return 6 * D * (c.num_blocks * (attention + mlp) + c.vocab_size) + 12 * keys * c.num_heads * c.head_dim
 
 
 def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> dict[str, int]:
@@ -62,7 +66,8 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
     qkv = (N + 2 * K) * H
-    inner = qkv + 2 * N * H + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
+    attended = 2 * N * H + (N * H + 2 * _gate(c) if _gate(c) else 0)
+    inner = qkv + attended + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
     probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
     whole = size * (6 * D + inner // tensor) + 4 * probs // tensor

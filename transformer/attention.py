@@ -16,7 +16,7 @@ MASKED = float(np.finfo(np.float32).min)  # used instead of minus infinity, whic
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, sink_N: jax.Array | None = None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, sink: jax.Array | None = None
 ) -> jax.Array:
     """Softmax attention in which every row may also put weight on a learned sink: [B, T, N, H] in the dtype of v.
 
@@ -26,13 +26,13 @@ def attend(
 
     Args:
       mask_BTS: true where a query may see a key; B and T may be 1. Every row must see at least one key.
-      sink_N: the sinks' logits, or None.
+      sink: the sinks' logits by head [N], or by row and head [B, T, N]; or None.
     """
-    return attend_heads_first(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask_BTS, sink_N)
+    return attend_heads_first(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask_BTS, sink)
 
 
 def attend_heads_first(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, sink_N: jax.Array | None = None
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, sink: jax.Array | None = None
 ) -> jax.Array:
     """`attend` for keys and values with heads before tokens, as in the cache."""
     B, T, N, H = q_BTNH.shape
@@ -42,16 +42,23 @@ def attend_heads_first(
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     # The largest score only keeps exp() in range; its gradient cancels exactly.
     top_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-    sink_KG11 = None if sink_N is None else sink_N.astype(jnp.float32).reshape(K, N // K, 1, 1)
-    if sink_KG11 is not None:
-        top_BKGT1 = jnp.maximum(top_BKGT1, jax.lax.stop_gradient(sink_KG11))
+    if sink is not None:
+        sink_BKGT1 = sink_rows(sink, K)
+        top_BKGT1 = jnp.maximum(top_BKGT1, jax.lax.stop_gradient(sink_BKGT1))
     weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
     total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
-    if sink_KG11 is not None:
-        total_BKGT1 = total_BKGT1 + jnp.exp(sink_KG11 - top_BKGT1)
+    if sink is not None:
+        total_BKGT1 = total_BKGT1 + jnp.exp(sink_BKGT1 - top_BKGT1)
     probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
     y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)  # heads before tokens, or XLA transposes the values
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def sink_rows(sink: jax.Array, K: int) -> jax.Array:
+    """The sinks' logits beside scores [B, K, G, T, S], in float32; of those by head, [N], B and T are 1."""
+    sink_BTN = sink.astype(jnp.float32).reshape(*(sink.shape if sink.ndim == 3 else (1, 1, -1)))
+    B, T, N = sink_BTN.shape
+    return sink_BTN.swapaxes(1, 2).reshape(B, K, N // K, T, 1)
 
 
 def visible(query_BT: jax.Array, key_S: jax.Array, window: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from transformer.forms import GATES, SINKS, sink_name
 from transformer.kernels.choose import KERNEL_NAMES
 from transformer.ranges import AboveOne, BelowOne, Count, CountOrNone, NotNegative, Positive, require
 from transformer.rotary import Yarn
@@ -14,6 +15,8 @@ CHOICES = {
     "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu", "swiglu_clamped"),
     "qk_norm": ("none", "scaled", "unscaled"),
     "output_init": ("normal", "scaled", "zero"),
+    "attention_sink": SINKS,
+    "attention_gate": GATES,
     "dtype": ("float32", "bfloat16", "bfloat16_matmul"),
     "attention_kernel": KERNEL_NAMES,
     "remat": tuple(REMAT_POLICIES),
@@ -62,7 +65,10 @@ class TransformerConfig(Execution):
     yarn_truncate: bool = True
     yarn_attention_factor: NotNegative = 0.0
     qk_norm: str = "none"
-    attention_sink: bool = True
+    attention_sink: str = "logit"
+    sink_pattern: str = "S"
+    attention_gate: str = "none"
+    exclusive_attention: bool = False
     sliding_window: CountOrNone = 0
     window_pattern: str = "L"
     qkv_bias: bool = False
@@ -75,6 +81,7 @@ class TransformerConfig(Execution):
     document_start: int = -1
 
     def __post_init__(self):
+        object.__setattr__(self, "attention_sink", sink_name(self.attention_sink))
         require(vars(self), {field.name: field.type for field in fields(self)})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -97,18 +104,23 @@ class TransformerConfig(Execution):
             raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
         if set(self.window_pattern) - set("LG") or not self.window_pattern:
             raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
+        if set(self.sink_pattern) - set("SN") or not self.sink_pattern:
+            raise ValueError(f"sink_pattern: must be letters S (sink) and N (none), got {self.sink_pattern!r}")
+        if not self.has_sinks:
+            object.__setattr__(self, "attention_sink", "none")
+            object.__setattr__(self, "sink_pattern", "S")
         if self.scan_blocks and self.period == self.num_blocks > 1:
             raise ValueError(
-                f"scan_blocks: window_pattern {self.window_pattern!r} does not repeat in {self.num_blocks} blocks; "
-                f"use False, or a multiple of {len(self.window_pattern)} blocks"
+                f"scan_blocks: window_pattern {self.window_pattern!r} and sink_pattern {self.sink_pattern!r} do not "
+                f"repeat in {self.num_blocks} blocks; use False, or a multiple of the patterns' lengths"
             )
 
     @property
     def period(self) -> int:
-        """The number of layers after which the windows repeat: the least such divisor of num_blocks."""
-        windows = list(map(self.window, range(self.num_blocks)))
+        """The number of layers after which windows and sinks repeat: the least such divisor of num_blocks."""
+        layers = [(self.window(layer), self.sink(layer)) for layer in range(self.num_blocks)]
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
-        return next(p for p in sizes if windows == windows[:p] * (self.num_blocks // p))
+        return next(p for p in sizes if layers == layers[:p] * (self.num_blocks // p))
 
     @property
     def activation_dtype(self) -> str:
@@ -132,3 +144,12 @@ class TransformerConfig(Execution):
         """How many keys a query of this layer sees, itself included; 0 is all."""
         local = self.window_pattern[layer % len(self.window_pattern)] == "L"
         return self.sliding_window if local else 0
+
+    def sink(self, layer: int) -> str:
+        """The form of this layer's sinks."""
+        return self.attention_sink if self.sink_pattern[layer % len(self.sink_pattern)] == "S" else "none"
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether some layer has them."""
+        return any(self.sink(layer) != "none" for layer in range(self.num_blocks))

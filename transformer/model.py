@@ -14,6 +14,7 @@ from flax import nnx
 
 from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.config import TransformerConfig
+from transformer.forms import exclusive, gated, key_sink
 from transformer.half import half_dot_general
 from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, layer: int, rngs: nnx.Rngs):
         c = config
         self.config = c
-        self.window = c.window(layer)
+        self.window, self.sinks = c.window(layer), c.sink(layer)
         self.query = _linear(c.embedding_dim, c.num_heads * c.head_dim, c.qkv_bias, c, rngs)
         self.key = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
         self.value = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
@@ -74,30 +75,51 @@ class Attention(nnx.Module):
             own: dict[str, Any] = {"epsilon": c.norm_eps, "dtype": c.activation_dtype, "rngs": rngs}
             own["use_scale"] = c.qk_norm == "scaled"
             self.query_norm, self.key_norm = nnx.RMSNorm(c.head_dim, **own), nnx.RMSNorm(c.head_dim, **own)
-        if c.attention_sink:
+        if self.sinks == "logit":
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
+        if self.sinks == "key":
+            self.sink_key = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
+        if c.attention_gate != "none":
+            width = c.num_heads * (c.head_dim if c.attention_gate == "channel" else 1)
+            self.gate = _linear(c.embedding_dim, width, False, c, rngs)
 
-    def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands."""
+    def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands; and the
+        sinks' logits, as `attend` takes them."""
         c, B, T = self.config, *x_BTD.shape[:2]
         q_BTNH = self.query(x_BTD).reshape(B, T, c.num_heads, c.head_dim)
         k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        sink = self._sink(q_BTNH)
         if turn is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
-        return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype)
+        return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype), sink
+
+    def _sink(self, q_BTNH: jax.Array) -> jax.Array | None:
+        match self.sinks:
+            case "logit":
+                return self.sink[...]
+            case "zero":
+                return jnp.zeros(self.config.num_heads, jnp.float32)
+            case "key":
+                return key_sink(q_BTNH, self.sink_key[...])
+        return None
 
     def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        qkv = self.project(x_BTD, where.turn)
-        sink_N = self.sink[...] if c.attention_sink else None
+        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, where.turn)
         if place is None:
-            cache, y_BTNH = None, causal_attention(*qkv, sink_N, self.window, c.attention_kernel, where.document_BT)
+            how = self.window, c.attention_kernel, where.document_BT
+            cache, y_BTNH = None, causal_attention(q_BTNH, k_BTKH, v_BTKH, sink, *how)
         else:
             before, slot, masks = place
-            cache = write(before, *qkv[1:], slot)
-            y_BTNH = attend_heads_first(qkv[0], *cache, masks[self.window], sink_N)
+            cache = write(before, k_BTKH, v_BTKH, slot)
+            y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink)
+        if c.exclusive_attention:
+            y_BTNH = exclusive(y_BTNH, v_BTKH)
+        if c.attention_gate != "none":
+            y_BTNH = gated(y_BTNH, self.gate(x_BTD))
         return self.out(y_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)), cache
 
 
@@ -238,7 +260,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     return params_of(Transformer(config, nnx.Rngs(key)))
 
 
-def shapes_of(config: TransformerConfig) -> Params:
+def shapes_of(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape and dtype of each of `init_params`, as `jax.ShapeDtypeStruct`."""
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, (_, value) in _skeleton(config)[1].items()}
 

@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAMETERS = {  # pattern of the name -> axes; a parameter that matches none (bias, norm, sink) is whole everywhere
     r"embedding\.embedding": ("vocab", "width"),
     r"positions\.embedding": ("", "width"),
-    r"blocks\.\d+\.attention\.query\.kernel": ("width", "query_heads"),
+    r"blocks\.\d+\.attention\.(query|gate)\.kernel": ("width", "query_heads"),
     r"blocks\.\d+\.attention\.(key|value)\.kernel": ("width", "key_heads"),
     r"blocks\.\d+\.attention\.out\.kernel": ("query_heads", "width"),
     r"blocks\.\d+\.mlp\.(gate|up)\.kernel": ("width", "mlp"),
@@ -287,7 +287,7 @@ def by_heads(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    sink_N: jax.Array | None,
+    sink: jax.Array | None,
     document_BT: jax.Array | None,
 ) -> jax.Array:
     """`attend(q, k, v, sink, document)` [B, T, N, H]; each device takes whole sequences of some of the heads.
@@ -298,7 +298,7 @@ def by_heads(
     """
     free = _left_to_xla()
     if not free:
-        return attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+        return attend(q_BTNH, k_BTKH, v_BTKH, sink, document_BT)
     N, K, shares = q_BTNH.shape[2], k_BTKH.shape[2], 1
     names: list[str] = []
     for axis in (TENSOR, SEQUENCE):
@@ -306,8 +306,8 @@ def by_heads(
             names, shares = [*names, axis], shares * free[axis]
     k_BTKH, v_BTKH = (jnp.repeat(x, math.lcm(K, shares) // K, axis=2) for x in (k_BTKH, v_BTKH))
     heads = PartitionSpec(None, None, tuple(names) or None)
-    sinks = None if sink_N is None else PartitionSpec(tuple(names) or None)
+    sinks = None if sink is None else PartitionSpec(*[None] * (sink.ndim - 1), tuple(names) or None)
     documents = None if document_BT is None else PartitionSpec()
     in_specs = (heads, heads, heads, sinks, documents)
     mapped = jax.shard_map(attend, in_specs=in_specs, out_specs=heads, axis_names=set(free), check_vma=False)
-    return mapped(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, sink, document_BT)

@@ -47,7 +47,7 @@ def causal_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    sink_N: jax.Array | None,
+    sink: jax.Array | None,
     window: int,
     kernel: str = "auto",
     document_BT: jax.Array | None = None,
@@ -55,7 +55,7 @@ def causal_attention(
     """Causal `attend` of T tokens among themselves: [B, T, N, H] in the dtype of v.
 
     Args:
-      sink_N: the sinks' logits in float32, or None.
+      sink: the sinks' logits in float32 by head [N], or by row and head [B, T, N]; or None.
       window: how many keys a query sees, itself included; 0 is all.
       kernel: one of KERNEL_NAMES.
       document_BT: the number of each token's document, outside of which it sees nothing; None: one document.
@@ -64,14 +64,14 @@ def causal_attention(
       ValueError: `attention_kernel: <why>` if a kernel asked for by name cannot run here.
     """
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+    def attend(q_BTNH, k_BTKH, v_BTKH, sink, document_BT):
         _, T, N, H = q_BTNH.shape
         name = choose(kernel, T, N, k_BTKH.shape[2], H, q_BTNH.dtype, document_BT is not None)
         if name == "plain":
-            return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink_N, window, document_BT)
-        return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+            return attend_plain(q_BTNH, k_BTKH, v_BTKH, sink, window, document_BT)
+        return attend_by(KERNELS[name], window, q_BTNH, k_BTKH, v_BTKH, sink, document_BT)
 
-    return by_heads(attend, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)
+    return by_heads(attend, q_BTNH, k_BTKH, v_BTKH, sink, document_BT)
 
 
 # --- The choice ---------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
     """
 
     def forward_and_backward(*qkv):
-        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink_N=None, document_BT=None), *qkv)
+        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink=None, document_BT=None), *qkv)
         return pull_back(out)
 
     array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, H), dtype)
@@ -148,32 +148,39 @@ def _warn_once(message: str) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+def attend_by(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink, document_BT):
     """Attention as in `attend`, by a kernel.
 
     With lse = log sum exp(s), sinks make it lse' = log(exp(lse) + exp(sink)) and the output out' = out exp(lse - lse').
     Given out' and lse', the kernel's backward pass differentiates that softmax; the gradient of the sinks is
     dsink = -sum over rows of exp(sink - lse') (dout' · out').
     """
-    return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT)[0]
+    return _forward(kernel, window, q_BTNH, k_BTKH, v_BTKH, sink, document_BT)[0]
 
 
-def _forward(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT):
+def _forward(kernel: Kernel, window: int, q_BTNH, k_BTKH, v_BTKH, sink, document_BT):
     out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window)
-    if sink_N is not None:
-        total_BNT = jnp.logaddexp(lse_BNT, sink_N[:, None])
+    if sink is not None:
+        total_BNT = jnp.logaddexp(lse_BNT, _by_heads_first(sink))
         kept_BTN1 = jnp.exp(lse_BNT - total_BNT).swapaxes(1, 2)[..., None]
         out_BTNH, lse_BNT = (out_BTNH * kept_BTN1).astype(out_BTNH.dtype), total_BNT
-    return out_BTNH.astype(v_BTKH.dtype), (q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT)
+    return out_BTNH.astype(v_BTKH.dtype), (q_BTNH, k_BTKH, v_BTKH, sink, document_BT, out_BTNH, lse_BNT)
 
 
 def _backward(kernel: Kernel, window: int, kept, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, sink_N, document_BT, out_BTNH, lse_BNT = kept
+    q_BTNH, k_BTKH, v_BTKH, sink, document_BT, out_BTNH, lse_BNT = kept
     gradients = kernel.backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window)
-    if sink_N is None:
+    if sink is None:
         return *gradients, None, None
-    sink_share_BNT = jnp.exp(sink_N[:, None] - lse_BNT)
-    return *gradients, -jnp.einsum("BNT,BNT->N", sink_share_BNT, rowsum(dout_BTNH, out_BTNH)), None
+    share_BNT, mean_BNT = jnp.exp(_by_heads_first(sink) - lse_BNT), rowsum(dout_BTNH, out_BTNH)
+    if sink.ndim == 1:
+        return *gradients, -jnp.einsum("BNT,BNT->N", share_BNT, mean_BNT), None
+    return *gradients, -(share_BNT * mean_BNT).swapaxes(1, 2), None
+
+
+def _by_heads_first(sink: jax.Array) -> jax.Array:
+    """[N, 1] of sinks [N], [B, N, T] of sinks [B, T, N]."""
+    return sink[:, None] if sink.ndim == 1 else sink.swapaxes(1, 2)
 
 
 attend_by.defvjp(_forward, _backward)

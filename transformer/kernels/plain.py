@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import MASKED, visible
+from transformer.attention import MASKED, sink_rows, visible
 from transformer.xla import settle
 
 
@@ -18,7 +18,7 @@ def attend_plain(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    sink_N: jax.Array | None,
+    sink: jax.Array | None,
     window: int,
     document_BT: jax.Array | None = None,
 ) -> jax.Array:
@@ -29,8 +29,8 @@ def attend_plain(
     q_XRH = settle(q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H))
     k_XTH, v_XTH = (settle(x.transpose(0, 2, 1, 3).reshape(B * K, T, H)) for x in (k_BTKH, v_BTKH))
     sink_XR1 = None
-    if sink_N is not None:
-        sink_XR1 = jnp.broadcast_to(sink_N.reshape(1, K, G, 1), (B, K, G, T)).reshape(B * K, G * T, 1)
+    if sink is not None:
+        sink_XR1 = jnp.broadcast_to(sink_rows(sink, K), (B, K, G, T, 1)).reshape(B * K, G * T, 1)
     document_XT = None if document_BT is None else jnp.repeat(document_BT, K, axis=0)
     out_XRH = _core(q_XRH, k_XTH, v_XTH, sink_XR1, document_XT, window)
     return settle(out_XRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)).reshape(B, T, N, H)
