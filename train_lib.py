@@ -1,7 +1,6 @@
 """The trainer, to be read from top to bottom. The step is in training/step.py, evaluation in training/evaluate.py."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -31,7 +30,7 @@ from runtime.signals import StopSignals
 from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if_unused
-from training.budget import measure, steps_in
+from training.budget import measure, steps_in, total_steps
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import longest, several_steps, spans, throttled
@@ -43,22 +42,6 @@ from training.step import Step, make_step
 from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_parts, shardings_of, whole
-
-
-def total_steps(config: ConfigDict, batches: Batches, flops_a_token: float, timed: int | None) -> int:
-    """Real steps of the whole run, by the limit that comes first; `timed` are those for `max_seconds`.
-
-    Raises UserError if `max_flops` is less than a step takes.
-    """
-    limits = [limit for limit in (config.max_steps, timed) if limit]
-    if config.epochs:
-        limits.append(max(1, math.ceil(batches.steps(config.epochs) / config.accumulation_steps)))
-    if config.max_flops:
-        a_step = flops_a_token * config.context_len * config.batch_size * config.accumulation_steps
-        limits.append(math.floor(config.max_flops / a_step))
-        if not limits[-1]:
-            raise UserError(f"config.max_flops: {config.max_flops:g} is less than the {a_step:g} of a step; raise it")
-    return min(limits, default=2**31 - 1)
 
 
 def train(
@@ -181,7 +164,9 @@ class Trainer:
 
         self.tracing = False
         settings = config_lib.to_dict(config)
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **self._timed(), **devices.environment()})
+        write_json(
+            workdir / run_lib.CONFIG_FILE, {"config": settings, "timed_steps": self.timed, **devices.environment()}
+        )
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
@@ -202,16 +187,22 @@ class Trainer:
         self.batches = Batches(
             self.data.train, config.context_len, seed=config.seed, order=config.order, **at(config, micro_step)
         )
-        flops, self.timed_steps = flops_per_token(self.model_config), (meta or {}).get("timed_steps")
         settings, health = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
         make = lambda total, *first: make_step(settings, self.model_config, total, key, self.mesh, *health, *first)
+        flops, self.timed = flops_per_token(self.model_config), (meta or {}).get("timed_steps", 0)
+
+        def total(c: ConfigDict, batches: Batches) -> int:
+            k, epochs = c.accumulation_steps, batches.steps(c.epochs) if c.epochs else None
+            return total_steps(
+                epochs, k, c.max_steps, self.timed, c.max_flops, flops * c.context_len * c.batch_size * k
+            )
+
         if config.max_seconds and not meta:
-            self.timed_steps = self._time(make(total_steps(config, self.batches, flops, None)), key)
-        self.total = self.total_before = total_steps(config, self.batches, flops, self.timed_steps)
+            self.timed = self._time(make(total(config, self.batches)), key)
+        self.total = self.total_before = total(config, self.batches)
         if meta:
             old = run_lib.config_of(meta, self.workdir)
-            batches = replace(self.batches, **at(old, run_lib.micro_step_of(meta)))
-            self.total_before = total_steps(old, batches, flops, self.timed_steps)
+            self.total_before = total(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         self.first_total = (meta or {}).get("first_total", self.total_before)
         return make(self.total, self.first_total)
 
@@ -225,10 +216,6 @@ class Trainer:
         steps = steps_in(seconds, pace, self.work_ahead)
         self.console.line(f"max_seconds {seconds:g}: enough for {steps:,} steps of {1000 * pace.step:.3g} ms")
         return steps
-
-    def _timed(self) -> dict[str, int]:
-        """What is kept of it."""
-        return {"timed_steps": self.timed_steps} if self.timed_steps else {}
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """Start a new run, with initial weights or those of `init_from`."""
@@ -431,7 +418,7 @@ class Trainer:
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
             "first_total": self.first_total,
-            **self._timed(),
+            "timed_steps": self.timed,
             "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
             "compile_seconds": self._compiled(),

@@ -1,5 +1,6 @@
 """How many steps a run makes, where its config says so in seconds or in floating-point operations."""
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from runtime.checkpoints.integrity import fingerprints
+from runtime.errors import UserError
 from runtime.multihost import from_all
 from training.clock import SideWork
 from training.ema import average_of
@@ -19,6 +21,20 @@ TRIAL = 3.0  # seconds of steps, at most a tenth of the budget
 MOST = 1000  # steps of the trial
 EVALUATED = 2**14  # tokens
 DISK = 1e9  # assumed bytes a second
+
+
+def total_steps(
+    epochs: int | None, accumulation: int, most: int, timed: int = 0, max_flops: float = 0, flops_a_step: float = 1
+) -> int:
+    """A run's real steps, by the first of its limits: micro-steps of its epochs, steps, those timed, and its FLOPs.
+
+    0, and None for epochs, is no limit. Raises UserError if the FLOPs are less than a step takes.
+    """
+    by_epochs = 0 if epochs is None else max(1, math.ceil(epochs / accumulation))
+    by_flops = int(max_flops / flops_a_step)
+    if max_flops and not by_flops:
+        raise UserError(f"config.max_flops: {max_flops:g} is less than the {flops_a_step:g} of a step; raise it")
+    return min(filter(None, (by_epochs, most, timed, by_flops)), default=2**31 - 1)
 
 
 class Pace(NamedTuple):

@@ -33,7 +33,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 
 def test_the_same_scores_as_lm_eval(tmp_path, random_params, capsys):
-    tokenizer, config = build_tokenizer("byte", ""), tiny_config(**LLAMA | {"context_len": 32, "position": "rope"})
+    tokenizer, config = build_tokenizer("byte", ""), tiny_config(**LLAMA | {"context_len": 48, "position": "rope"})
     params = random_params(config_lib.model_config_of(config, tokenizer.vocab_size))
     params["embedding.embedding"] *= 0.3
     workdir, out = make_run(tmp_path / "run", config, tokenizer, params), tmp_path / "out"
