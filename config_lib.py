@@ -59,6 +59,7 @@ FREE_ON_RESUME = {
     *("log_every", "sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
     *("trackers", "wandb_enabled"),
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
+    *("text_column", "skip_bad_rows"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
     *("spike_sigmas", "skip_spikes"),  # to get a run over a spike
@@ -159,8 +160,12 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document
     return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
 
 
-def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device; `eot` is the tokenizer's end-of-text token.
+def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "") -> TransformerConfig:
+    """The model's shape, and how it is run.
+
+    Args:
+      eot: the tokenizer's end-of-text token.
+      auto: what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
 
     Raises UserError if documents are to be masked and there is no such token.
     """
@@ -170,7 +175,7 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None)
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    auto = "float32" if target().platform == "cpu" else "bfloat16"
+    auto = auto or ("float32" if target().platform == "cpu" else "bfloat16")
     return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
 
 

@@ -18,9 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from corpus.dataset import Dataset, Split
-from corpus.load_shards import holds_shards, load_shards
-from corpus.load_text import load_text
+from corpus.dataset import Split
+from corpus.load_documents import load_dataset as load_dataset
 from corpus.shards import ShardedTokens
 from runtime.multihost import put
 from runtime.processes import num_processes
@@ -29,18 +28,6 @@ from transformer.sharding import batch_sharded, replicated
 S, T = TypeVar("S"), TypeVar("T")
 
 IGNORED = -1
-
-
-def load_dataset(
-    dataset: str, tokenizer: str, *, train_shards: int = 1, unknown_characters: str = "refuse", **settings: Any
-) -> Dataset:
-    """The corpus that `dataset` names: `load_shards` reads it if it holds tokens, `load_text` if it is text.
-
-    `settings` are the arguments that both take. Raises UserError as they do.
-    """
-    if holds_shards(dataset, tokenizer):
-        return load_shards(dataset, tokenizer, train_shards=train_shards, **settings)
-    return load_text(dataset, tokenizer, unknown_characters=unknown_characters, **settings)
 
 
 @dataclass(frozen=True)

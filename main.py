@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "make a run of another program's model",
     "plan": "what a config takes on a mesh of devices: memory and traffic",
     "prepare": "tokenise a corpus into shards on disk",
+    "tokenizer": "learn a tokenizer from a corpus",
 }
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     from runtime.screen.console import Console
 
     if argv[:1] in (["--help"], ["-h"], ["help"]):
-        Console().line("\n".join([__doc__.strip(), *(f"  {name:<8}{text}" for name, text in COMMANDS.items())]))
+        Console().line("\n".join([__doc__.strip(), *(f"  {name:<10}{text}" for name, text in COMMANDS.items())]))
         return 0
     command, flags = _parted(argv)
     try:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import config_lib
 from configs import default
 from corpus.dataset import Dataset
-from corpus.tokenizer import Tokenizer, tokenizer_from_dict
+from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
@@ -24,10 +24,13 @@ from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
+from training.precision import Choice, best_here
 from training.step import Step, TrainState, regroup
+from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
 from transformer.sharding import DATA, FSDP
+from transformer.xla import target
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -132,7 +135,7 @@ def load_data(
     With `whole`, each split is the whole data set. Raises UserError if the text cannot be used, or if the config names
     another tokenizer than the run's.
     """
-    if vocabulary and vocabulary.name != config.tokenizer:
+    if vocabulary and not is_called(vocabulary, config.tokenizer):
         raise UserError(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
@@ -147,6 +150,8 @@ def load_data(
         train_shards=config.train_shards,
         whole=whole,
         unknown_characters=config.unknown_characters,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
         say=say,
         vocabulary=vocabulary,
     )
@@ -173,7 +178,8 @@ def require_documents(config: ConfigDict, data: Dataset, warn: Callable[[str], N
         return
     problem = (
         f"config.mask_documents: {config.dataset} has no end-of-text token to train on, so nothing is masked; set it "
-        "to False, or make shards of the files with `main.py prepare`, which puts one before each"
+        "to False, or name a directory of the files, or make shards of them with `main.py prepare`; both put one "
+        "before each"
     )
     if warn is None:
         raise UserError(problem)
@@ -219,6 +225,26 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
         return config_lib.from_dict(meta["config"])
     except (KeyError, AttributeError, UserError) as error:
         raise NoCheckpointError(f"{workdir}: a checkpoint's config: {one_line(error)}; {_ODD_META}") from error
+
+
+def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
+    """The arithmetic of a run: its config's, where that is "auto" the one that it began with, else the best one here.
+
+    Args:
+      meta: of a checkpoint; None where there is none yet. Older builds, which kept none, took float32 on a CPU.
+
+    Raises:
+      NoCheckpointError: it names none that there is.
+    """
+    if config.dtype != "auto":
+        return Choice(config.dtype)
+    platform = target().platform
+    if meta is None or IMPORTED_FROM in meta:
+        return best_here(platform)
+    kept = meta.get("arithmetic", {}).get("dtype", "float32" if platform == "cpu" else "bfloat16")
+    if kept not in MODEL_CHOICES["dtype"]:
+        raise NoCheckpointError(f"a checkpoint's dtype: {kept!r}; {_ODD_META}")
+    return Choice(kept, "auto: as the run began")
 
 
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
@@ -290,7 +316,6 @@ def load_model(
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
-    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # the run's own may need another device
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
@@ -304,8 +329,10 @@ def load_model(
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
                 ) from error
-        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+        require_same_model(workdir, config, tokenizer, meta := checkpoints.meta(step))
     check_finite(params, workdir)
+    how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
+    model_config = dataclasses.replace(model_config, **how)
     return model_of(model_config, params), tokenizer, config, step
 
 

@@ -115,7 +115,8 @@ class Trainer:
             self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot)
+        how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
+        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_parts(self.mesh)
@@ -142,7 +143,7 @@ class Trainer:
         measured = config.report and self.model_config.has_sinks
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():
@@ -157,10 +158,8 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
-        self.divergence = Divergence(
-            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
-        )
+        watched = config.max_bad_steps, config.skip_spikes, step.state.params, jax.device_get(self.state.metrics)
+        self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
         self.tracing = False
         settings = config_lib.to_dict(config)

@@ -32,6 +32,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
     unknown = "What becomes of characters that the model lacks; default as the run's config says."
     flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
+    flags.DEFINE_string("text_column", None, "Of rows: the column to read; default as the config says.", **define)
+    flags.DEFINE_bool("skip_bad_rows", None, "Leave out rows without a text; default as the config says.", **define)
     flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> None:
     if average_in(meta):
         about["weights"] = "trained" if values.weights == "trained" else "ema"
     own = meta.get("data_sha256")  # an imported model has none
-    for name in ("dataset", "unknown_characters"):
+    for name in ("dataset", "unknown_characters", "text_column", "skip_bad_rows"):
         if values[name].value is not None:
             config[name] = values[name].value
     if values.tasks:
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
             if values[name].value is not None:
                 raise UserError(f"--{name}: is of a text; leave it out, or leave out --tasks")
         for path in map(Path, values.tasks):
-            told = _score(path, model, tokenizer, config.unknown_characters, console)
+            told = _score(path, model, tokenizer, config.unknown_characters, config.skip_bad_rows, console)
             console.line(json.dumps({**about, "task": path.name.removesuffix(".jsonl"), **told}))
         return
     with spoken_in_flags():
@@ -86,8 +88,10 @@ def main(argv: list[str]) -> None:
     console.line(json.dumps(result))
 
 
-def _score(path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, console: Console) -> dict[str, Any]:
-    """What a model makes of the questions of a file, a JSON object on each line.
+def _score(
+    path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, skip: bool, console: Console
+) -> dict[str, Any]:
+    """What a model makes of the questions of a file, a JSON object on each line; those to `skip` are counted.
 
     Raises:
       UserError: the file cannot be read, has none, or one cannot be asked.
@@ -101,7 +105,7 @@ def _score(path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, c
                 return tokenizer.encode("".join(c for c in text if c not in error.characters))
             raise ValueError(f"{error}; give --unknown_characters=replace or drop") from error
 
-    questions, requests = [], []
+    questions, requests, skipped = [], [], 0
     try:
         lines = read_file(path, 2**30).decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -109,14 +113,18 @@ def _score(path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, c
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                questions.append(tasks.read_question(parse_json(line)))
-                requests += tasks.encode(questions[-1], tokenizer, encode)
+                question = tasks.read_question(parse_json(line))
+                requests += list(tasks.encode(question, tokenizer, encode))
+                questions.append(question)
             except ValueError as error:
-                raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
+                skipped += 1
+                if not skip:
+                    raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
     if not questions:
         raise UserError(f"--tasks={path}: has no question; write a JSON object on each line")
     with console.progress(len(requests), 0) as bar:
-        return tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
+        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
+    return told | ({"skipped": skipped} if skip else {})
 
 
 def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:

@@ -191,7 +191,8 @@ def spoken_in_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"\bconfig\.(dataset|tokenizer|unknown_characters)", r"--\1", str(error))) from error
+        keys = "dataset|tokenizer|unknown_characters|text_column|skip_bad_rows"
+        raise UserError(re.sub(rf"\bconfig\.({keys})", r"--\1", str(error))) from error
 
 
 def default_workdir(argv: Sequence[str], config: ConfigDict) -> Path:

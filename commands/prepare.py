@@ -1,5 +1,6 @@
 """Tokenise a corpus into memory-mapped shards; the same command again goes on where it was stopped."""
 
+import dataclasses
 import os
 import re
 
@@ -16,13 +17,16 @@ from runtime.screen.console import Console
 
 def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
-    flags.DEFINE_string("dataset", None, "A glob of text or Parquet files, a file, or a data set's name.", **define)
+    flags.DEFINE_string(
+        "dataset", None, "Files of texts or rows (a glob), a directory, or a data set's name.", **define
+    )
     flags.DEFINE_string("out", None, "The directory to make; then --config.dataset=DIRECTORY trains on it.", **define)
-    flags.DEFINE_string("tokenizer", "gpt2", "byte, char, or a tiktoken encoding.", **define)
+    flags.DEFINE_string("tokenizer", "gpt2", "byte, char, a tiktoken encoding, or the directory of your own.", **define)
     flags.DEFINE_float("val_fraction", 0.01, "Of the bytes or rows, for validation: after training.", **define)
     flags.DEFINE_float("test_fraction", 0.0, "Of the bytes or rows, for testing: the end.", **define)
     flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **define)
-    flags.DEFINE_string("text_column", "text", "Of Parquet files: the column to read.", **define)
+    flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
+    flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
     flags.DEFINE_integer("processes", 0, "Worker processes; 0: one for each CPU core.", **define)
 
 
@@ -40,9 +44,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--shard_tokens: must be from 1 to {MAX_SHARD_TOKENS}, got {values.shard_tokens}")
     if values.processes < 0:
         raise UserError(f"--processes: must be at least 0, got {values.processes}")
-    settings = Settings(
-        values.tokenizer, values.val_fraction, values.test_fraction, values.shard_tokens, values.text_column
-    )
+    settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
     processes = values.processes or len(os.sched_getaffinity(0))
     data_dir = data_folder(default.get_config().data_dir)
     try:

@@ -56,10 +56,14 @@ def get_config() -> ConfigDict:
     # zero also starts an untied head at zero
 
     # --- Data --------------------------------------------------------------------------------------------------
-    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | fineweb | a text file | a glob of them | tokens:
-    # a directory that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT)
+    config.dataset = "tiny_shakespeare"  # tiny_shakespeare | enwik8 | fineweb | a text file | a glob of them |
+    # documents: a directory of texts, or .jsonl, .csv, .parquet, .arrow files, compressed or not | tokens: a directory
+    # that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT, Megatron-LM)
+    config.text_column = "text"  # of rows: the column, or the key of a JSON object, that holds the text
+    config.skip_bad_rows = False  # rows without a text are left out and counted, not refused
     config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
-    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's)
+    config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's) | a directory
+    # that `main.py tokenizer` made
     config.unknown_characters = "refuse"  # of a text, those that init_from's vocabulary lacks: refuse | replace | drop
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
@@ -98,8 +102,9 @@ def get_config() -> ConfigDict:
     config.max_seconds = 0.0  # of steps, evaluations and saves, without compilation; 0: no limit. A trial of some
     # seconds fixes the number of steps once, and from then on the run is the one that max_steps would give
     config.seed = 0  # of initial weights, data order and dropout
-    config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
-    # bfloat16_matmul: products of bfloat16, the rest float32; for CPUs with AMX or AVX512-BF16, where bfloat16 is slow
+    config.dtype = "auto"  # of the arithmetic; weights are float32: float32 | bfloat16 | bfloat16_matmul (products of
+    # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
+    # bfloat16_matmul where a short measurement finds it faster, else float32. A run keeps what it began with
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with

@@ -1,10 +1,13 @@
 """An encoded corpus: its splits as tokens, and the tokenizer that made them."""
 
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -89,3 +92,24 @@ def ends_of_splits(size: int, val_fraction: float, test_fraction: float) -> list
     """
     val, test = Fraction(str(val_fraction)), Fraction(str(test_fraction))
     return [math.floor(size * part) for part in (1 - val - test, 1 - test, Fraction(1))]
+
+
+_WORDS = re.compile(r"(?<![a-z])(?:(val|dev|eval|held.?out)(?:id(?:ation)?|uation)?|(test)(?:ing)?)(?![a-z])")
+
+
+def splits_by_name(paths: list[Path]) -> list[str]:
+    """The split of each file, by its name or else by the folders that it lies in below the one common to all.
+
+    Held out for validation are val, valid, validation, dev, eval, evaluation and heldout, for testing test; whatever
+    else is for training, as is what says train. The name says more than its folder, and that more than the one above.
+    """
+    folder, names = os.path.commonpath([path.parent.absolute() for path in paths]), []
+    for path in paths:
+        name = "train"
+        for word in reversed(Path(os.path.relpath(path.with_suffix(""), folder)).parts):
+            if found := _WORDS.search(word.lower()):
+                name = "val" if found[1] else "test"
+            if found or re.search("(?<![a-z])train(?![a-z])", word.lower()):
+                break
+        names.append(name)
+    return names

@@ -1,4 +1,4 @@
-"""Encodes spans of files, in this process or in many."""
+"""Texts to tokens, in this process or in many."""
 
 import multiprocessing
 import os
@@ -8,13 +8,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.files import ParquetRows, Span, Task, open_file
+from corpus.files import Piece, Task
 from corpus.load_text import decode_text
 from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
 from runtime.errors import UserError
@@ -36,52 +34,54 @@ def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     return tokenizer.encode("\n", replace_unknown=True), 1
 
 
-def encode(tokenizer: Tokenizer, text_column: str, spans: list[Span]) -> Encoded:
-    """The tokens of spans, with a separator before each document that begins there; empty documents are left out.
+def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Encoded:
+    """The tokens of pieces, a separator before each document that begins in them; empty documents are left out.
 
-    Raises UserError if a file cannot be read, is not UTF-8, or has changed.
+    Args:
+      unknown: what becomes of characters that a vocabulary from elsewhere lacks: "refuse", "replace" or "drop".
+
+    Raises:
+      UserError: a file is not UTF-8, has such characters, or has changed.
     """
     mark, mark_bytes = separator(tokenizer)
     parts, num_bytes, documents, empty = [], 0, 0, 0
-    for begins, data, path, start in _pieces(text_column, spans):
+    for piece in pieces:
         by_bytes = isinstance(tokenizer, ByteTokenizer)  # which takes any file as it is
-        text = data if by_bytes else decode_text(path, data, start)
+        text = piece.data if by_bytes else decode_text(*piece)
         if not text:
-            empty += begins
+            empty += piece.begins
             continue
-        if begins:
+        if piece.begins:
             parts.append(mark)
             documents, num_bytes = documents + 1, num_bytes + mark_bytes
         try:
-            parts.append(tokenizer.encode_bytes(data) if by_bytes else tokenizer.encode(text))
+            parts.append(tokenizer.encode_bytes(piece.data) if by_bytes else tokenizer.encode(text))
         except UnknownCharacters as error:
-            raise UserError(f"{path}: {error}: it has changed; begin again in another --out") from error
+            if unknown not in ("replace", "drop"):
+                ways = "set config.unknown_characters to replace or drop, or give the text that the run began with"
+                raise UserError(
+                    f"config.dataset: {piece.path}: {error}; "
+                    + (ways if unknown else "it has changed: begin again in another --out")
+                ) from error
+            instead = tokenizer.replacement if unknown == "replace" else None
+            text = text.translate(dict.fromkeys(map(ord, error.characters), instead))
+            parts.append(tokenizer.encode(text))
         num_bytes += len(text if by_bytes else text.encode())
     tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
     return Encoded(tokens, num_bytes, documents, empty)
 
 
-def symbols(text_column: str, spans: list[Span]) -> set[str]:
-    """The different characters of spans. Raises UserError as `encode`."""
-    pieces = _pieces(text_column, spans)
-    return {symbol for _, data, path, start in pieces for symbol in set(decode_text(path, data, start))}
+def without_mark(tokenizer: Tokenizer, first: Encoded) -> Encoded:
+    """The tokens with which a corpus begins: its first document has no newline before it."""
+    mark, mark_bytes = separator(tokenizer)
+    if tokenizer.eot is not None or not first.documents:
+        return first
+    return first._replace(tokens=first.tokens[len(mark) :], num_bytes=first.num_bytes - mark_bytes)
 
 
-def _pieces(text_column: str, spans: list[Span]) -> Iterator[tuple[bool, bytes, Path, int]]:
-    """For each piece of text: whether a document begins with it, its bytes, its file, and its first byte there."""
-    for path, start, stop, group in spans:
-        if group is None:
-            with open_file(path) as file:
-                file.seek(start)
-                yield start == 0, file.read(stop - start), Path(path), start
-        else:
-            for text in _row_group(path, text_column, group)[start:stop]:
-                yield True, text, Path(path), 0
-
-
-@lru_cache(maxsize=1)
-def _row_group(path: str, column: str, group: int) -> list[bytes]:
-    return ParquetRows(Path(path), column).texts(group)
+def symbols(pieces: list[Piece]) -> set[str]:
+    """The different characters of pieces. Raises UserError as `encode`."""
+    return {symbol for piece in pieces for symbol in set(decode_text(*piece))}
 
 
 # --- Many processes -----------------------------------------------------------------------------------------------
@@ -101,12 +101,12 @@ def _start_worker(saved: dict[str, Any] | None) -> None:
     _tokenizer = tokenizer_from_dict(saved) if saved else None
 
 
-def _work(text_column: str, spans: list[Span]) -> Encoded | set[str]:
-    return encode(_tokenizer, text_column, spans) if _tokenizer else symbols(text_column, spans)
+def _work(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
+    return encode(_tokenizer, pieces, unknown) if _tokenizer else symbols(pieces)
 
 
 def work(
-    tokenizer: Tokenizer | None, text_column: str, tasks: Iterable[Task], processes: int
+    tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int, unknown: str = ""
 ) -> Iterator[tuple[Task, Any]]:
     """Each task with its `Encoded`, or with its `symbols` if there is no tokenizer, in order.
 
@@ -115,14 +115,14 @@ def work(
     """
     if processes == 1:
         for task in tasks:
-            yield task, encode(tokenizer, text_column, task.spans) if tokenizer else symbols(text_column, task.spans)
+            yield task, encode(tokenizer, task.pieces, unknown) if tokenizer else symbols(task.pieces)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
     under_way: deque = deque()
     try:
         for task in tasks:
-            under_way.append((task, pool.submit(_work, text_column, task.spans)))
+            under_way.append((task, pool.submit(_work, task.pieces, unknown)))
             if len(under_way) == 2 * processes:
                 task, future = under_way.popleft()
                 yield task, future.result()

@@ -200,13 +200,21 @@ def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
     environment is returned as it is; an encoding that is not in `VOCABULARIES` is left to tiktoken. Raises UserError
     as `dataset_path` does.
     """
-    ours = data_dir / "tiktoken"
+    ours, folder = data_dir / "tiktoken", _tiktoken_folder(data_dir)
+    if folder == ours:
+        for source in VOCABULARIES.get(encoding, ()):
+            obtain(source, ours, "config.tokenizer", say)
+    return folder
+
+
+def has_vocabulary(encoding: str, data_dir: Path) -> bool:
+    """Whether an encoding of `VOCABULARIES` is there, so that nothing would be fetched."""
+    return all((_tiktoken_folder(data_dir) / source.filename).exists() for source in VOCABULARIES[encoding])
+
+
+def _tiktoken_folder(data_dir: Path) -> Path:
     users = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    if users and Path(users) != ours:
-        return Path(users)
-    for source in VOCABULARIES.get(encoding, ()):
-        obtain(source, ours, "config.tokenizer", say)
-    return ours
+    return Path(users) if users else data_dir / "tiktoken"
 
 
 # --- any file ---------------------------------------------------------------------------------------------------------

@@ -1,23 +1,21 @@
 """The files of a corpus, and where they may be cut.
 
-A corpus is one sequence of bytes (of text files) or rows (of Parquet files); a position in it is one integer. It is cut
-into tasks where that changes no token, so that many processes produce the same tokens as one.
+A corpus is one sequence of bytes (of text files) or rows (of files that hold rows); a position in it is one integer. It
+is cut into tasks where that changes no token, so that many processes produce the same tokens as one.
 """
 
-import contextlib
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from corpus.containers import HEAD_BYTES, PARQUET, kind_of, require_plain
-from corpus.dataset import SPLITS, ends_of_splits
+from corpus.dataset import SPLITS, ends_of_splits, splits_by_name
+from corpus.formats import Bad, Source
 from corpus.load_text import find_files
-from runtime.errors import UserError, one_line
-from runtime.files import open_regular
+from runtime.errors import UserError
 
 # Where a text may be cut without changing what any tiktoken pattern finds on either side: before a single space
 # between letters, or after a newline between two visible characters of which the second is not punctuation.
@@ -26,7 +24,8 @@ _CUT = re.compile(
     rb"|(?:(?<=[\xe4-\xe9][\x80-\xbf]{2}\n)|(?<=\xe3\x80\x82\n))(?=[\xe4-\xe9A-Za-z0-9])"
 )
 _BEHIND = 4  # bytes before the cut that the pattern looks at
-LOOK_FOR_CUT = 2**16  # bytes; if they hold no such place, the text is cut between any two characters
+LOOK_FOR_CUT = 2**16  # bytes; a longer text without such a place is cut between any two characters
+KEPT = 2**22  # bytes of an unpacked stream, more than lie between what is asked for next and the farthest byte read
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,20 @@ class Settings:
     test_fraction: float
     shard_tokens: int
     text_column: str
+    skip_bad_rows: bool = False
 
 
-class Span(NamedTuple):
-    """Bytes `start` to `stop` of a text file, or rows `start` to `stop` of a row group of a Parquet file."""
+class Piece(NamedTuple):
+    """UTF-8, or to the byte tokenizer any bytes: a document, or the part of one that begins at byte `start` of it."""
 
-    path: str
-    start: int
-    stop: int
-    row_group: int | None = None
+    path: Path
+    data: bytes
+    start: int = 0
+
+    @property
+    def begins(self) -> bool:
+        """Whether a document begins with it."""
+        return not self.start
 
 
 class TextFiles:
@@ -60,15 +64,17 @@ class TextFiles:
 
     unit, step = "bytes", 2**20
 
-    def __init__(self, paths: list[Path], tokenizer: str):
-        self._paths, self._tokenizer = paths, tokenizer
-        try:
-            stats = [path.stat() for path in paths]
-        except OSError as error:
-            raise _unreadable(error.filename, error) from error
-        self._starts = list(accumulate((stat.st_size for stat in stats), initial=0))
-        self.size, self.empty = self._starts[-1], sum(not stat.st_size for stat in stats)
-        self.identity = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    def __init__(self, sources: list[Source], tokenizer: str):
+        self._files, self._tokenizer = [_TextFile(source) for source in sources], tokenizer
+        self._starts = list(accumulate((file.size for file in self._files), initial=0))
+        self.size, self.empty = self._starts[-1], sum(not file.size for file in self._files)
+        self.identity = [_identity(source.path) for source in sources]
+        if tokenizer == "imported":  # which may read a cut text otherwise: only splits are cut
+            self.step = self.size
+
+    def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
+        """Where each of `SPLITS` ends."""
+        return [self.boundary(end) for end in ends_of_splits(self.size, val_fraction, test_fraction)]
 
     def boundary(self, place: int) -> int:
         """The first position at or after `place` where a cut changes no token."""
@@ -76,161 +82,159 @@ class TextFiles:
         if self._tokenizer == "byte" or place in (self._starts[number], self.size):
             return place
         begin, end = self._starts[number : number + 2]
-        at = place - begin
-        with open_file(self._paths[number]) as file:
-            if self._tokenizer != "char":
-                first = max(0, at - _BEHIND)
-                file.seek(first)
-                window = file.read(LOOK_FOR_CUT)
-                if found := _CUT.search(window, at - first):
-                    return begin + first + found.start()
-                if first + len(window) >= end - begin:
-                    return end
-            file.seek(at)
-            while at < end - begin and file.read(1)[0] & 0xC0 == 0x80:  # inside a character
-                at += 1
-        return begin + at
+        at, file = place - begin, self._files[number]
+        if self._tokenizer != "char":
+            first = max(0, at - _BEHIND)
+            window = file.read(first, LOOK_FOR_CUT)
+            if found := _CUT.search(window, at - first):
+                return begin + first + found.start()
+            if first + len(window) >= end - begin:
+                return end
+        window = file.read(at, 4)  # which may begin inside a character
+        return place + next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), len(window))
 
-    def spans(self, start: int, stop: int) -> list[Span]:
-        """The parts of the files that lie between two positions."""
-        return [Span(str(self._paths[i]), *within) for i, *within in _between(self._starts, start, stop)]
-
-
-def _between(starts: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """What lies between two positions, part by part, as (part, from, to); part i begins at starts[i]."""
-    number = bisect_right(starts, start) - 1
-    while start < stop:
-        begin, end = starts[number : number + 2]
-        if end > start:
-            yield number, start - begin, min(stop, end) - begin
-            start = min(stop, end)
-        number += 1
+    def pieces(self, start: int, stop: int) -> tuple[list[Piece], list[str]]:
+        """What lies between two positions, and no bad rows."""
+        number, pieces = bisect_right(self._starts, start) - 1, []
+        while start < stop:
+            begin, end = self._starts[number : number + 2]
+            if end > start:
+                data = self._files[number].read(start - begin, min(stop, end) - start)
+                pieces.append(Piece(self._files[number].source.path, data, start - begin))
+                start = min(stop, end)
+            number += 1
+        return pieces, []
 
 
-class ParquetFiles:
-    """Parquet files end to end, each row a document; a position counts rows. Attributes: see `TextFiles`."""
+class _TextFile:
+    """Bytes of a text file from any place; of a compressed one, each is unpacked once as long as the places go up."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.size = sum(map(len, source.chunks())) if source.packed else source.path.stat().st_size
+        self._file: IO[bytes] | None = None
+        self._begin, self._data = 0, b""
+
+    def read(self, start: int, size: int) -> bytes:
+        with self.source.reading():
+            if not self.source.packed:
+                with self.source.stream() as file:
+                    file.seek(start)
+                    return file.read(size)
+            if self._file is None or start < self._begin:
+                self._file, self._begin, self._data = self.source.stream(), 0, b""
+            end = start + size
+            while self._begin + len(self._data) < end and (more := self._file.read(2**20)):
+                behind = max(0, min(len(self._data), start - KEPT - self._begin))
+                self._begin, self._data = self._begin + behind, self._data[behind:] + more
+            return self._data[start - self._begin : end - self._begin]
+
+
+class RowFiles:
+    """Files of rows end to end, each row a document; a position is that of a row. Attributes as `TextFiles`.
+
+    The files come in the order of the splits that their names, or their folders' names, say.
+    """
 
     unit, step = "rows", 256
 
-    def __init__(self, paths: list[Path], text_column: str):
-        groups = [(path, number, rows) for path in paths for number, rows in _groups(path, text_column)]
-        self._groups = [(str(path), number) for path, number, _ in groups]
-        self._starts = list(accumulate((rows for _, _, rows in groups), initial=0))
+    def __init__(self, sources: list[Source], settings: Settings, say: Callable[[str], None]):
+        names = splits_by_name([source.path for source in sources])
+        if "train" not in names:
+            names = ["train"] * len(sources)
+        self._sources = [source for name in SPLITS for source, own in zip(sources, names, strict=True) if own == name]
+        self._settings, self._sizes = settings, dict.fromkeys(SPLITS, 0)
+        counts = []
+        for source, name in zip(self._sources, sorted(names, key=list(SPLITS).index), strict=True):
+            counts.append(source.num_rows(settings.text_column))
+            self._sizes[name] += counts[-1]
+        self._starts = list(accumulate(counts, initial=0))
         self.size, self.empty = self._starts[-1], 0
-        self.identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        self.identity = [_identity(source.path) for source in self._sources]
+        self._rows: Iterator[Piece | str] = iter(())
+        self._at = -1  # where they go on
+        for name, word in list(SPLITS.items())[1:]:
+            if own := [source.path.name for source, own in zip(sources, names, strict=True) if own == name]:
+                say(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
+
+    def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
+        """Where each of `SPLITS` ends: cut off the rows to train on where no file's name says so."""
+        train, val, test = self._sizes.values()
+        if val:
+            return [train, train + val, self.size]
+        return [*ends_of_splits(train, val_fraction, 0 if test else test_fraction)[:2], self.size]
 
     def boundary(self, place: int) -> int:
         """The position itself."""
         return place
 
-    def spans(self, start: int, stop: int) -> list[Span]:
-        """The rows between two positions, by row group."""
-        pieces = _between(self._starts, start, stop)
-        return [Span(path, *within, group) for i, *within in pieces for path, group in [self._groups[i]]]
+    def pieces(self, start: int, stop: int) -> tuple[list[Piece], list[str]]:
+        """The rows between two positions, and what is wrong with the bad ones, which are left out.
+
+        Raises:
+          UserError: there are bad ones, and nobody wanted that.
+        """
+        if start != self._at:
+            self._rows = self._rows_from(start)
+        rows, self._at = list(islice(self._rows, stop - start)), stop
+        bad = [row for row in rows if isinstance(row, str)]
+        if bad and not self._settings.skip_bad_rows:
+            raise UserError(f"config.dataset: {bad[0]}; mend it, or set config.skip_bad_rows")
+        return [row for row in rows if isinstance(row, Piece)], bad
+
+    def _rows_from(self, start: int) -> Iterator[Piece | str]:
+        for source, begin, end in zip(self._sources, self._starts, self._starts[1:], strict=False):
+            if end <= start:
+                continue
+            skip = max(0, start - begin)
+            texts = source.rows(self._settings.text_column, self._settings.tokenizer == "byte", skip)
+            for number, text in enumerate(texts, skip + 1):
+                bad = isinstance(text, Bad)
+                yield f"{source.path}, row {number:,}: {text}" if bad else Piece(source.path, text)
 
 
-def _groups(path: Path, text_column: str) -> Iterator[tuple[int, int]]:
-    return enumerate(ParquetRows(path, text_column).group_sizes)
+def _identity(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
-def open_file(path: str | Path) -> IO[bytes]:
-    """A file to read bytes from. Raises UserError if it cannot be read."""
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); check its permissions")
-
-
-def open_corpus(
-    dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]
-) -> TextFiles | ParquetFiles:
-    """The files of a corpus: a named data set, a file, or a glob, in sorted order.
+def open_corpus(dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]) -> TextFiles | RowFiles:
+    """The files of a corpus: a named data set, a file, a directory, or a glob, in sorted order.
 
     Raises:
       UserError: there are no files, they cannot be read, are of two kinds, or are all empty.
     """
-    paths = find_files(dataset, data_dir, say)
-    parquet = [path for path in paths if _holds_rows(path) or path.suffix == ".parquet"]
-    if parquet and len(parquet) < len(paths):
-        raise UserError(f"config.dataset: {dataset} has text and Parquet files; prepare each kind by itself")
-    files = ParquetFiles(parquet, settings.text_column) if parquet else TextFiles(paths, settings.tokenizer)
+    sources = [Source(path) for path in find_files(dataset, data_dir, say)]
+    of_rows = [source for source in sources if source.has_rows]
+    if of_rows and len(of_rows) < len(sources):
+        text = next(source for source in sources if not source.has_rows)
+        raise UserError(
+            f"config.dataset: {dataset} has files of rows, as {of_rows[0].path}, and of text, as {text.path}; "
+            "name one kind by a glob"
+        )
+    files = RowFiles(sources, settings, say) if of_rows else TextFiles(sources, settings.tokenizer)
     if not files.size:
         raise UserError(f"config.dataset: {dataset} has 0 {files.unit}; give files with text in them")
     return files
 
 
-def _holds_rows(path: Path) -> bool:
-    """Whether it is a Parquet file. Raises UserError if it is of a format that is not read here."""
-    with open_file(path) as file:
-        head = file.read(HEAD_BYTES)
-    if (kind := kind_of(path, head)) and kind[0] == PARQUET:
-        return True
-    require_plain(path, head)
-    return False
-
-
 class Task(NamedTuple):
-    """Spans of one split, and the position where the last one ends."""
+    """Documents or parts of them, of one split, the position where they end, and a line for each bad row."""
 
     split: str
     stop: int
-    spans: list[Span]
+    pieces: list[Piece]
+    bad: list[str]
 
 
-def tasks_of(files: TextFiles | ParquetFiles, settings: Settings, place: int) -> Iterator[Task]:
-    """The corpus from `place` on, training split first. Starting at the end of any task gives the same tasks again."""
-    ends = ends_of_splits(files.size, settings.val_fraction, settings.test_fraction)
-    for split, end in zip(SPLITS, map(files.boundary, ends), strict=True):
-        while place < end:
-            stop = min(end, files.boundary(min(place + files.step, files.size)))
-            yield Task(split, stop, files.spans(place, stop))
-            place = stop
-
-
-_TEXT_TYPES = {*("string", "large_string", "string_view"), *("binary", "large_binary", "binary_view")}
-
-
-class ParquetRows:
-    """One column of a Parquet file, read by row group: of text or bytes, plain or dictionary-encoded.
+def tasks_of(files: TextFiles | RowFiles, settings: Settings, place: int) -> Iterator[Task]:
+    """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same.
 
     Raises:
-      UserError: pyarrow is not installed, the file is damaged or not Parquet, or it has no such column of text.
+      UserError: as `pieces`.
     """
-
-    def __init__(self, path: Path, column: str):
-        try:
-            import pyarrow as arrow  # here, because nothing else needs it
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(f"{path}: Parquet needs pyarrow; pip install -r requirements-parquet.txt") from error
-        self._arrow, self._path, self._column = arrow, path, column
-        with self._reading():
-            self._file = arrow.parquet.ParquetFile(path)
-        value_type = lambda kind: kind.value_type if arrow.types.is_dictionary(kind) else kind
-        names = [field.name for field in self._file.schema_arrow if str(value_type(field.type)) in _TEXT_TYPES]
-        if column not in names:
-            has = f"its columns of text are {', '.join(names)}" if names else "it has none"
-            raise UserError(f"{path}: has no column of text {column!r}; {has}: set --text_column")
-
-    @property
-    def group_sizes(self) -> list[int]:
-        """Rows of each row group."""
-        metadata = self._file.metadata
-        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-
-    def texts(self, group: int) -> list[bytes]:
-        """The texts of a row group; null becomes an empty text. A column of bytes may hold invalid UTF-8."""
-        with self._reading():
-            column = self._file.read_row_group(group, columns=[self._column]).column(0).to_pylist()
-        return [text.encode() if isinstance(text, str) else text or b"" for text in column]
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UnicodeDecodeError, self._arrow.ArrowException) as error:
-            raise UserError(f"{self._path}: cannot be read ({one_line(error)}); copy it again") from error
+    for split, end in zip(SPLITS, files.ends(settings.val_fraction, settings.test_fraction), strict=True):
+        while place < end:
+            stop = min(end, files.boundary(min(place + files.step, files.size)))
+            yield Task(split, stop, *files.pieces(place, stop))
+            place = stop

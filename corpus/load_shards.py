@@ -8,7 +8,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,20 @@ from typing import Any
 import numpy as np
 
 from corpus.cache import cached
-from corpus.dataset import COUNTED_AT_ONCE, SPLITS, Dataset, Split, check_length, count_bytes, ends_of_splits
+from corpus.dataset import (
+    COUNTED_AT_ONCE,
+    SPLITS,
+    Dataset,
+    Split,
+    check_length,
+    count_bytes,
+    ends_of_splits,
+    splits_by_name,
+)
 from corpus.fetch import SHARD_SETS, is_named, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
-from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
+from corpus.tokenizer import OWN, Tokenizer, check_tokenizer_name, is_called, tokenizer_from_dict
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
 
@@ -76,7 +84,8 @@ def load_shards(
     Raises:
       UserError: a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too short.
     """
-    check_tokenizer_name(tokenizer)
+    if vocabulary is None:
+        check_tokenizer_name(tokenizer)
     root = Path(dataset).expanduser()
     if root.is_dir() and not (root / INDEX_FILE).exists() and (root / PROGRESS_FILE).exists():
         raise UserError(f"config.dataset: {dataset} is not finished; run the `prepare` command that began it again")
@@ -93,7 +102,9 @@ def load_shards(
     if index:
         shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
     else:
-        shards = _by_name([read_shard(path, size) for path in paths])
+        shards = {name: [] for name in SPLITS}
+        for path, name in zip(paths, splits_by_name(paths), strict=True):
+            shards[name].append(read_shard(path, size))
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
         other = next(shard for shard in files if shard.dtype.name == kinds[0])
@@ -172,28 +183,6 @@ def _folder(shards: list[Shard]) -> str:
     return os.path.commonpath([shard.path.parent.absolute() for shard in shards])
 
 
-_WORDS = re.compile(r"(?<![a-z])(?:(val|dev|eval|held.?out)(?:id(?:ation)?|uation)?|(test)(?:ing)?)(?![a-z])")
-
-
-def _by_name(shards: list[Shard]) -> dict[str, list[Shard]]:
-    """Shards by split, which a shard's name says, or else a folder that it lies in, below the one common to all.
-
-    The words val, valid, validation, dev, eval, evaluation and heldout mean validation, test means testing; all other
-    shards are for training. The file's name takes precedence over its folder, a folder over the one above it.
-    """
-    parts: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-    folder = _folder(shards)
-    for shard in shards:
-        name = "train"
-        for word in reversed(Path(os.path.relpath(shard.path.with_suffix(""), folder)).parts):
-            if found := _WORDS.search(word.lower()):
-                name = "val" if found[1] else "test"
-            if found or re.search("(?<![a-z])train(?![a-z])", word.lower()):
-                break
-        parts[name].append(shard)
-    return parts
-
-
 def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fraction: float) -> dict[str, ShardedTokens]:
     total = sum(shard.num_tokens for shard in shards)
     ends = [0, *ends_of_splits(total, val_fraction, test_fraction)]
@@ -234,10 +223,10 @@ def _vocabulary(
             "of that name; shards of two tokenizers cannot be mixed: give one's"
         )
     for folder, tokenizer in theirs.values():
-        if given is None and name != tokenizer.name:
+        if given is None and not is_called(tokenizer, name):
             raise UserError(
                 f"config.tokenizer: {folder} was prepared with {tokenizer.name}, this config has {name}; "
-                f"set config.tokenizer={tokenizer.name}"
+                f"set config.tokenizer={folder if tokenizer.name == OWN else tokenizer.name}"
             )
         if given is None:
             return tokenizer

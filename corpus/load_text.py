@@ -11,8 +11,8 @@ import numpy as np
 
 from corpus import fetch
 from corpus.cache import cached
-from corpus.containers import HEAD_BYTES, require_plain
 from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
+from corpus.formats import Source, is_named_so
 from corpus.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -22,7 +22,7 @@ from corpus.tokenizer import (
     check_tokenizer_name,
 )
 from runtime.errors import UserError, one_line
-from runtime.files import open_regular
+from runtime.files import read_json
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # different characters; a text with more is a poor choice for the `char` tokenizer
@@ -46,7 +46,7 @@ def load_text(
 
     The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes.
     For other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends
-    stay as they are. Files of other formats (`corpus.containers`) are refused for every tokenizer.
+    stay as they are. Compressed files are decompressed first.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
@@ -64,8 +64,6 @@ def load_text(
         check_tokenizer_name(tokenizer)
     paths = find_files(dataset, data_dir, say)
     files = [_read(path) for path in paths]
-    for path, data in zip(paths, files, strict=True):
-        require_plain(path, data[:HEAD_BYTES])
     by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
@@ -104,14 +102,17 @@ def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: st
 
 
 def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
-    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none."""
+    """The files that a named data set, a path or a glob stands for, in sorted order. Raises UserError if none.
+
+    Of a directory they are those below it whose names end as files of texts do, but for hidden ones.
+    """
     if fetch.is_named(dataset):
         return [fetch.dataset_path(dataset, data_dir, say)]
     if dataset in fetch.SHARD_SETS:
         raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
-        raise UserError(f"config.dataset: {dataset} is a directory; name a file, or a glob such as {dataset}/*.txt")
+        return _files_below(Path(path), say)
     if os.path.exists(path):  # before the glob, so that a file called "a[1].txt" can be named
         return [Path(path)]
     paths = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
@@ -121,12 +122,30 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
     return paths
 
 
+def _files_below(root: Path, say: Say) -> list[Path]:
+    visible = lambda path: not any(part.startswith(".") for part in path.relative_to(root).parts)
+    files = [path for path in sorted(root.rglob("*")) if visible(path) and path.is_file()]
+    for state in [path for path in files if path.name == "state.json"]:  # of `datasets`: beside its data lie its caches
+        listed = read_json(state).get("_data_files") or ()
+        names = {item["filename"] for item in listed if isinstance(item, dict) and "filename" in item}
+        files = [path for path in files if path.parent != state.parent or not names or path.name in names]
+    found = [path for path in files if is_named_so(path)]
+    if not found:
+        raise UserError(f"config.dataset: {root} has no file that is named as a text; name files, by a glob if need be")
+    if others := [path.name for path in files if path not in {*found}]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        say(f"{root}: {len(found)} files; left out by the endings of their names: {', '.join(others[:3])}{more}")
+    return found
+
+
 def _read(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"config.dataset: {path} cannot be read: {error.strerror}; check its permissions") from None
+    """All that is in a text file, decompressed."""
+    data, most = bytearray(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for chunk in Source(path).chunks():
+        data += chunk
+        if len(data) > most:
+            raise UserError(f"config.dataset: {path} does not fit into memory; make shards with `main.py prepare`")
+    return bytes(data)
 
 
 def decode_text(path: Path, data: bytes, start: int = 0) -> str:
@@ -140,7 +159,7 @@ def decode_text(path: Path, data: bytes, start: int = 0) -> str:
 
 
 def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
-    """A tokenizer by name; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
+    """A tokenizer by name, or from a directory; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
     if isinstance(text, bytes):
         return build_tokenizer("byte", "")
     if name == "char":

@@ -19,58 +19,76 @@ from typing import Any
 import numpy as np
 
 from corpus.dataset import SPLITS
-from corpus.encode import Encoded, separator, work
-from corpus.files import ParquetFiles, Settings, Task, TextFiles, open_corpus, tasks_of
+from corpus.encode import Encoded, without_mark, work
+from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks_of
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
 from corpus.load_text import new_tokenizer
 from corpus.shards import header
-from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name
+from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name, tokenizer_names
 from runtime.errors import StorageError, UserError
 from runtime.files import read_json, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 
 SAVE_EVERY = 1.0  # seconds: how much work a kill may cost
+BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
 def prepare(
-    dataset: str, out: str | Path, settings: Settings, data_dir: Path, processes: int, console: Console
+    dataset: str,
+    out: str | Path,
+    settings: Settings,
+    data_dir: Path,
+    processes: int,
+    console: Console,
+    vocabulary: Tokenizer | None = None,
+    unknown_characters: str = "",
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
     `settings.shard_tokens` or more, or with the last task of its split.
 
+    Args:
+      vocabulary: the tokenizer where it is there already; what of a text it lacks becomes as `unknown_characters` says.
+      say: takes the lines that are no warnings, instead of the console.
+
     Raises:
       UserError: the files cannot be used, or `out` holds something else.
       StorageError: the disk is full or fails; another call goes on from there.
     """
-    check_tokenizer_name(settings.tokenizer)
+    say = say or console.line
+    if vocabulary is None:
+        check_tokenizer_name(settings.tokenizer)
+        if settings.tokenizer not in tokenizer_names():  # a directory, whose content may change
+            vocabulary = new_tokenizer(settings.tokenizer, "", data_dir, say)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
-        files = open_corpus(dataset, settings, data_dir, console.line)
+        with console.busy("reading the files"):
+            files = open_corpus(dataset, settings, data_dir, say)
         source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
+        del source["skip_bad_rows"]  # up to the first bad row it makes no difference
+        if vocabulary:
+            source["tokenizer"] = f"{vocabulary.name} {vocabulary.fingerprint[:12]}"
         if (out / INDEX_FILE).exists():
             index = read_index(out)
             _check_source(out, index.get("source"), source)
-            console.line(_summary(out, index))
+            say(_summary(out, index))
             return
         state = _state(out, source, files)
-        tokenizer = _make_tokenizer(settings, state, files, data_dir, processes, console)
-        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, console.line)
+        tokenizer = vocabulary or _make_tokenizer(settings, state, files, data_dir, processes, console, say)
+        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
         if output.place:
-            console.line(f"going on after {output.place:,} of {files.size:,} {files.unit}")
-        skip = not state["documents"] and tokenizer.eot is None  # no newline before the first document
+            say(f"going on after {output.place:,} of {files.size:,} {files.unit}")
         tasks = tasks_of(files, settings, output.place)
-        results = contextlib.closing(work(tokenizer, settings.text_column, tasks, processes))
+        results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
         with contextlib.closing(output), results as encoded, console.progress(files.size, output.place) as bar:
             for task, result in encoded:
-                if skip and result.documents:
-                    mark, mark_bytes = separator(tokenizer)
-                    result = result._replace(tokens=result.tokens[len(mark) :], num_bytes=result.num_bytes - mark_bytes)
-                    skip = False
-                output.add(task, result)
+                for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
+                    console.warn(f"{problem}; left out")
+                output.add(task, result if state["documents"] else without_mark(tokenizer, result))
                 bar.update(task.stop)
             output.finish_shard()
         if not state["splits"]["train"]["tokens"]:
@@ -83,13 +101,14 @@ def prepare(
             "eot": tokenizer.eot,
             "documents": state["documents"],
             "empty_documents": state["empty"],
+            "bad_rows": state["bad"],
             "splits": {name: split for name, split in state["splits"].items() if split["tokens"]},
             "source": source,
         }
         write_json(out / TOKENIZER_FILE, tokenizer.to_dict())
         write_json(out / INDEX_FILE, index)
         (out / PROGRESS_FILE).unlink(missing_ok=True)
-        console.line(_summary(out, index))
+        say(_summary(out, index))
 
 
 def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
@@ -108,11 +127,11 @@ def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
     )
 
 
-def _state(out: Path, source: dict[str, Any], files: TextFiles | ParquetFiles) -> dict[str, Any]:
+def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> dict[str, Any]:
     """The state that an earlier start left, or a new one."""
     if (out / PROGRESS_FILE).exists():
-        state = read_json(out / PROGRESS_FILE)
-        keys = {"source", "symbols", "place", "documents", "empty", "splits", "part"}
+        state = {"bad": 0} | read_json(out / PROGRESS_FILE)
+        keys = {"source", "symbols", "place", "documents", "empty", "bad", "splits", "part"}
         if set(state) != keys:
             raise UserError(f"{out / PROGRESS_FILE}: is damaged; remove {out} and begin again")
         _check_source(out, state["source"], source)
@@ -120,24 +139,25 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | ParquetFiles) -
     if others := sorted(path.name for path in out.iterdir() if path.name not in (".lock", TOKENIZER_FILE)):
         raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
     splits = {name: {"tokens": 0, "bytes": 0, "shards": []} for name in SPLITS}
-    fresh = {"symbols": None, "place": 0, "documents": 0, "empty": files.empty, "splits": splits, "part": None}
-    return {"source": source, **fresh}
+    counts = {"place": 0, "documents": 0, "empty": files.empty, "bad": 0}
+    return {"source": source, "symbols": None, **counts, "splits": splits, "part": None}
 
 
 def _make_tokenizer(
     settings: Settings,
     state: dict[str, Any],
-    files: TextFiles | ParquetFiles,
+    files: TextFiles | RowFiles,
     data_dir: Path,
     processes: int,
     console: Console,
+    say: Callable[[str], None],
 ) -> Tokenizer:
     if settings.tokenizer != "char":
-        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, console.line)
+        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, say)
     if state["symbols"] is None:
-        console.line("collecting the characters, once")
+        say("collecting the characters, once")
         found: set[str] = set()
-        passes = contextlib.closing(work(None, settings.text_column, tasks_of(files, settings, 0), processes))
+        passes = contextlib.closing(work(None, tasks_of(files, settings, 0), processes))
         with passes as results, console.progress(files.size, 0) as bar:
             for task, some in results:
                 found |= some
@@ -152,8 +172,9 @@ def _summary(out: Path, index: dict[str, Any]) -> str:
     counts = [
         f"{split['tokens']:,} tokens to {word}" for name, word in _DOING.items() if (split := index["splits"].get(name))
     ]
-    empty = f", {index['empty_documents']:,} empty left out" if index["empty_documents"] else ""
-    return f"{out}: {', '.join(counts)}, from {index['documents']:,} documents{empty}; --config.dataset={out}"
+    kinds = {"empty": index["empty_documents"], "bad": index.get("bad_rows", 0)}
+    left = "".join(f", {count:,} {kind} left out" for kind, count in kinds.items() if count)
+    return f"{out}: {', '.join(counts)}, from {index['documents']:,} documents{left}; --config.dataset={out}"
 
 
 _DOING = {"train": "train on", "val": "validate", "test": "test"}
@@ -186,7 +207,7 @@ class Output:
             self.finish_shard()
         if not state["part"]:
             name = f"{task.split}_{len(state['splits'][task.split]['shards']):06}.bin"
-            before = {key: state[key] for key in ("place", "documents", "empty")}
+            before = {key: state[key] for key in ("place", "documents", "empty", "bad")}
             state["part"] = {"file": name, "split": task.split, "tokens": 0, "bytes": 0, "crc32": 0, "before": before}
             with self._storing():
                 self._file = self._part_path.open("w+b")
@@ -200,6 +221,7 @@ class Output:
         state["place"] = task.stop
         state["documents"] += result.documents
         state["empty"] += result.empty
+        state["bad"] += len(task.bad)
         if part["tokens"] >= self._shard_tokens:
             self.finish_shard()
         elif time.monotonic() - self._saved > SAVE_EVERY:

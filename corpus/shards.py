@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.containers import require_plain
+from corpus.formats import require_plain
 from runtime.errors import UserError, one_line
 from runtime.files import open_regular
 

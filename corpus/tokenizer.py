@@ -8,11 +8,13 @@ import base64
 import codecs
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ import tiktoken
 import tokenizers
 
 from runtime.errors import UserError, one_line
+from runtime.files import read_json
 from runtime.screen.text import nearest
 
 END_OF_TEXT = "<|endoftext|>"
+OWN = "own"  # the name of each that `main.py tokenizer` made
 # Far above any vocabulary in use. Without a limit, one absurd id in a damaged file would make lists of that length.
 MAX_VOCAB_SIZE = 2**21
 
@@ -361,23 +365,47 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
+def tokenizer_names() -> list[str]:
+    """What config.tokenizer may be beside a directory."""
+    return ["char", "byte", "imported", *tiktoken.list_encoding_names()]
+
+
 def check_tokenizer_name(name: str) -> None:
     """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
-    names = ["char", "byte", "imported", *tiktoken.list_encoding_names()]
-    if name not in names:
+    if (names := tokenizer_names()) and name not in names and os.sep not in name and not Path(name).is_dir():
         near = nearest(name, names) or ";"
         raise UserError(
-            f"config.tokenizer: unknown tokenizer {name!r}{near} use char, byte or one of {', '.join(names[3:])}"
+            f"config.tokenizer: unknown tokenizer {name!r}{near} use char, byte or one of {', '.join(names[3:])}, "
+            "or the directory of your own"
         )
 
 
+def is_called(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether config.tokenizer means this one: by its name, or by the directory that it came from, if that is there."""
+    if name == tokenizer.name or name in tokenizer_names():
+        return name == tokenizer.name
+    gone = not (Path(name).expanduser() / "tokenizer.json").exists()
+    return isinstance(tokenizer, TiktokenTokenizer) and (gone or _read(name).fingerprint == tokenizer.fingerprint)
+
+
+def _read(folder: str) -> Tokenizer:
+    path = Path(folder).expanduser() / "tokenizer.json"
+    try:
+        if isinstance(tokenizer := tokenizer_from_dict(read_json(path)), TiktokenTokenizer):
+            return tokenizer
+        raise ValueError(f"is of kind {tokenizer.name}")
+    except ValueError as error:
+        raise UserError(f"config.tokenizer: {path}: {one_line(error)}; make one by `main.py tokenizer`") from error
+
+
 def build_tokenizer(name: str, text: str) -> Tokenizer:
-    """A tokenizer by name: "char", whose vocabulary is the text's characters in sorted order, "byte" or tiktoken's.
+    """A tokenizer by name: "char", whose vocabulary is the text's characters in sorted order, "byte" or tiktoken's; or
+    the one of a directory that `main.py tokenizer` made, or that holds another of its kind.
 
     Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
 
     Raises:
-        UserError: no tokenizer has that name, or it is "imported", which only comes with a run's weights.
+        UserError: no tokenizer has that name or lies there, or it is "imported", which only comes with a run's weights.
     """
     check_tokenizer_name(name)
     if name == "imported":
@@ -386,7 +414,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
         return CharTokenizer(sorted(set(text)))
     if name == "byte":
         return ByteTokenizer()
-    return TiktokenTokenizer(tiktoken.get_encoding(name))
+    return TiktokenTokenizer(tiktoken.get_encoding(name)) if name in tokenizer_names() else _read(name)
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:

@@ -40,8 +40,9 @@ def facts(
     step: Step,
     mesh: Mesh,
     steps: int,
+    why: str,
 ) -> Facts:
-    """The facts to show before a run starts; `lines` and `panels` are two forms of them."""
+    """The facts to show before a run starts; `lines` and `panels` are two forms of them. `why` says it of the dtype."""
     model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
@@ -75,7 +76,7 @@ def facts(
         },
         "Optimizer": {"parts": ", ".join(parts), "rates": ", ".join([*rates, config.schedule]), "batch": batch},
         "Devices": {
-            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}",
+            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}{why and f' ({why})'}",
             **({} if is_data_parallel(mesh) else {"mesh": _mesh(model, step.state.params, mesh)}),
             "memory": f"about {sum(memory.values()) / 1e6:,.0f} MB a device ({by_use})",
             "run": str(workdir),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_pipeline
-from corpus import load_text
+from corpus import formats
 from corpus.dataset import ORDERS, Split
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches, load_dataset, permute, prefetch
@@ -344,19 +344,21 @@ def test_a_whole_text_is_not_cut_and_may_be_short(load, tmp_path):
 
 def test_files_that_cannot_be_read_are_named(load, tmp_path, monkeypatch):
     assert f"no file '{tmp_path}/none*.txt'" in refusal(load, tmp_path / "none*.txt")
-    assert f"{tmp_path} is a directory" in refusal(load, tmp_path)
+    assert f"{tmp_path} has no file that is named as a text" in refusal(load, tmp_path)
     os.mkfifo(tmp_path / "pipe")  # which would be waited for, and give its text but once
     (tmp_path / "device").symlink_to("/dev/zero")
     for name in ("pipe", "device"):
-        assert f"{tmp_path / name} cannot be read: no regular file" in refusal(load, tmp_path / name)
+        with pytest.raises(UserError, match=rf"/{name}: cannot be read \(no regular file\)"):
+            load(tmp_path / name)
     with pytest.raises(UserError, match="did you mean tiny_shakespeare"):
         load_dataset("tinyshakespeare", "char", data_dir=tmp_path, val_fraction=0.1, test_fraction=0, context_len=4)
 
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(load_text, "open_regular", forbidden)
-    assert f"{tmp_path}/text.txt cannot be read: Permission denied" in refusal(load, TEXT)
+    monkeypatch.setattr(formats, "open_regular", forbidden)
+    with pytest.raises(UserError, match=r"/text.txt: cannot be read \(Permission denied\); check its permissions$"):
+        load(TEXT)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])

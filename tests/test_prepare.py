@@ -1,17 +1,11 @@
 """Preparing a corpus gives the tokens of its texts, whatever the processes and wherever it was killed."""
 
-import bz2
-import gzip
-import json
-import lzma
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +20,7 @@ import main
 from corpus import files as corpus_files
 from corpus import prepare as prepare_module
 from corpus.files import Settings, TextFiles, tasks_of
+from corpus.formats import Source
 from corpus.load_shards import load_shards
 from corpus.prepare import Output, prepare
 from corpus.shards import read_shard
@@ -165,12 +160,12 @@ def test_a_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monke
     monkeypatch.setattr(corpus_files, "LOOK_FOR_CUT", 20)
     text = tmp_path / "text.txt"
     text.write_text("\ufeff" + "☃😀" * 90, encoding="utf-8")
-    files = TextFiles([text], "gpt2")
+    files = TextFiles([Source(text)], "gpt2")
     tasks = list(tasks_of(files, SETTINGS, 0))
     assert len(tasks) > 7
     for task, after in zip(tasks, [*tasks[1:], None], strict=True):
-        (span,) = task.spans
-        text.read_bytes()[span.start : span.stop].decode()
+        (piece,) = task.pieces
+        piece.data.decode()
         assert after is None or next(tasks_of(files, SETTINGS, task.stop)) == after
     tokens = tokens_in(tmp_path / "out", run(text, tmp_path / "out"))
     assert tokens[0] == EOT and bpe.decode(tokens[1:]) == "☃😀" * 90  # the mark is gone
@@ -315,7 +310,7 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
     (corpus / "1.txt").unlink()
     assert "has 0 bytes" in refusal(run, corpus / "2.txt", tmp_path / "b")
     (corpus / "x.parquet").write_bytes(b"")
-    assert "has text and Parquet files" in refusal(run, corpus / "*", tmp_path / "c")
+    assert "x.parquet, and of text, as " in refusal(run, corpus / "*", tmp_path / "c")
     assert "no file" in refusal(run, corpus / "*.md", tmp_path / "d")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "thesis.tex").write_text("mine")
@@ -349,167 +344,3 @@ def test_flags_are_checked_in_one_line(flags, words, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main.main(["prepare", *flags]) == 2
     assert_one_line(capsys.readouterr().err, *words)
-
-
-# --- Parquet ----------------------------------------------------------------------------------------------------------
-
-
-def test_without_pyarrow_parquet_is_refused_in_one_line(tmp_path, monkeypatch, bpe):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    message = refusal(run, tmp_path / "a.parquet", tmp_path / "out")
-    assert message == f"{tmp_path}/a.parquet: Parquet needs pyarrow; pip install -r requirements-parquet.txt"
-
-
-@pytest.fixture
-def parquet():
-    return pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-
-
-def test_rows_of_parquet_are_documents(tmp_path, bpe, parquet):
-    pq, pa = parquet
-    rows = [f"A row of number {i}.\n" * (i % 5) for i in range(1000)]
-    rows[7], rows[11] = None, "\ufeffé☃"
-    for i in range(2):
-        table = pa.table({"id": list(range(500)), "text": rows[500 * i : 500 * i + 500]})
-        pq.write_table(table, tmp_path / f"{i}.parquet", row_group_size=170)
-    index = run(tmp_path / "*.parquet", tmp_path / "out")
-    tokens = tokens_in(tmp_path / "out", index)
-    texts = [row.removeprefix("\ufeff") for row in rows if row]
-    want = np.concatenate([np.concatenate([[EOT], bpe.encode(text)]) for text in texts])
-    np.testing.assert_array_equal(tokens, want)
-    assert (index["documents"], index["empty_documents"]) == (len(texts), 1000 - len(texts))
-    assert sum(part["bytes"] for part in index["splits"].values()) == sum(len(text.encode()) for text in texts)
-    assert len(index["splits"]["train"]["shards"]) > 1
-    column = replace(SETTINGS, text_column="body")
-    assert "no column of text 'body'; its columns of text are text" in refusal(
-        run, tmp_path / "0.parquet", tmp_path / "b", column
-    )
-    (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-5])
-    assert "0.parquet: cannot be read" in refusal(run, tmp_path / "*.parquet", tmp_path / "c")
-    os.mkfifo(tmp_path / "pipe.parquet")
-    assert "pipe.parquet: cannot be read (no regular file)" in refusal(run, tmp_path / "pipe.parquet", tmp_path / "d")
-
-
-@pytest.mark.parametrize("kind", ["string_view", "binary", "large_binary", "binary_view", "large_string"])
-@pytest.mark.parametrize("in_a_dictionary", [False, True])
-def test_a_column_of_any_type_of_text_gives_the_same_tokens(tmp_path, bpe, parquet, kind, in_a_dictionary):
-    pq, pa = parquet
-    if in_a_dictionary and kind.endswith("view"):
-        pytest.skip("Arrow has no dictionaries of views")
-    texts = ["A hérald", None, "☃ two", "A hérald", ""]
-    column = pa.array(texts).cast(getattr(pa, kind)())
-    pq.write_table(
-        pa.table({"body": column.dictionary_encode() if in_a_dictionary else column}),
-        tmp_path / "rows",
-        row_group_size=2,
-    )
-    chosen = replace(SETTINGS, text_column="body", val_fraction=0.0, test_fraction=0.0)
-    run(tmp_path / "rows", tmp_path / "out", chosen)  # known without its ending
-    tokens = np.fromfile(tmp_path / "out" / "train_000000.bin", np.uint16, offset=1024)
-    assert bpe.decode(tokens) == "".join(f"<|endoftext|>{text}" for text in texts if text)
-
-
-def test_a_column_that_is_no_utf8_is_named_and_bytes_take_it(tmp_path, parquet):
-    pq, pa = parquet
-    column = pa.array([b"A text", b"A \xff"])
-    pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
-    strings = pa.Array.from_buffers(pa.string(), 2, column.buffers())  # as a careless writer says it
-    pq.write_table(pa.table({"text": strings}), tmp_path / "strings.parquet")
-    chosen = replace(SETTINGS, tokenizer="char", val_fraction=0.0, test_fraction=0.0)
-    assert "bytes.parquet is not UTF-8 at byte 2" in refusal(run, tmp_path / "bytes.parquet", tmp_path / "a", chosen)
-    assert "strings.parquet: cannot be read ('utf-8' codec" in refusal(
-        run, tmp_path / "strings.parquet", tmp_path / "b", chosen
-    )
-    run(tmp_path / "bytes.parquet", tmp_path / "c", replace(chosen, tokenizer="byte"))
-    tokens = np.fromfile(tmp_path / "c" / "train_000000.bin", np.uint16, offset=1024)
-    assert tokens.astype(np.uint8).tobytes() == b"A text\nA \xff"
-
-
-# --- Containers -------------------------------------------------------------------------------------------------------
-
-
-def write_tar(path: Path, data: bytes) -> None:
-    (path.parent / "inside").write_bytes(data)
-    with tarfile.open(path, "w") as archive:
-        archive.add(path.parent / "inside")
-
-
-def write_zip(path: Path, data: bytes) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("inside", data)
-
-
-def compressed(codec: str):
-    def write(path: Path, data: bytes) -> None:
-        arrow = pytest.importorskip("pyarrow")
-        with arrow.output_stream(path, compression=codec) as file:
-            file.write(data)
-
-    return write
-
-
-def arrow_file(new: str):
-    def write(path: Path, data: bytes) -> None:
-        arrow = pytest.importorskip("pyarrow")
-        table = arrow.table({"text": data.decode().splitlines()})
-        with getattr(arrow.ipc, new)(path, table.schema) as writer:
-            writer.write_table(table)
-
-    return write
-
-
-def parquet_file(path: Path, data: bytes) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"other": data.decode().splitlines()}), path)
-
-
-def json_lines(path: Path, data: bytes) -> None:
-    path.write_text("\n" + "".join(json.dumps({"text": line}) + "\n" for line in data.decode().splitlines()))
-
-
-def mds_shard(path: Path, data: bytes) -> None:
-    """One sample, as the format is described: how many, where each begins, then a description, then the samples."""
-    about = json.dumps({"column_encodings": ["str"], "column_names": ["text"], "format": "mds"}).encode()
-    begin = 4 * 3 + len(about)
-    sample = np.array([len(data)], "<u4").tobytes() + data
-    path.write_bytes(np.array([1, begin, begin + len(sample)], "<u4").tobytes() + about + sample)
-
-
-CONTAINERS = {
-    "text.txt.gz": (lambda path, data: path.write_bytes(gzip.compress(data)), "is gzip, not plain text; decompress it"),
-    "text.bz2": (lambda path, data: path.write_bytes(bz2.compress(data)), "is bzip2"),
-    "text.xz": (lambda path, data: path.write_bytes(lzma.compress(data)), "is xz"),
-    "text.jsonl.zst": (compressed("zstd"), "is Zstandard"),
-    "text.lz4": (compressed("lz4"), "is LZ4"),
-    "text.zip": (write_zip, "is a zip archive"),
-    "text.tar": (write_tar, "is a tar archive, not plain text; write its texts to text files"),
-    "stream.arrow": (arrow_file("new_stream"), "is an Arrow file"),
-    "file.arrow": (arrow_file("new_file"), "is an Arrow file"),
-    "tokens.npy": (lambda path, data: np.save(path.open("wb"), np.frombuffer(data, np.uint8)), "is NumPy's array"),
-    "text.jsonl": (json_lines, "is JSON lines"),
-    "shard.mds": (mds_shard, "is an MDS shard"),
-    "rows": (parquet_file, "is a Parquet file, not plain text; `main.py prepare` reads it"),
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_a_text_inside_another_file_is_refused_by_what_it_is(tmp_path, capsys, name):
-    write, words = CONTAINERS[name]
-    path, fractions = tmp_path / name, {"val_fraction": 0.1, "test_fraction": 0.0}
-    write(path, make_text(40).encode())
-    for tokenizer in ("char", "byte"):
-        message = refusal(load_dataset, str(path), tokenizer, data_dir=tmp_path, context_len=4, **fractions)
-        assert message.startswith(f"config.dataset: {path} {words}")
-        message = refusal(run, path, tmp_path / "out", replace(SETTINGS, tokenizer=tokenizer))
-        assert ("no column of text 'text'" if name == "rows" else words) in message
-    assert main.main(["prepare", f"--dataset={path}", f"--out={tmp_path / 'out'}", "--text_column=nothing"]) == 2
-    assert_one_line(capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("text", [b"PAR1 is a word", b"BZh is too", b"PK", b'{"a": 1}\n', b"ARROW1 flies", b"%PDF\n"])
-def test_a_text_that_only_looks_like_one_is_a_text(tmp_path, text):
-    path = tmp_path / "text.txt"
-    path.write_bytes(text * 30)
-    data = load_dataset(str(path), "byte", data_dir=tmp_path, val_fraction=0.1, test_fraction=0.0, context_len=2)
-    assert data.train.tokens.astype(np.uint8).tobytes() == (text * 30)[: len(text) * 27]

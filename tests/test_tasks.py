@@ -151,5 +151,9 @@ def test_unknown_characters_can_be_replaced_or_dropped(tmp_path, capsys):
     for how in ("replace", "drop"):
         assert main.main([*command, f"--unknown_characters={how}"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["questions"] == 1
+    path.write_text(path.read_text() + "{}\n")
+    assert main.main([*command, "--skip_bad_rows", "--unknown_characters=drop"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["questions"], told["skipped"]) == (1, 1)
     assert main.main([*command, "--split=val"]) == 2
     assert_one_line(capsys.readouterr().err, "--split", "--tasks")

@@ -49,7 +49,8 @@ def attend_heads_first(
     total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
     if sink is not None:
         total_BKGT1 = total_BKGT1 + jnp.exp(sink_BKGT1 - top_BKGT1)
-    probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
+    bits = jnp.finfo(q_BTNH.dtype)  # of all operands, though the cache may keep them in float32
+    probs_BKGTS = jax.lax.reduce_precision(weights_BKGTS / total_BKGT1, bits.nexp, bits.nmant).astype(v_BKSH.dtype)
     y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)  # heads before tokens, or XLA transposes the values
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

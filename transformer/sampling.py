@@ -6,6 +6,7 @@ A text may outgrow the context. If a text is longer than the context, its last `
 again, so that the model never sees positions that it was not trained on.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
+from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.xla import jit_where_it_lies
 
@@ -147,8 +149,9 @@ def _decode(
             done_B = done_B | (next_B == end)
         return i + 1, next_B, done_B, cache, out_CB
 
-    out_CB = jnp.full((CHUNK, token_B.shape[0]), NOTHING)
-    _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, (0, token_B, done_B, cache, out_CB))
+    begin = 0, token_B, done_B, cache, jnp.full((CHUNK, token_B.shape[0]), NOTHING)
+    with with_rounded_weights() if config.operand_dtype == "bfloat16" else contextlib.nullcontext():
+        _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, begin)
     return out_CB, token_B, done_B, cache
 
 
@@ -179,7 +182,7 @@ def generate_tokens(
     run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed: a new seed compiles nothing
     texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]
     done_B = np.zeros(len(texts), bool)
-    made = 0
+    made, weights = 0, None  # rounded once, after the first token
     while made < num_tokens and not done_B.all():
         longest = max(map(len, texts))
         padded = _power_of_two(longest)
@@ -202,8 +205,10 @@ def generate_tokens(
             if used + count > slots:
                 slots = max(FEWEST_SLOTS, _power_of_two(used + count))
                 cache = _enlarge(cache, slots)
+            if weights is None:
+                weights = params if config.operand_dtype == "float32" else round_weights(params, rows=len(texts))
             out_CB, token_B, done_now_B, cache = _decode(
-                params, cache, token_B, done_B, count, key, banned_V, made, ends=ends, **run
+                weights, cache, token_B, done_B, count, key, banned_V, made, ends=ends, **run
             )
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
             used, room = used + count, room - count
