@@ -17,11 +17,12 @@ from configs import default
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
-from runtime import devices, trackers
+from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
+from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
 from training.precision import Choice, best_here
 from training.step import Step, TrainState, regroup
@@ -39,7 +40,7 @@ SINKS_FILE = "sinks.jsonl"
 REPORT_FILE = "report.html"
 CURVES_FILE = "loss.png"
 GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # on resume they are cut back to their size at the checkpoint
-FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, trackers.ID_FILE  # that a run writes
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, WANDB_ID_FILE  # that a run writes
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # a key of a checkpoint's meta that holds only weights
@@ -57,7 +58,7 @@ class Run:
     workdir: Path
     step: int  # real steps made
     val_loss: float | None  # of the last evaluation, nats per token
-    best_val_loss: float | None
+    best_val_loss: float | None  # the lowest; of the averaged weights, where the run keeps them
     best_step: int | None
     best_tokens: int = 0  # the best loss was computed on so many first tokens of the validation split; 0: all
 
@@ -280,9 +281,9 @@ def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Chec
 
 
 def load_weights(
-    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
+    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None], weights: str
 ) -> Params:
-    """The weights of a run's best checkpoint, for a model of the same shape.
+    """The weights, of WEIGHTS those that `weights` says, of a run's best checkpoint, for a model of the same shape.
 
     Raises UserError or NoCheckpointError if there is no such run, or if its model has another shape.
     """
@@ -298,18 +299,18 @@ def load_weights(
                 f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
                 "init_from needs a model of the same shape"
             )
-        step, params = checkpoints.restore_best_params(want, sharding, warn)
+        step, params = checkpoints.restore_best_params(want, sharding, warn, weights)
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     return params
 
 
 def load_model(
-    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None
+    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None, weights: str = "auto"
 ) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
     """A run's model on one device, its tokenizer, its config, and the checkpoint's number; takes no lock.
 
-    The checkpoint is number `step`, or the best sound one. Raises UserError or NoCheckpointError if there is no such
-    run or checkpoint, or if the one asked for is damaged.
+    The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
+    NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
@@ -320,10 +321,10 @@ def load_model(
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)
         if step is None:
-            step, params = checkpoints.restore_best_params(abstract, place, warn)
+            step, params = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
             try:
-                params = checkpoints.restore_params(step, abstract, place)
+                params = checkpoints.restore_params(step, abstract, place, weights)
             except DamagedError as error:
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
