@@ -128,7 +128,7 @@ class Service:
         self._config, self._chat_tokens, self._hosts = engine.model.config, chat_tokens, hosts
         self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you"}
         self._model |= {"max_model_len": self._config.context_len, "max_tokens": self._limits.tokens}
-        self._model |= {"attention_sink": self._config.attention_sink}
+        self._model |= {"attention_sink": self._config.has_sinks}
         self._page = read_file(Path(__file__).parent / "page.html").decode()
         inline = (re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL) for tag in ("script", "style"))
         hashed = (hashlib.sha256(found[1].encode()).digest() for found in inline if found)
@@ -329,7 +329,7 @@ class Service:
     async def _sinks(self, call: Call) -> Response:
         """How much each layer gave to its sinks where it chose each token of a text; null before the context."""
         body = await self._body(call)
-        if not self._config.attention_sink:
+        if not self._config.has_sinks:
             raise Refusal("this model has no attention sinks", None, 404)
         (_, prompt), (_, new) = self._ids(body.get("prompt")), self._ids(body.get("token_ids"))
         ids = [*prompt, *new][:-1][-self._config.context_len :]
