@@ -16,6 +16,7 @@ from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
+from runtime.workdir import WEIGHTS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
@@ -33,6 +34,7 @@ CHOICES = {
     "order": ORDERS,
     "warning_signal": ("save", "stop"),
     "unknown_characters": UNKNOWN_CHARACTERS,
+    "init_weights": WEIGHTS,
 }
 
 # Allowed numbers for the keys that belong neither to the model nor to the optimizer.
@@ -40,6 +42,7 @@ RANGES = {
     **dict.fromkeys(["train_shards", "batch_size", "steps_per_dispatch", "max_bad_steps", "peer_seconds"], Count),
     **dict.fromkeys(["eval_every", "log_every", "save_every", "keep"], Count),
     **dict.fromkeys(["epochs", "max_steps", "seed", "eval_tokens", "sample_every", "sample_tokens"], CountOrNone),
+    **{"max_flops": NotNegative, "max_seconds": NotNegative},
     **{"watchdog_seconds": CountOrNone, "temperature": NotNegative, "spike_sigmas": NotNegative},
     **{"test_fraction": BelowOne, "val_fraction": Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)]},
 }
@@ -52,10 +55,10 @@ SHAPE_KEYS -= {"vocab_size", "document_start", "answer_start", "answer_end"}
 # Keys that may change when a run goes on: how long it runs, how it is watched and saved, and where its text is (which
 # has to have the same hash). A change of any other key would make it another run.
 FREE_ON_RESUME = {
-    *("epochs", "max_steps", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run", "log_every"),
-    *("sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
-    *(f"{name}_enabled" for name in TRACKERS),
-    *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "mesh", "report"),
+    *("epochs", "max_steps", "max_flops", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run"),
+    *("log_every", "sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
+    *("trackers", "wandb_enabled"),
+    *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
     *("text_column", "skip_bad_rows"),
     *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
     *(EXECUTION_KEYS - {"dtype"}),
@@ -117,9 +120,13 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.cpu_devices: {config.cpu_devices} devices cannot share batch_size {config.batch_size}; use fewer"
         )
+    for name in trackers_of(config):
+        if name not in TRACKERS:
+            near = nearest(name, list(TRACKERS)) or f"; use some of {', '.join(TRACKERS)}"
+            raise UserError(f"config.trackers: unknown tracker {name!r}{near}")
     if config.val_fraction + config.test_fraction >= 1:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
-    if not config.epochs and not config.max_steps:
+    if not any(config[key] for key in ("epochs", "max_steps", "max_flops", "max_seconds")):
         raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
     if config.chat and not config.mask_documents:
         raise UserError("config.chat: a row holds several conversations, which only mask_documents keeps apart; set it")
@@ -156,11 +163,18 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, **tokens
 
 
 def model_config_of(
-    config: ConfigDict, vocab_size: int, eot: int | None = None, answer: tuple[int, int] | None = None
+    config: ConfigDict,
+    vocab_size: int,
+    eot: int | None = None,
+    auto: str = "",
+    answer: tuple[int, int] | None = None,
 ) -> TransformerConfig:
-    """The model's shape, with the dtype that fits the device.
+    """The model's shape, and how it is run.
 
-    `eot` is the tokenizer's end-of-text token, `answer` those with which the assistant's turns begin and end.
+    Args:
+      eot: the tokenizer's end-of-text token.
+      auto: what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
+      answer: the tokens with which the assistant's turns in conversations begin and end.
 
     Raises UserError if documents are to be masked and there is no such token.
     """
@@ -170,11 +184,17 @@ def model_config_of(
             f"config.mask_documents: tokenizer {config.tokenizer} has no end-of-text token between documents; "
             "set it to False, or take one that has, such as gpt2"
         )
-    auto = "float32" if target().platform == "cpu" else "bfloat16"
+    auto = auto or ("float32" if target().platform == "cpu" else "bfloat16")
     tokens = {"document_start": start}
     if config.chat and answer:
         tokens |= {"answer_start": answer[0], "answer_end": answer[1]}
     return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, **tokens)
+
+
+def trackers_of(config: ConfigDict) -> list[str]:
+    """The trackers that a config switches on, each once; `wandb_enabled` is what runs had before there were others."""
+    names = ["wandb"] * config.wandb_enabled + [name.strip() for name in config.trackers.split(",") if name.strip()]
+    return list(dict.fromkeys(names))
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -216,7 +236,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
             )
     if new.schedule not in ("cosine", "linear"):
         return
-    differs = [key for key in ("max_steps", "epochs") if old[key] != new[key]]
+    differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]
     if differs:
         raise UserError(
             f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "

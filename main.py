@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "write text with a trained model",
     "eval": "exact loss over a whole split, or any text",
     "verify": "check every checkpoint of a run",
+    "serve": "a page to try a model on, and the endpoints of OpenAI's clients",
     "report": "one page on a run: curves, samples, config, what the sinks do",
     "compare": "runs side by side: what differs, losses, costs, curves",
     "sweep": "train a grid of configs and seeds, then compare them",

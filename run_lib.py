@@ -18,17 +18,21 @@ from corpus.chat import chat_tokens
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
-from runtime import devices, trackers
+from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
+from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
+from training.precision import Choice, best_here
 from training.step import Step, TrainState, regroup
+from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
 from transformer.sampling import Prompt
 from transformer.sharding import DATA, FSDP
+from transformer.xla import target
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -38,7 +42,7 @@ SINKS_FILE = "sinks.jsonl"
 REPORT_FILE = "report.html"
 CURVES_FILE = "loss.png"
 GROWING_FILES = METRICS_FILE, SAMPLES_FILE, SINKS_FILE  # on resume they are cut back to their size at the checkpoint
-FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, trackers.ID_FILE  # that a run writes
+FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, WANDB_ID_FILE  # that a run writes
 
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # a key of a checkpoint's meta that holds only weights
@@ -56,7 +60,7 @@ class Run:
     workdir: Path
     step: int  # real steps made
     val_loss: float | None  # of the last evaluation, nats per token
-    best_val_loss: float | None
+    best_val_loss: float | None  # the lowest; of the averaged weights, where the run keeps them
     best_step: int | None
     best_tokens: int = 0  # the best loss was computed on so many first tokens of the validation split; 0: all
 
@@ -193,9 +197,9 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
         raise UserError(f"{workdir / TOKENIZER_FILE}: {one_line(error)}; take it from a copy of the run") from error
 
 
-def model_config_for(config: ConfigDict, tokenizer: Tokenizer) -> TransformerConfig:
+def model_config_for(config: ConfigDict, tokenizer: Tokenizer, auto: str = "") -> TransformerConfig:
     """`config_lib.model_config_of` with what it needs of the tokenizer."""
-    return config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot, tokenizer.answer)
+    return config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot, auto, tokenizer.answer)
 
 
 def prompt_of(config: ConfigDict, tokenizer: Tokenizer, text: str) -> Prompt:
@@ -236,6 +240,26 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
         raise NoCheckpointError(f"{workdir}: a checkpoint's config: {one_line(error)}; {_ODD_META}") from error
 
 
+def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
+    """The arithmetic of a run: its config's, where that is "auto" the one that it began with, else the best one here.
+
+    Args:
+      meta: of a checkpoint; None where there is none yet. Older builds, which kept none, took float32 on a CPU.
+
+    Raises:
+      NoCheckpointError: it names none that there is.
+    """
+    if config.dtype != "auto":
+        return Choice(config.dtype)
+    platform = target().platform
+    if meta is None or IMPORTED_FROM in meta:
+        return best_here(platform)
+    kept = meta.get("arithmetic", {}).get("dtype", "float32" if platform == "cpu" else "bfloat16")
+    if kept not in MODEL_CHOICES["dtype"]:
+        raise NoCheckpointError(f"a checkpoint's dtype: {kept!r}; {_ODD_META}")
+    return Choice(kept, "auto: as the run began")
+
+
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint.
 
@@ -270,9 +294,9 @@ def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Chec
 
 
 def load_weights(
-    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None]
+    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None], weights: str
 ) -> Params:
-    """The weights of a run's best checkpoint, for a model of the same shape.
+    """The weights, of WEIGHTS those that `weights` says, of a run's best checkpoint, for a model of the same shape.
 
     Raises UserError or NoCheckpointError if there is no such run, or if its model has another shape.
     """
@@ -288,39 +312,40 @@ def load_weights(
                 f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
                 "init_from needs a model of the same shape"
             )
-        step, params = checkpoints.restore_best_params(want, sharding, warn)
+        step, params = checkpoints.restore_best_params(want, sharding, warn, weights)
         require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
     return params
 
 
 def load_model(
-    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None
+    workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None, weights: str = "auto"
 ) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
     """A run's model on one device, its tokenizer, its config, and the checkpoint's number; takes no lock.
 
-    The checkpoint is number `step`, or the best sound one. Raises UserError or NoCheckpointError if there is no such
-    run or checkpoint, or if the one asked for is damaged.
+    The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
+    NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = model_config_for(config, tokenizer)
-    model_config = dataclasses.replace(model_config, attention_kernel="auto")  # the run's own may need another device
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)
         if step is None:
-            step, params = checkpoints.restore_best_params(abstract, place, warn)
+            step, params = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
             try:
-                params = checkpoints.restore_params(step, abstract, place)
+                params = checkpoints.restore_params(step, abstract, place, weights)
             except DamagedError as error:
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
                 ) from error
-        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+        require_same_model(workdir, config, tokenizer, meta := checkpoints.meta(step))
     check_finite(params, workdir)
+    how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
+    model_config = dataclasses.replace(model_config, **how)
     return model_of(model_config, params), tokenizer, config, step
 
 

@@ -1,7 +1,6 @@
 """The trainer, to be read from top to bottom. The step is in training/step.py, evaluation in training/evaluate.py."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -28,27 +27,21 @@ from runtime.files import MetricsFile, append_text, cut_back, size_of, write_jso
 from runtime.processes import by_first, is_first, num_processes
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
-from runtime.trackers import TRACKERS, Trackers
+from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if_unused
+from training.budget import measure, steps_in, total_steps
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import longest, several_steps, spans, throttled
+from training.ema import average_of, begin_with
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
 from training.optimizer import groups_of, schedule_shape
 from training.step import Step, make_step
-from transformer.model import Transformer, model_of
+from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import make_mesh, most_parts, shardings_of, whole
-
-
-def total_steps(config: ConfigDict, batches: Batches) -> int:
-    """Real steps of the whole run: the fewer of `epochs` and `max_steps`."""
-    limits = [config.max_steps] if config.max_steps else []
-    if config.epochs:
-        limits.append(max(1, math.ceil(batches.steps(config.epochs) / config.accumulation_steps)))
-    return min(limits)
 
 
 def train(
@@ -122,7 +115,8 @@ class Trainer:
             self.tokenizer.encode(self.sample_prompt)
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
-        self.model_config = run_lib.model_config_for(config, self.tokenizer)
+        how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
+        self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_parts(self.mesh)
@@ -133,20 +127,23 @@ class Trainer:
         self.placement = partial(shardings_of, mesh=self.mesh)
         self.arithmetic = run_lib.arithmetic_of(self.model_config, self.mesh)
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
+        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
+        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
+        self.work_ahead = side_work(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
         build = partial(self._build, dropout_key)
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
         step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
         self.val_tokens = some if some < whole_split else 0  # evaluations on so many are compared; 0: the whole split
-        self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         several = config.steps_per_dispatch > 1
         self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         measured = config.report and self.model_config.has_sinks
         self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
-        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total)
+        facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
         if config.print_per_layer_params:
             for name, leaf in step.state.params.items():
@@ -161,21 +158,19 @@ class Trainer:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
             checkpoints.require_room(1 if resumed else 2, self.state)
-        periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
-        self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
-        self.work_ahead = side_work(self.tokens_per_step, self.data.val.num_tokens, config.eval_tokens, **periods)
-        counts, vocab_size = jax.device_get(self.state.metrics), self.model_config.vocab_size
-        self.divergence = Divergence(
-            *(config.max_bad_steps, config.skip_spikes, step.state.params, counts, console.warn), vocab_size
-        )
+        watched = config.max_bad_steps, config.skip_spikes, step.state.params, jax.device_get(self.state.metrics)
+        self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
         self.tracing = False
         settings = config_lib.to_dict(config)
-        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
+        write_json(
+            workdir / run_lib.CONFIG_FILE, {"config": settings, "timed_steps": self.timed, **devices.environment()}
+        )
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
-            enabled = [name for name in TRACKERS if config[f"{name}_enabled"] and is_first()]
-            self.trackers = Trackers(enabled, name=workdir.name, config=settings, workdir=workdir, warn=console.warn)
+            enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
+            kept = {"name": workdir.name, "config": settings, "workdir": workdir, "step": logged}
+            self.trackers = Trackers(enabled, **kept, warn=console.warn)
         for name, where in self.trackers.where.items():
             console.line(f"{name:<12}{where}")
 
@@ -191,22 +186,43 @@ class Trainer:
         self.batches = Batches(
             self.data.train, config.context_len, seed=config.seed, order=config.order, **at(config, micro_step)
         )
-        self.total = self.total_before = total_steps(config, self.batches)
+        settings, health = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+        make = lambda total, *first: make_step(settings, self.model_config, total, key, self.mesh, *health, *first)
+        flops, self.timed = flops_per_token(self.model_config), (meta or {}).get("timed_steps", 0)
+
+        def total(c: ConfigDict, batches: Batches) -> int:
+            k, epochs = c.accumulation_steps, batches.steps(c.epochs) if c.epochs else None
+            return total_steps(
+                epochs, k, c.max_steps, self.timed, c.max_flops, flops * c.context_len * c.batch_size * k
+            )
+
+        if config.max_seconds and not meta:
+            self.timed = self._time(make(total(config, self.batches)), key)
+        self.total = self.total_before = total(config, self.batches)
         if meta:
             old = run_lib.config_of(meta, self.workdir)
-            self.total_before = total_steps(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
-        settings = config_lib.optimizer_config(config)
+            self.total_before = total(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         self.first_total = (meta or {}).get("first_total", self.total_before)
-        health = config.spike_sigmas, config.skip_spikes
-        return make_step(settings, self.model_config, self.total, key, self.mesh, *health, self.first_total)
+        return make(self.total, self.first_total)
+
+    def _time(self, step: Step, key: jax.Array) -> int:
+        """The steps that `max_seconds` are enough for."""
+        config, seconds = self.config, self.config.max_seconds
+        self.console.doing("timing some steps")
+        batch_at = lambda i: place(self.batches, self.mesh, 1, range(i, i + 1))
+        evaluate = lambda params, tokens: self.evaluate(params, self.data.val, tokens, self.stop.raise_if_set)
+        pace = measure(step, key, batch_at, config.accumulation_steps, evaluate, seconds)
+        steps = steps_in(seconds, pace, self.work_ahead)
+        self.console.line(f"max_seconds {seconds:g}: enough for {steps:,} steps of {1000 * pace.step:.3g} ms")
+        return steps
 
     def _begin(self, init: Callable, key: jax.Array) -> None:
         """Start a new run, with initial weights or those of `init_from`."""
         self.state = init(key)
         if self.config.init_from:
             source = Path(self.config.init_from)
-            weights = run_lib.load_weights(source, self.model_config, self.placement, self.console.warn)
-            self.state = self.state._replace(params=weights)
+            which = self.placement, self.console.warn, self.config.init_weights
+            self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.compiled_before = -devices.compile_seconds()
@@ -276,8 +292,8 @@ class Trainer:
         self.console.doing("drawing the curves")
         history = run_lib.read_metrics(self.workdir, self.console.warn)
         by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
-        best = self.best_val_loss, self.best_step, self.val_tokens
-        run = Run(self._model(), self.tokenizer, history, self.workdir, self.step, self.val_loss, *best)
+        losses, model = (self.val_loss, self.best_val_loss, self.best_step), self._model(self.state.params)
+        run = Run(model, self.tokenizer, history, self.workdir, self.step, *losses, self.val_tokens)
         if self.config.report:
             self.console.doing("writing report.html")
             by_first(lambda: write_after_training(run, self.console.warn))
@@ -303,7 +319,7 @@ class Trainer:
                     if last and self.val_tokens:
                         row |= self._evaluate(0) | {f"prefix_{key}": value for key, value in compared.items()}
                     if self.sinks:
-                        by_first(partial(self.sinks.append, self._model(), row))
+                        by_first(partial(self.sinks.append, self._model(self.state.params), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
@@ -311,15 +327,16 @@ class Trainer:
                 self.checkpoints.load_orbax()
         if due(config.sample_every):
             with self._side_work("sample", "sampling"):
-                by_first(partial(self._sample, self._model()))
+                by_first(partial(self._sample, self._model(average_of(self.state.opt_state) or self.state.params)))
         self.reported = True
-        improved = evaluated and (self.best_val_loss is None or compared["val_loss"] < self.best_val_loss)
+        score = compared.get("ema_val_loss", compared["val_loss"]) if evaluated else None
+        improved = evaluated and (self.best_val_loss is None or score < self.best_val_loss)
         if improved:
-            self.best_val_loss, self.best_step = compared["val_loss"], step
+            self.best_val_loss, self.best_step = score, step
         asked = (num_processes() == 1 or logged) and self.stop.take_save_request()
         if improved or asked or due(config.save_every):
             with self.clock.pause("save"), self.console.busy("saving"):
-                self._save(compared["val_loss"] if evaluated else None)
+                self._save(score)
             if asked:
                 self.console.line(f"saved step {step}, as a signal asked for it")
 
@@ -370,11 +387,14 @@ class Trainer:
         val = self.data.val
         self.val_loss, tokens = self.evaluate(self.state.params, val, max_tokens, self.stop.raise_if_set)
         per_byte = bits_per_byte(self.val_loss, tokens, val, self.tokenizer)
-        return {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
+        row = {"val_loss": self.val_loss, "bits_per_byte": per_byte, "val_tokens": tokens}
+        if average := average_of(self.state.opt_state):
+            row["ema_val_loss"], _ = self.evaluate(average, val, max_tokens, self.stop.raise_if_set)
+        return row
 
-    def _model(self) -> Transformer:
+    def _model(self, params: Params) -> Transformer:
         """The model on the first device alone. All processes must call it."""
-        params = whole(self.state.params, self.mesh)
+        params = whole(params, self.mesh)
         return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
 
     def _sample(self, model: Transformer) -> None:
@@ -398,6 +418,7 @@ class Trainer:
             "data_sha256": self.data.sha256,
             "micro_step": self.micro_step,
             "first_total": self.first_total,
+            "timed_steps": self.timed,
             "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
             "compile_seconds": self._compiled(),

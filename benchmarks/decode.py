@@ -2,7 +2,8 @@
 
     python -m benchmarks.decode
 
-Greedy, in GPT-2's exact settings without sinks, float32. Both sides continue the same random prompts by as many tokens.
+Greedy, in GPT-2's exact settings without sinks; in float32, and in bfloat16 as each has it: transformers throughout,
+here the products (`dtype=bfloat16_matmul`). Both sides continue the same random prompts by as many tokens.
 Each runs in a process of its own, set up as its users do (`main.py sample` has one device; torch takes all cores), and
 they take turns, a block of texts at a time, while the other sleeps. Time to first token is from the call to the first
 token on the host, with everything compiled; tokens per second count a whole call, prefill included. Where two logits
@@ -10,8 +11,10 @@ are as good as equal the sides may choose differently: `same` says how many text
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,8 @@ def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[i
         prompts = list(prompts_BP)
         return lambda length: np.concatenate(list(generate_tokens(model, prompts, length, GREEDY))).T
     twin, theirs_BP = in_torch(model), torch.tensor(prompts_BP)
+    if model.config.dtype != "float32":
+        twin = twin.to(torch.bfloat16)
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(theirs_BP)}
 
     def write(length: int) -> np.ndarray:
@@ -83,21 +88,23 @@ def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[i
     return write
 
 
-def work(side: str, shape: tuple[int, ...], batch: int) -> None:
+def work(side: str, shape: tuple[int, ...], batch: int, half: bool) -> None:
     """The process of one side: says its texts; then, asked for a length, the seconds that texts of it take."""
     devices.set_up_compile_cache(print)
     model = gpt2(*shape)
+    if half:
+        model = model_of(replace(model.config, dtype="bfloat16_matmul"), params_of(model))
     write = writer(side, model, np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)))
     several = lambda length: lambda times: [write(length) for _ in range(times)]
     texts = write(model.config.context_len - PROMPT).tolist()
     answer(json.dumps(texts), lambda length: seconds_of_one(several(int(length)), BLOCK))
 
 
-def compare(shape: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
+def compare(shape: tuple[int, ...], batch: int, half: bool, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     blocks, width, _, context = shape
     whole = context - PROMPT
-    row = f"--shape={','.join(map(str, shape))}", f"--batch={batch}"
+    row = f"--shape={','.join(map(str, shape))}", f"--batch={batch}", *(["--half"] if half else [])
     seconds: dict[tuple[str, int], list[float]] = {(side, length): [] for side in SIDES for length in (1, whole)}
     with workers({side: ("benchmarks.decode", f"--work={side}", *row) for side in SIDES}) as made:
         for side, worker in made.items():
@@ -113,6 +120,7 @@ def compare(shape: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
     return {
         "model": f"{blocks} x {width}, context {context}",
         "batch": batch,
+        "precision": "bfloat16" if half else "float32",
         "new tokens": whole,
         "first token, transformers (ms)": 1e3 * first[theirs]["median"],
         "here (ms)": 1e3 * first[ours]["median"],
@@ -133,14 +141,16 @@ def main(argv: list[str] | None = None) -> None:
         "--shape", type=lambda text: tuple(map(int, text.split(","))), help="one row: blocks,width,heads,context"
     )
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--half", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # PyTorch stays there too
     if flags.work:
-        return work(flags.work, flags.shape, flags.batch)
+        return work(flags.work, flags.shape, flags.batch, flags.half)
     shapes, batches = [flags.shape] if flags.shape else SHAPES, [flags.batch] if flags.batch else BATCHES
-    rows = [compare(shape, batch, flags.rounds) for shape in shapes for batch in batches]
+    several = itertools.product(shapes, batches, (False, True))
+    rows = [compare(*row, flags.rounds) for row in several]
     note = f"torch on {torch.get_num_threads()} threads. Medians of {flags.rounds} rounds."
-    report("decode", "Greedy decoding, float32", rows, note, flags.out)
+    report("decode", "Greedy decoding", rows, note, flags.out)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
-"""Exact loss of a trained model over a whole split of its text, or over any other text."""
+"""Exact loss of a trained model over a split of its text or another text, or its score in tasks."""
 
 import json
 import math
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags, spoken_in_flags
+from commands.flags import define_checkpoint, parse_flags, spoken_in_flags
 from corpus.dataset import UNKNOWN_CHARACTERS, Split
+from corpus.tokenizer import Tokenizer, UnknownCharacters
 from runtime import devices
-from runtime.errors import UserError
-from runtime.files import new_file
+from runtime.checkpoints.manager import average_in
+from runtime.errors import UserError, one_line
+from runtime.files import new_file, parse_json, read_file
 from runtime.screen.console import Console
+from training import tasks
 from training.evaluate import Evaluator, bits_per_byte, log_probs
 from transformer.model import Transformer, params_of
 from transformer.sharding import make_mesh
@@ -21,8 +26,7 @@ from transformer.sharding import make_mesh
 
 def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
+    define_checkpoint(values)
     split = "What to evaluate on; default val, and all of another text than the run's."
     flags.DEFINE_enum("split", None, ["train", "val", "test", "all"], split, **define)
     flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
@@ -30,6 +34,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
     flags.DEFINE_string("text_column", None, "Of rows: the column to read; default as the config says.", **define)
     flags.DEFINE_bool("skip_bad_rows", None, "Leave out rows without a text; default as the config says.", **define)
+    flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", **define)
     flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
 
 
@@ -39,12 +44,23 @@ def main(argv: list[str]) -> None:
     devices.set_up_compile_cache(console.warn)
     [device, *_] = devices.wake_up()
     workdir = Path(values.workdir)
-    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn)
+    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     meta = run_lib.meta_of(workdir, number)
+    about = {"step": run_lib.real_step_of(meta)}
+    if average_in(meta):
+        about["weights"] = "trained" if values.weights == "trained" else "ema"
     own = meta.get("data_sha256")  # an imported model has none
     for name in ("dataset", "unknown_characters", "text_column", "skip_bad_rows"):
         if values[name].value is not None:
             config[name] = values[name].value
+    if values.tasks:
+        for name in ("split", "dataset", "tokens"):
+            if values[name].value is not None:
+                raise UserError(f"--{name}: is of a text; leave it out, or leave out --tasks")
+        for path in map(Path, values.tasks):
+            told = _score(path, model, tokenizer, config.unknown_characters, config.skip_bad_rows, console)
+            console.line(json.dumps({**about, "task": path.name.removesuffix(".jsonl"), **told}))
+        return
     with spoken_in_flags():
         name = values.split or "val"
         if values.dataset is not None or name == "all":
@@ -62,7 +78,7 @@ def main(argv: list[str]) -> None:
     evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
     loss, tokens = evaluate(params_of(model), split)
     result = {
-        "step": run_lib.real_step_of(meta),
+        **about,
         "split": name,
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it overflows
@@ -70,6 +86,45 @@ def main(argv: list[str]) -> None:
         "tokens": tokens,
     }
     console.line(json.dumps(result))
+
+
+def _score(
+    path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, skip: bool, console: Console
+) -> dict[str, Any]:
+    """What a model makes of the questions of a file, a JSON object on each line; those to `skip` are counted.
+
+    Raises:
+      UserError: the file cannot be read, has none, or one cannot be asked.
+    """
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            return tokenizer.encode(text, replace_unknown=unknown == "replace")
+        except UnknownCharacters as error:
+            if unknown == "drop":
+                return tokenizer.encode("".join(c for c in text if c not in error.characters))
+            raise ValueError(f"{error}; give --unknown_characters=replace or drop") from error
+
+    questions, requests, skipped = [], [], 0
+    try:
+        lines = read_file(path, 2**30).decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tasks={path}: cannot be read ({one_line(error)}); name a file of JSON lines") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                question = tasks.read_question(parse_json(line))
+                requests += list(tasks.encode(question, tokenizer, encode))
+                questions.append(question)
+            except ValueError as error:
+                skipped += 1
+                if not skip:
+                    raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
+    if not questions:
+        raise UserError(f"--tasks={path}: has no question; write a JSON object on each line")
+    with console.progress(len(requests), 0) as bar:
+        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
+    return told | ({"skipped": skipped} if skip else {})
 
 
 def _write_tokens(path: Path, model: Transformer, pieces: list[bytes], split: Split, rows: int) -> None:

@@ -7,7 +7,7 @@ from absl import flags
 
 import config_lib
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags
+from commands.flags import define_checkpoint, parse_flags
 from interop.models import exported_as, to_theirs
 from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
 from interop.weight_files import WEIGHTS, new_directory, write_safetensors
@@ -19,8 +19,7 @@ from transformer.model import params_of
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
+    define_checkpoint(values)
     flags.DEFINE_string("out", None, "A new directory for the files.", flag_values=values)
     what = "hf: a directory for transformers' AutoModelForCausalLM; safetensors: any model, with our names."
     flags.DEFINE_enum("format", "hf", ["hf", "safetensors"], what, flag_values=values)
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out: missing; name a new directory for the files")
     console = Console()
     devices.wake_up()
-    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, console.warn)
+    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, console.warn, values.weights)
     params = {name: np.asarray(value) for name, value in params_of(model).items()}
     with new_directory(Path(values.out)) as out:
         if values.format == "safetensors":

@@ -18,6 +18,7 @@ from runtime.errors import Interrupted, UserError, one_line
 from runtime.files import PROGRAM
 from runtime.screen.console import Console
 from runtime.screen.text import nearest
+from runtime.workdir import WEIGHTS
 
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
@@ -74,6 +75,13 @@ def parse_flags(
     elif rest:
         raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
     return values
+
+
+def define_checkpoint(values: flags.FlagValues) -> None:
+    """The flags of a command that reads the weights of a run."""
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
+    flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, "auto: their average, if kept.", flag_values=values)
 
 
 @contextlib.contextmanager

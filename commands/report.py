@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags
+from commands.flags import define_checkpoint, parse_flags
 from corpus.tokenizer import UnknownCharacters
 from reports import run_page
 from runtime import devices
@@ -15,8 +15,7 @@ from transformer.model import Transformer
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
+    define_checkpoint(values)
     flags.DEFINE_string("text", None, "Whose attention is shown; default the last sample's.", flag_values=values)
 
 
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
     devices.wake_up()
     model: Transformer | str
     try:
-        model, tokenizer, _, step = run_lib.load_model(workdir, values.step, console.warn)
+        model, tokenizer, _, step = run_lib.load_model(workdir, values.step, console.warn, values.weights)
         which = f"checkpoint {step}"
     except NoCheckpointError as error:
         if values.step is not None:

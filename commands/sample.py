@@ -10,16 +10,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags
+from commands.flags import define_checkpoint, parse_flags
 from corpus.chat import chat_tokens
-from corpus.tokenizer import Tokenizer, UnknownCharacters
+from corpus.tokenizer import Tokenizer, UnknownCharacters, until
 from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.files import new_file, parse_json, read_file, user_state
@@ -31,15 +31,14 @@ from transformer.sampling import Prompt, Sampling, prompt_tokens, stream
 
 def _define(values: flags.FlagValues) -> None:
     default, define = Sampling(), {"flag_values": values}
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
+    define_checkpoint(values)
     flags.DEFINE_string("prompt", None, "What the text goes on from; default: typed, or else standard input.", **define)
     lines = 'A file with a prompt on each line; a .jsonl has objects with a "prompt".'
     flags.DEFINE_string("prompts", None, lines, **define)
     flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", **define)
     flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", **define)
     flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", **define)
-    flags.DEFINE_string("out", None, "A new file of JSON lines: the prompt, text and seed of each text.", **define)
+    flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", **define)
     flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", **define)
     flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", **define)
     flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", **define)
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--{error}") from error
     devices.set_up_compile_cache(Console().warn)
     devices.wake_up()
-    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn)
+    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
@@ -114,23 +113,6 @@ def main(argv: list[str]) -> None:
     except BrokenPipeError:  # the reader has seen enough
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text of `pieces` before the first of `stops` to be complete. What may begin a stop is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if ends := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-            yield held[: min(ends)[1]]
-            return
-        begins = (at for at in range(len(held)) if any(stop.startswith(held[at:]) for stop in stops))
-        known = next(begins, len(held))
-        if known:
-            yield held[:known]
-        held = held[known:]
-    if held:
-        yield held
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

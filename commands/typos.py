@@ -37,6 +37,9 @@ def hint(word: str, words: Sequence[str]) -> str:
 def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
     """A command's flags, each with its type, and the keys of --config.KEY if it takes a config."""
     source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+    if "define_checkpoint(" in source:  # flags that several commands have
+        shared = Path(__file__).with_name("flags.py").read_text(encoding="utf-8")
+        source += shared.partition("def define_checkpoint(")[2].partition("\n\n\n")[0]
     flags = {name: kind for kind, name in _FLAG.findall(source)} | _OF_ALL
     if "config=True" not in source:
         return flags, []

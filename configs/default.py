@@ -92,14 +92,20 @@ def get_config() -> ConfigDict:
     config.lr_warmup_ratio = 0.0  # share of all steps
     config.decay_ratio = 0.5  # constant_linear: share of all steps that decays, at the end
     config.min_lr_ratio = 0.0  # last learning rate as a share of the peak
+    config.ema_decay = 0.0  # of an average of the weights over the last 1 / (1 - ema_decay) real steps or so, evaluated
+    # and saved beside them; 0: none is kept
 
     # --- Training ----------------------------------------------------------------------------------------------
     config.batch_size = 16  # sequences a micro-batch, over all devices
     config.epochs = 1  # passes over the training text; 0: no limit
-    config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever of the two comes first
+    config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever limit comes first
+    config.max_flops = 0.0  # floating-point operations of the whole run, as its MFU counts them; 0: no limit
+    config.max_seconds = 0.0  # of steps, evaluations and saves, without compilation; 0: no limit. A trial of some
+    # seconds fixes the number of steps once, and from then on the run is the one that max_steps would give
     config.seed = 0  # of initial weights, data order and dropout
-    config.dtype = "auto"  # of the arithmetic: float32 | bfloat16 | auto (bfloat16 on GPU and TPU). Weights: float32
-    # bfloat16_matmul: products of bfloat16, the rest float32; for CPUs with AMX or AVX512-BF16, where bfloat16 is slow
+    config.dtype = "auto"  # of the arithmetic; weights are float32: float32 | bfloat16 | bfloat16_matmul (products of
+    # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
+    # bfloat16_matmul where a short measurement finds it faster, else float32. A run keeps what it began with
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
@@ -111,6 +117,7 @@ def get_config() -> ConfigDict:
     # devices that are left. data splits the batch; fsdp the batch, parameters and optimizer; tensor heads, hidden units
     # and the vocabulary; sequence the tokens of each row. "": all devices on data
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
+    config.init_weights = "auto"  # of init_from: trained | ema (their average) | auto (the average where there is one)
     config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen at each row)
     config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off
     config.skip_spikes = False  # the gradient of such a step is not applied
@@ -128,7 +135,8 @@ def get_config() -> ConfigDict:
     config.temperature = 0.8  # of the samples; 0 is greedy
     config.report = True  # measure the sinks' shares of attention at each evaluation; at the end, write report.html
     config.print_per_layer_params = False  # list every parameter at the start
-    config.wandb_enabled = False  # Weights & Biases; its settings come from the environment or .env
+    config.trackers = ""  # services that take the numbers too: some of wandb,tensorboard,trackio
+    config.wandb_enabled = False  # as trackers="wandb": Weights & Biases, whose settings are in the environment or .env
 
     # --- Checkpoints -------------------------------------------------------------------------------------------
     config.save_every = 250  # real steps; the last step and each best evaluation are saved too

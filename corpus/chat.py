@@ -145,7 +145,7 @@ class ConversationSplit(Split):
         return count_bytes(answers, min(num_tokens, len(answers)), tokenizer)
 
     def in_answers(self) -> np.ndarray:
-        """Whether each token but the first is predicted, as `training.loss.targets_of` has it."""
+        """Whether each token but the first is predicted, as `training.answers.targets_of` has it."""
         (start, end), eot = self.answer, self.tokens[0]
         inputs, targets = (np.reshape(x, (-1, self.context_len)) for x in (self.tokens[:-1], self.tokens[1:]))
         place = 2 * np.arange(self.context_len)

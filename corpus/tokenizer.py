@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -381,6 +381,45 @@ class TextStream:
     def flush(self) -> str:
         """What is left at the end: "", or U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
+
+
+class UpTo:
+    """The text of pieces up to the stop that is the first to be there whole, without it.
+
+    What may be the beginning of a stop is held back until that is known.
+
+    Attributes:
+        ended: whether a stop was there; nothing comes after it.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held, self.ended = stops, "", False
+
+    def feed(self, piece: str) -> str:
+        """What is known to belong to the text, now that this piece came."""
+        held = "" if self.ended else self._held + piece
+        ends = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        self.ended = self.ended or bool(ends)
+        begins = (at for at in range(len(held)) if any(stop.startswith(held[at:]) for stop in self._stops))
+        known = min(ends)[1] if ends else next(begins, len(held))
+        self._held = "" if self.ended else held[known:]
+        return held[:known]
+
+    def flush(self) -> str:
+        """What was held back, as nothing comes after it."""
+        return self._held
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """`UpTo` of the pieces; no more of them are asked for than are needed."""
+    text = UpTo(stops)
+    for piece in pieces:
+        if known := text.feed(piece):
+            yield known
+        if text.ended:
+            return
+    if rest := text.flush():
+        yield rest
 
 
 def tokenizer_names() -> list[str]:

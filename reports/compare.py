@@ -50,6 +50,7 @@ class Result:
     val_loss: float | None = None  # of the last evaluation, nats per token
     best: float | None = None  # the lowest one
     best_step: float | None = None
+    averaged: float | None = None  # the lowest of the averaged weights
     bits_per_byte: float | None = None  # of the best evaluation
     tokens_to: float | None = None  # to the target
     seconds_to: float | None = None
@@ -69,6 +70,7 @@ _COLUMNS = {
     "val_loss": _Column("val_loss", "{:.4f}".format),
     "best": _Column("best", "{:.4f}".format),
     "best_step": _Column("at step", "{:,.0f}".format),
+    "averaged": _Column("best, averaged", "{:.4f}".format),
     "bits_per_byte": _Column("bits/byte", "{:.4f}".format),
     "tokens_to": _Column("tokens to {}", human),
     "seconds_to": _Column("seconds to {}", "{:,.1f}".format),
@@ -76,9 +78,9 @@ _COLUMNS = {
     "tokens_per_second": _Column("tokens/s", human),
     "peak_mib": _Column("peak MiB", "{:,.0f}".format),
 }
-_LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "bits_per_byte")
+_LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "averaged", "bits_per_byte")
 _COST = ("tokens_to", "seconds_to", "seconds", "tokens_per_second", "peak_mib")
-_MEAN_LOSS = ("steps", "val_loss", "best", "bits_per_byte")
+_MEAN_LOSS = ("steps", "val_loss", "best", "averaged", "bits_per_byte")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
         return Result()
     last, evaluations = run.rows[-1], run.evaluations
     best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    averaged = [row["ema_val_loss"] for row in evaluations if row.get("ema_val_loss") is not None]
     reached = [] if target is None else [r for r in evaluations if r.get(metric) is not None and r[metric] <= target]
     first = reached[0] if reached else {}
     speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second") is not None]
@@ -162,6 +165,7 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
         val_loss=evaluations[-1]["val_loss"] if evaluations else None,
         best=best.get("val_loss"),
         best_step=best.get("step"),
+        averaged=min(averaged, default=None),
         bits_per_byte=best.get("bits_per_byte"),
         tokens_to=first.get("tokens"),
         seconds_to=first.get("training_seconds"),
@@ -227,6 +231,8 @@ def _table(
     title: str, first: list[str], named: dict[str, list[Result]], keys: Sequence[str], target: str, score_by: str | None
 ) -> Table:
     """A row for each name: the numbers of one result, mean and spread of several; the lowest `score_by` is bold."""
+    results = [result for several in named.values() for result in several]
+    keys = [key for key in keys if key != "averaged" or any(result.averaged is not None for result in results)]
     columns = [_COLUMNS[key] for key in keys]
     rows = []
     for name, results in named.items():

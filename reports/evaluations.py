@@ -6,7 +6,7 @@ from typing import Any
 
 Row = dict[str, Any]  # of metrics.jsonl
 
-_FIGURES = ("val_loss", "bits_per_byte", "val_tokens")
+_FIGURES = ("val_loss", "bits_per_byte", "val_tokens", "ema_val_loss")
 _PREFIXES = ("", "prefix_")  # the last step's row has the whole split's figures, and those of the earlier steps' part
 
 

@@ -60,6 +60,10 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             fontweight="bold",
         )
 
+    tokens, losses = series(rows, "ema_val_loss")
+    if len(losses):
+        axes.plot(tokens, losses, ".--", color=_OTHER, linewidth=1.0, label="validation, averaged weights")
+
     axes.set_title(title, loc="left", color=_INK, fontweight="bold", parse_math=False)
     _dress(axes, "tokens", _UNITS["val_loss"])
     if axes.get_legend_handles_labels()[0]:

@@ -104,6 +104,7 @@ def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
     rows = {
         "validation loss": number(last.get("val_loss"), ".4f"),
         "best": None if result.best is None else f"{result.best:.4f} at step {result.best_step:,.0f}",
+        "best, averaged weights": number(result.averaged, ".4f"),
         "bits per byte": number(result.bits_per_byte, ".4f"),
         "steps": number(result.steps, ",.0f"),
         "tokens": None if result.tokens is None else human(result.tokens),
@@ -119,8 +120,9 @@ def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
 
 
 def _curves(run: RunRecord) -> list[Block]:
+    losses = {"loss": "training", "val_loss": "validation", "ema_val_loss": "averaged weights"}
     wanted = [
-        ({"loss": "training", "val_loss": "validation"}, "loss, nats per token", False),
+        (losses, "loss, nats per token", False),
         ({"grad_norm": "gradient norm"}, "gradient norm before clipping", True),
         ({group.rate: group.title for group in reversed(GROUPS.values())}, "learning rates", False),
         ({"tokens_per_second": "tokens per second"}, "tokens per second", False),

@@ -32,6 +32,17 @@ def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     return _shares(_unrolled(model.config), params_of(model), tokens_BT)
 
 
+def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Array:
+    """The share of its attention that each layer gives to its sinks at each position, over all heads: [T, L], float32.
+
+    Raises:
+      ValueError: the model has no sinks.
+    """
+    if not model.config.has_sinks:
+        raise ValueError("attention_sink: the model has none")
+    return _shares_by_position(_unrolled(model.config), params_of(model), tokens_T)
+
+
 def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
     """All attention probabilities of one text, float32 [L, N, T, 1 + T]: the sink's (0 if none), then each key's."""
     return _maps(_unrolled(model.config), params_of(model), tokens_T)
@@ -41,6 +52,12 @@ def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
 def _shares(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
     seen = _look(config, params, tokens_BT)
     return jnp.stack([jnp.exp(log_sink_BNT).mean((0, 2)) for _, log_sink_BNT in seen])
+
+
+@partial(jax.jit, static_argnums=0)
+def _shares_by_position(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax.Array:
+    seen = _look(config, params, tokens_T[None])
+    return jnp.stack([jnp.exp(log_sink_BNT[0]).mean(0) for _, log_sink_BNT in seen], axis=-1)
 
 
 @partial(jax.jit, static_argnums=0)

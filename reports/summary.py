@@ -40,8 +40,9 @@ def facts(
     step: Step,
     mesh: Mesh,
     steps: int,
+    why: str,
 ) -> Facts:
-    """The facts to show before a run starts; `lines` and `panels` are two forms of them."""
+    """The facts to show before a run starts; `lines` and `panels` are two forms of them. `why` says it of the dtype."""
     model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
     counts = parameter_counts(model)
     by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
@@ -53,6 +54,7 @@ def facts(
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     members = Counter(step.labels.values())
     parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(GROUPS.items())]
+    parts += [f"the weights averaged by {config.ema_decay:g}"] if config.ema_decay else []
     rates = [f"{group.title} {config[group.rate]:g}" for group in groups_of(step.labels).values()]
     batch = f"{config.batch_size} sequences of {config.context_len} tokens"
     if config.accumulation_steps > 1:
@@ -74,7 +76,7 @@ def facts(
         },
         "Optimizer": {"parts": ", ".join(parts), "rates": ", ".join([*rates, config.schedule]), "batch": batch},
         "Devices": {
-            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}",
+            "devices": f"{mesh.size} x {device.device_kind} ({device.platform}), {model.dtype}{why and f' ({why})'}",
             **({} if is_data_parallel(mesh) else {"mesh": _mesh(model, step.state.params, mesh)}),
             "memory": f"about {sum(memory.values()) / 1e6:,.0f} MB a device ({by_use})",
             "run": str(workdir),
@@ -135,6 +137,7 @@ def closing(run: Any, seconds: float) -> tuple[Table, str]:
     rows = [["last step", loss_at(run.step, run.val_loss)]]
     if run.best_step is not None:
         over = f" over {run.best_tokens:,} tokens" if run.best_tokens else ""
+        over += " with averaged weights" if run.history and "ema_val_loss" in run.history[-1] else ""
         rows.insert(0, ["best step", loss_at(run.best_step, run.best_val_loss) + over])
     tokens = f" for {human(run.history[-1]['tokens'])} tokens" if run.history else ""
     rows += [["time", duration(seconds) + tokens], ["files", str(shown)]]

@@ -5,6 +5,7 @@ The number of CPU devices and the cache are set before JAX's backend starts.
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import re
@@ -22,9 +23,11 @@ from typing import Any
 import jax
 import jax.monitoring
 
-from runtime.errors import UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, user_cache
+from runtime.errors import StorageError, UserError, one_line
+from runtime.files import INSTALLED, PROGRAM, read_object, user_cache, write_json
 from runtime.processes import num_processes
+
+MEASURED = "measured.json"  # in the folder of compiled programs: what was measured of this processor
 
 
 def physical_cores() -> int:
@@ -111,6 +114,32 @@ def set_up_compile_cache(warn: Callable[[str], None]) -> None:
         compilation_cache.get_file_cache = get_file_cache
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@cache
+def processor() -> str:
+    """Its name and what it can, as Linux tells; "" elsewhere."""
+    with contextlib.suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        return "; ".join(re.findall(r"^(?:model name|flags|Features)\s*: (.*)", told, re.MULTILINE))
+    return ""
+
+
+def remembered(name: str, measure: Callable[[], float]) -> float:
+    """What `measure` once gave on this processor, with this jax and so many devices: kept beside compiled programs.
+
+    Where that folder or the file is of no use, it measures again.
+    """
+    path = Path(jax.config.jax_compilation_cache_dir or os.devnull) / MEASURED
+    key = f"{name}, {processor()}; jax {jax.__version__}, {jax.device_count()} devices"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = read_object(path)
+    if type(value := known.get(key)) is not float or not 0 < value < math.inf:
+        known[key] = value = measure()
+        with contextlib.suppress(OSError, StorageError):
+            write_json(path, known)
+    return value
 
 
 def compile_seconds() -> float:

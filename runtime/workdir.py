@@ -18,7 +18,8 @@ from runtime.processes import by_first, is_first, wait_for_all
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-DIRECTORIES = CHECKPOINTS, "wandb", "profile"  # directories that a run writes to
+DIRECTORIES = CHECKPOINTS, "wandb", "tensorboard", "trackio", "profile"  # directories that a run writes to
+WEIGHTS = ("auto", "trained", "ema")  # of a checkpoint; ema: their average; auto: that, where there is one
 LAST_MOVED = "metrics.jsonl"
 _OLD = re.compile(r"old-\d+")
 UNSAVED = ".unsaved"  # a file in `checkpoints`: a run has begun, and none of its checkpoints is complete yet

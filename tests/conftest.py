@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from runtime import devices
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params
 
@@ -31,6 +32,14 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # How long an example takes, to make or to run, is up to the machine and what else it does.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_bfloat16_unit() -> Iterator[None]:
+    """Tests compare bits and measure nothing: in this process dtype="auto" is float32, whatever the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "processor", lambda: "")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ TINY = {
     "sample_every": 12,
     "sample_tokens": 20,
     "cpu_devices": "1",
+    "dtype": "float32",
     "report": False,
 }
 

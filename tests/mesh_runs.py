@@ -22,6 +22,7 @@ import train_lib
 from commands.planning.traffic import axes_of_group, collectives
 from runtime.checkpoints.manager import Checkpoints
 from training.cost import held_bytes
+from training.ema import average_of
 from training.muon import share_out
 from training.step import make_step
 from transformer.sharding import batch_sharded, make_mesh, parse_mesh, shardings_of, undivided
@@ -49,6 +50,7 @@ VOCABULARY = 65
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
 MORE = {  # what else a step can be asked for, all at once
     "accumulation_steps": 2,
+    "ema_decay": 0.6,
     "batch_size": 12,
     "max_steps": 6,
     "dropout": 0.1,
@@ -101,7 +103,12 @@ class Trained:
             "losses": self.run(),
             "born": self.born,
             "shards": {name: p.sharding.shard_shape(p.shape) for name, p in params.items()},
-            "moved": [name for name, p in params.items() if p.sharding != self.state.params[name].sharding],
+            "moved": [
+                name
+                for now in filter(None, (self.state.params, average_of(self.state.opt_state)))
+                for name, p in params.items()
+                if p.sharding != now[name].sharding
+            ],
             "traffic": [
                 (c.op, axes_of_group(c.group, dict(self.mesh.shape)), c.count, c.sent)
                 for c in collectives(self.program.as_text(), self.mesh.size)

@@ -190,7 +190,8 @@ def test_a_side_that_does_not_start_is_not_ready(capfd):
 def test_sides_take_turns_in_processes_of_their_own(tmp_path):
     few = ["--rounds=2", f"--out={tmp_path}"]
     run_benchmark("decode", *few, "--shape=1,16,2,24", "--batch=2")
-    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    row, half = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert (row["precision"], half["precision"]) == ("float32", "bfloat16") and half["times as fast"] > 0
     assert row["same"] == "2 of 2" and row["new tokens"] == 8 and row["times as fast"] > 0
     assert row["here (ms)"] < 1e3 * 8 * 2 / row["here"], "the first token takes less than all"
     run_benchmark("step", *few, "--shapes=1,16,2,24,8,4,50", "--sides", "here", "torch eager", "--block=0.05")

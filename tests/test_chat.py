@@ -31,8 +31,9 @@ from corpus.train_tokenizer import train_tokenizer
 from interop.tokenizer_json import from_tokenizers, hf_tokenizer_config, to_tokenizers
 from runtime.errors import UserError
 from runtime.files import write_json
+from training.answers import targets_of
 from training.evaluate import Evaluator, bits_per_byte
-from training.loss import batch_loss, loss_sum, targets_of
+from training.loss import batch_loss, loss_sum
 from transformer.config import TransformerConfig
 from transformer.model import model_of, params_of
 from transformer.sampling import Sampling, generate

@@ -15,7 +15,8 @@ from terminal import Terminal
 import main
 import run_lib
 import train_lib
-from commands.sample import Talk, until
+from commands.sample import Talk
+from corpus.tokenizer import until
 from runtime.errors import UserError
 from transformer.sampling import Sampling, generate
 

@@ -12,6 +12,7 @@ import pytest
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from transformer import sampling
 from transformer.config import TransformerConfig
+from transformer.half import round_weights
 from transformer.model import init_params, model_of, params_of
 from transformer.sampling import (
     CHUNK,
@@ -41,14 +42,21 @@ CONFIGS = {
         sliding_window=5,
         window_pattern="LG",
         qk_norm="scaled",
-        attention_sink="key",
-        attention_gate="head",
-        exclusive_attention=True,
         tie_embeddings=False,
     ),
     "half precision": TransformerConfig(
         **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
         **{"mlp_dim": 14, "tie_embeddings": False, "dtype": "bfloat16_matmul"},
+    ),
+    "half precision, window, rope": TransformerConfig(
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 3, "embedding_dim": 12, "mlp_dim": 14},
+        **{"sliding_window": 5, "window_pattern": "LG", "dtype": "bfloat16_matmul", "position": "rope"},
+        tie_embeddings=False,
+    ),
+    "sinks with keys, gates": TransformerConfig(
+        **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
+        **{"mlp_dim": 14, "tie_embeddings": False, "sliding_window": 5, "window_pattern": "LG", "sink_pattern": "SN"},
+        **{"attention_sink": "key", "attention_gate": "head", "exclusive_attention": True},
     ),
     "learned positions": TransformerConfig(
         vocab_size=V, context_len=C, num_blocks=1, num_heads=2, embedding_dim=10, mlp_dim=14, tie_embeddings=False
@@ -104,6 +112,32 @@ def test_greedy_text_equals_recomputation_over_several_refills(models, name):
     have = tokens_of(models[name], ids, 70)
     np.testing.assert_array_equal(have, recompute(models[name], ids, 70))
     assert min(len(set(row)) for row in have.tolist()) > 5  # no row that only repeats itself
+
+
+@pytest.mark.parametrize("lengths", [(9,), (1,), (1, 9, 5)], ids=str)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "half" in name])
+def test_one_text_and_several_in_half_precision_equal_recomputation(models, name, lengths):
+    """A CPU multiplies one row in another way than several."""
+    ids = prompts(*lengths)
+    np.testing.assert_array_equal(tokens_of(models[name], ids, 50), recompute(models[name], ids, 50))
+
+
+@pytest.mark.parametrize("rows, kept", [(1, "float32"), (3, "bfloat16")])
+def test_weights_are_rounded_once_for_a_text(models, rows, kept, monkeypatch):
+    model, rounded = models["half precision"], []
+    take = lambda params, rows: rounded.append(round_weights(params, rows=rows)) or rounded[-1]
+    monkeypatch.setattr(sampling, "round_weights", take)
+    tokens_of(model, prompts(*[9] * rows), 40)
+    assert len(rounded) == 1
+    for name, value in params_of(model).items():
+        have = rounded[0][name]
+        if name.endswith(".kernel"):
+            assert have.dtype == kept
+            np.testing.assert_array_equal(have.astype("float32"), value.astype("bfloat16").astype("float32"))
+        else:
+            np.testing.assert_array_equal(have, value, strict=True)
+    tokens_of(models["learned positions"], prompts(9), 40)
+    assert len(rounded) == 1
 
 
 def test_a_cache_that_grows_in_mid_text_changes_nothing(model, monkeypatch):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # From the top down: a module imports only what stands below it. A name stands for a module of the root or for a folder;
 # the modules of one folder may import each other, but never in a circle.
 LAYERS = [
-    *("benchmarks", "main", "commands", "train_lib", "reports", "run_lib", "config_lib", "configs"),
+    *("benchmarks", "main", "commands", "serving", "train_lib", "reports", "run_lib", "config_lib", "configs"),
     *("training", "input_pipeline", "interop", "corpus", "runtime", "transformer"),
 ]
 ALONE = {"runtime", "transformer"}  # import nothing else of the project

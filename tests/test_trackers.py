@@ -1,9 +1,10 @@
-"""Weights & Biases, where it is wanted and cannot be had: one warning, no key on disk, never a failure."""
+"""Trackers: what they are given, and where one is wanted and cannot be had: one warning, no key, never a failure."""
 
 import http.server
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import arguments, losses, run_main, tiny_config
+from helpers import arguments, losses, rows, run_main, tiny_config, train_until
 
+import config_lib
 import run_lib
+import train_lib
 from runtime import trackers
+from runtime.errors import UserError
+from runtime.trackers import wandb
 
 ROOT = Path(__file__).parent.parent
 KEY = "c4a5" * 10  # what a W&B key looks like
@@ -38,7 +43,7 @@ def make(workdir: Path) -> tuple[trackers.Tracker, list[str]]:
     workdir.mkdir(exist_ok=True)
     warnings: list[str] = []
     values = {"name": "a run", "config": {"lr": 0.1, "betas": (0.9, 0.95)}, "workdir": workdir, "warn": warnings.append}
-    return trackers.start_wandb(**values), warnings
+    return trackers.start("wandb", **values), warnings
 
 
 class Notes(trackers.Tracker):
@@ -53,7 +58,7 @@ class Notes(trackers.Tracker):
 
 def test_a_new_tracker_is_a_line_in_the_table(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "notes", Notes)
-    none, one = trackers.Trackers([]), trackers.Trackers(["notes"], name="a run", config={})
+    none, one = trackers.Trackers([]), trackers.Trackers(["notes"], name="a run", config={}, workdir=Path(), warn=print)
     for tracker in (none, one):
         tracker.log({"loss": 1.0}, 1)
         tracker.samples(lambda: [(1, "text")])
@@ -62,34 +67,40 @@ def test_a_new_tracker_is_a_line_in_the_table(monkeypatch):
     assert one._trackers["notes"].rows == [(1, {"loss": 1.0})]
 
 
-def test_without_wandb_there_is_one_warning(tmp_path, wandb_world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    tracker, warnings = make(tmp_path / "run")
-    tracker.log({"loss": 1.0}, 1)
-    assert len(warnings) == 1 and "wandb is off" in warnings[0]
+@pytest.mark.parametrize("tracker", trackers.TRACKERS)
+def test_without_its_package_there_is_one_warning(tracker, tmp_path, wandb_world, monkeypatch):
+    package = {"tensorboard": "tensorboardX"}.get(tracker, tracker)
+    monkeypatch.setitem(sys.modules, package, None)
+    warnings: list[str] = []
+    started = trackers.start(tracker, name="a run", config={}, workdir=tmp_path, warn=warnings.append)
+    started.log({"loss": 1.0}, 1)
+    started.samples(lambda: [(1, "text")])
+    started.finish()
+    [warning] = warnings
+    assert f"{tracker} is off" in warning and f"pip install {package}" in warning
 
 
 def test_settings_come_from_the_environment_then_from_dotenv(wandb_world):
     (wandb_world / ".env").write_text("WANDB_MODE=offline\nWANDB_PROJECT=mine\nWANDB_ENTITY=us\nAWS_SECRET=hush\n")
     os.environ["WANDB_ENTITY"] = "them"
-    trackers._load_settings()
+    wandb._load_settings()
     found = {name: os.environ.get(name) for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "AWS_SECRET")}
     assert found == {"WANDB_MODE": "offline", "WANDB_PROJECT": "mine", "WANDB_ENTITY": "them", "AWS_SECRET": None}
 
 
 def test_the_key_that_wandb_login_left_is_found(wandb_world):
     url = "https://wandb.example.com"
-    assert not trackers._key_in_netrc(url)
+    assert not wandb._key_in_netrc(url)
     (wandb_world / "netrc").write_text(f"machine wandb.example.com login user password {KEY}\n")
-    assert trackers._key_in_netrc(url)
-    assert not trackers._key_in_netrc("https://elsewhere.example.com")
+    assert wandb._key_in_netrc(url)
+    assert not wandb._key_in_netrc("https://elsewhere.example.com")
 
 
 WANDB_RUN = """if True:
     import sys
     from pathlib import Path
     from runtime import trackers
-    tracker = trackers.start_wandb(name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
+    tracker = trackers.start("wandb", name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
                                     workdir=Path(sys.argv[1]), warn=print)
     tracker.log({"loss": 0.123456, "mfu": None}, 7)
     tracker.samples(lambda: [(step, f"<ROMEO> {step}") for step in range(8)])
@@ -159,9 +170,9 @@ def test_wandb_logs_offline_with_one_warning_and_without_the_key(
 
 @pytest.mark.once
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
-    first = trackers._run_id(tmp_path)
+    first = wandb._run_id(tmp_path)
     assert re.fullmatch("[0-9a-f]{8}", first)
-    assert trackers._run_id(tmp_path) == first
+    assert wandb._run_id(tmp_path) == first
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -224,9 +235,77 @@ def test_wandb_failing_in_mid_run_is_one_warning_and_then_silence():
             pytest.fail("it is off")
 
     run, warnings = Run(), []
-    tracker = trackers._WandbTracker(run, "somewhere", warnings.append)
+    tracker = wandb.WandbTracker("wandb", run, "somewhere", warnings.append)
     for step in range(5):
         tracker.log({"loss": 1.0}, step)
     tracker.finish()
     assert run.calls == 2
     assert len(warnings) == 1 and "the service is gone" in warnings[0]
+
+
+# --- TensorBoard and trackio ------------------------------------------------------------------------------------------
+
+
+def tracked_run(workdir: Path, name: str) -> Any:
+    """A run that logged steps 11 and 12 past the checkpoint from which it goes on to 15, as one that was killed."""
+    config = tiny_config(num_blocks=1, max_steps=15, sample_every=4, trackers=name)
+    train_until(12, config, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    train_lib.train(config, workdir)
+    return config
+
+
+def expected_of(workdir: Path, key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in rows(workdir) if row.get(key) is not None}
+
+
+def test_tensorboard_reads_the_run(tmp_path):
+    pytest.importorskip("tensorboardX", reason="pip install -r requirements-trackers.txt")
+    reader = "tensorboard.backend.event_processing.plugin_event_accumulator"  # the one behind its pages
+    event_accumulator = pytest.importorskip(reader, reason="pip install -r requirements-test.txt")
+    workdir = tmp_path / "run"
+    config = tracked_run(workdir, "tensorboard")
+    assert len(list((workdir / "tensorboard").iterdir())) == 2
+    found = event_accumulator.EventAccumulator(str(workdir / "tensorboard"), size_guidance={"tensors": 0})
+    found.Reload()
+    for key in ("loss", "val_loss", "grad_norm", "lr", "muon_lr", "tokens_per_second"):
+        curve = [(event.step, event.tensor_proto.float_val[0]) for event in found.Tensors(key)]
+        assert [step for step, _ in curve] == sorted(expected_of(workdir, key))  # each once
+        assert dict(curve) == pytest.approx(expected_of(workdir, key), rel=1e-6)  # kept in float32
+    of_tag = lambda tag: found.Tensors(f"{tag}/text_summary")
+    plain = lambda event: event.tensor_proto.string_val[0].decode()[4:-1].replace("\n    ", "\n")
+    assert [(event.step, plain(event)) for event in of_tag("sample")] == run_lib.read_samples(workdir)
+    assert json.loads(plain(of_tag("config")[-1])) == config_lib.to_dict(config)
+
+
+def test_trackio_has_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="pip install -r requirements-trackers.txt")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "elsewhere"))
+    workdir = tmp_path / "run"
+    tracked_run(workdir, "trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert list(workdir.glob("trackio/*.db")) and not (tmp_path / "elsewhere").exists()
+    logs = SQLiteStorage.get_logs("transformer", "run")
+    for key in ("loss", "val_loss", "lr"):
+        curve = [(log["step"], log[key]) for log in logs if key in log]
+        assert sorted(curve) == sorted(expected_of(workdir, key).items())
+    assert [(log["step"], log["sample"]) for log in logs if "sample" in log] == run_lib.read_samples(workdir)
+    assert SQLiteStorage.get_run_config("transformer", "run")["max_steps"] == 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, []),
+        ({"wandb_enabled": True}, ["wandb"]),  # as runs of older builds say
+        ({"trackers": "tensorboard, wandb", "wandb_enabled": True}, ["wandb", "tensorboard"]),
+    ],
+)
+def test_which_trackers_a_config_names(settings, names):
+    assert config_lib.trackers_of(tiny_config(**settings)) == names
+
+
+def test_an_unknown_tracker_is_refused():
+    with pytest.raises(UserError, match=r"^config\.trackers: unknown tracker 'tensorbord'; did you mean tensorboard\?"):
+        config_lib.check(tiny_config(trackers="wandb,tensorbord"))

@@ -32,6 +32,7 @@ from corpus.tokenizer import tokenizer_from_dict
 from reports import summary
 from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.errors import DivergedError, UserError
+from training.budget import total_steps
 from training.evaluate import Evaluator
 from transformer.config import TransformerConfig
 from transformer.model import params_of
@@ -255,8 +256,7 @@ def test_steps_are_saved_when_memory_runs_out_beside_them(method, tmp_path, monk
 def test_a_run_ends_at_the_first_of_epochs_and_max_steps(epochs, max_steps, accumulation, total):
     split = dataset.Split(np.arange(103), 103)  # 21 windows of 5: batches of 4 take 5.25 steps an epoch
     batches = input_pipeline.Batches(split, context_len=5, batch_size=4, seed=0)
-    config = tiny_config(epochs=epochs, max_steps=max_steps, accumulation_steps=accumulation)
-    assert train_lib.total_steps(config, batches) == total
+    assert total_steps(batches.steps(epochs) if epochs else None, accumulation, max_steps) == total
 
 
 # --- Bad numbers ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,14 +80,20 @@ def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarra
     Each is predicted in the same window as by an `Evaluator`; `rows` windows are read at once.
     """
 
+    of_batch = token_log_probs(model)
+    for batch in eval_batches(split, model.config.context_len, rows):
+        yield np.asarray(of_batch(batch))[batch[:, 1:] >= 0]
+
+
+def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
+    """A function of a batch [B, T + 1] that gives each target's log-probability [B, T]; one below 0 means nothing."""
+
     @jax.jit
     def of_batch(params: Params, batch_BT1: jax.Array) -> jax.Array:
         logits_BTV = model_of(model.config, params)(jnp.maximum(batch_BT1[:, :-1], 0))
         return -token_losses(logits_BTV, batch_BT1[:, 1:])
 
-    params = params_of(model)
-    for batch in eval_batches(split, model.config.context_len, rows):
-        yield np.asarray(of_batch(params, batch))[batch[:, 1:] >= 0]
+    return partial(of_batch, params_of(model))
 
 
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from training.answers import targets_of
 from transformer.config import TransformerConfig
 from transformer.model import Params, head_logits, model_of
 from transformer.sharding import constrain, gather_parameter
@@ -35,18 +36,6 @@ def batch_loss(
         return loss_sum(head_logits(nnx.merge(graph, weights), x_CD, config), targets_C)[0]
 
     return chunked_loss_sum(chunk_loss, weights, x_BTD, targets_BT, config.loss_chunk)
-
-
-def targets_of(config: TransformerConfig, batch_BT1: jax.Array) -> jax.Array:
-    """The targets [B, T] of a batch; of conversations, what the assistant says and the end of its turn, else -1."""
-    inputs_BT, targets_BT = batch_BT1[:, :-1], batch_BT1[:, 1:]
-    if config.answer_start < 0:
-        return targets_BT
-    place_T = 2 * jnp.arange(inputs_BT.shape[1])
-    ends_BT = (inputs_BT == config.answer_end) | (inputs_BT == config.document_start)
-    mark_BT = jnp.where(inputs_BT == config.answer_start, place_T + 1, jnp.where(ends_BT, place_T, 0))
-    inside_BT = jax.lax.cummax(mark_BT, axis=1) % 2 == 1  # the last mark is odd: an answer has begun
-    return jnp.where(inside_BT & (targets_BT != config.document_start), targets_BT, -1)
 
 
 def loss_sum(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from training.ema import average_weights
 from training.muon import scale_by_muon
 from transformer.model import Params
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
@@ -57,6 +58,7 @@ class OptimizerConfig:
     lr_warmup_ratio: Share = 0.0
     decay_ratio: Share = 0.5
     min_lr_ratio: Share = 0.0
+    ema_decay: BelowOne = 0.0
 
     def __post_init__(self):
         require(vars(self), type(self).__annotations__)
@@ -194,7 +196,8 @@ def make_optimizer(
         label: optax.chain(group.make(config, mesh), decay(), descend(getattr(config, group.rate), shape))
         for label, group in groups_of(labels).items()
     }
-    inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels))
+    average = [average_weights(config.ema_decay)] if config.ema_decay else []
+    inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels), *average)
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
     if config.accumulation_steps == 1:
         return gated  # MultiSteps would need a buffer of the parameters' size

@@ -49,7 +49,8 @@ def attend_heads_first(
     total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
     if sink is not None:
         total_BKGT1 = total_BKGT1 + jnp.exp(sink_BKGT1 - top_BKGT1)
-    probs_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BKSH.dtype)
+    bits = jnp.finfo(q_BTNH.dtype)  # of all operands, though the cache may keep them in float32
+    probs_BKGTS = jax.lax.reduce_precision(weights_BKGTS / total_BKGT1, bits.nexp, bits.nmant).astype(v_BKSH.dtype)
     y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)  # heads before tokens, or XLA transposes the values
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -79,21 +80,25 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The keys and values of a batch of texts, padded on the left so that all get their next token in the same slot."""
+    """The keys and values of a batch of texts, padded on the left so that all get their next token in the same slot.
+
+    Or not padded, and each text at a slot of its own.
+    """
 
     layers: list[LayerCache]
     start_B: jax.Array  # the slot of each text's first token; slots before it are padding
-    length: jax.Array  # slots in use
+    length: jax.Array  # slots in use: a number, or [B] where each text has its own
 
 
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
-    """Put the keys and values of T tokens into the slots from `slot` on."""
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
+    """Put the keys and values of T tokens into the slots from `slot` on, a number or each text's own [B]."""
+    each = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0 if slot.ndim else None, None))
+    put = lambda old, new: each(old, new.swapaxes(1, 2).astype(old.dtype), slot, 1)
     return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader makes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:
     """The mask [B, T, S] for the next T tokens: causal, and without padding."""
     slot_S = jnp.arange(cache.layers[0].k_BKSH.shape[2])
-    mask_1TS = visible((cache.length + jnp.arange(T))[None], slot_S, window)
-    return mask_1TS & (slot_S >= cache.start_B[:, None])[:, None]
+    query_BT = cache.length.reshape(-1, 1) + jnp.arange(T)
+    return visible(query_BT, slot_S, window) & (slot_S >= cache.start_B[:, None, None])

@@ -4,6 +4,7 @@ TPUs do this with float32 by default (`jax.default_matmul_precision`). This is f
 bfloat16 two to five times as fast as float32, while all other arithmetic is slower there in bfloat16 than in float32.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,22 +12,45 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from transformer.sharding import partitioned
-from transformer.xla import settle, target
+from transformer.xla import jit_where_it_lies, settle, target
+
+_rounded_before = jax.make_user_context(False)
+
+
+@partial(jit_where_it_lies, static_argnames="rows")
+def round_weights(params: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
+    """The weights of `nnx.Linear`s rounded to bfloat16, once for all products with so many rows, as these read them.
+
+    A CPU multiplies one row in float32, see `_one_row`, and so keeps what is rounded.
+    """
+    of_one_row = rows == 1 and target().platform == "cpu"
+    kept = _rounded if of_one_row else lambda w: settle(w.astype(jnp.bfloat16))
+    return {name: kept(value) if name.endswith(".kernel") else value for name, value in params.items()}
+
+
+def with_rounded_weights() -> Any:
+    """A context in which the weights that `half_dot_general` gets come from `round_weights`."""
+    return _rounded_before(True)
 
 
 def half_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any = None, **options: Any) -> jax.Array:
-    """`dot_general` of operands rounded to bfloat16, with sums and result in float32; the same for its gradients."""
-    del dimension_numbers, options  # those of an `nnx.Linear`
-    return _half_product(x, w)
+    """`half_product` for an `nnx.Linear`."""
+    del dimension_numbers, options
+    if _rounded_before.value and _one_row(x):
+        return settle(_rounded(x) @ w)
+    return half_product(x, w)
 
 
 @jax.custom_vjp
-def _half_product(x: jax.Array, w: jax.Array) -> jax.Array:
+def half_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] times w [in, out], both rounded to bfloat16; sums and result are float32. So are its gradients."""
     return _half_forward(x, w)[0]
 
 
 def _half_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x_rows, w_half = _in_rows(_merged(x)), _in_rows(w)
+    if _one_row(x):
+        return settle(_rounded(x) @ _rounded(w)), (x_rows, w_half)
     y = jnp.tensordot(x_rows, w_half, 1, preferred_element_type=jnp.float32)
     return settle(y).reshape(*x.shape[:-1], w.shape[1]), (x_rows, w_half)
 
@@ -44,7 +68,17 @@ def _half_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[ja
     return settle(dx).reshape(*dy.shape[:-1], w_half.shape[0]), settle(dw)
 
 
-_half_product.defvjp(_half_forward, _half_backward)
+half_product.defvjp(_half_forward, _half_backward)
+
+
+def _one_row(x: jax.Array) -> bool:
+    """Whether x is one row for a CPU, where XLA has no product of it in bfloat16: it would convert w each time."""
+    return x.size == x.shape[-1] and target().platform == "cpu"
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """To the numbers of bfloat16, in float32: their products are the same."""
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
 
 
 def _merged(x: jax.Array) -> jax.Array:

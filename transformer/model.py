@@ -15,7 +15,7 @@ from flax import nnx
 from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.config import TransformerConfig
 from transformer.forms import exclusive, gated, key_sink
-from transformer.half import half_dot_general
+from transformer.half import half_dot_general, half_product
 from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
 from transformer.sharding import constrain, part_shape
@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
         c, T = self.config, tokens_BT.shape[1]
         position_BT = jnp.arange(T)[None]
         if cache is not None:
-            position_BT = jnp.maximum(cache.length + position_BT - cache.start_B[:, None], 0)
+            position_BT = jnp.maximum(cache.length.reshape(-1, 1) + position_BT - cache.start_B[:, None], 0)
         x_BTD = self.embedding(tokens_BT)
         if c.position == "learned":
             x_BTD = x_BTD + self.positions(position_BT)
@@ -231,14 +231,14 @@ class Transformer(nnx.Module):
     def empty_cache(self, start_B: jax.Array, slots: int) -> Cache:
         """A cache for texts that will begin at these slots."""
         c = self.config
-        empty = jnp.zeros((len(start_B), c.num_kv_heads, slots, c.head_dim), c.operand_dtype)
+        empty = jnp.zeros((len(start_B), c.num_kv_heads, slots, c.head_dim), c.activation_dtype)
         return Cache([LayerCache(empty, empty) for _ in range(c.num_blocks)], start_B, jnp.int32(0))
 
 
 def head_logits(output: nnx.Embed | nnx.Linear, x_BTD: jax.Array, config: TransformerConfig) -> jax.Array:
     """`Transformer.logits` as a function of the module whose weights give them."""
     if isinstance(output, nnx.Embed) and config.dtype == "bfloat16_matmul":
-        logits = half_dot_general(x_BTD, output.embedding[...].T)
+        logits = half_product(x_BTD, output.embedding[...].T)
     else:
         logits = (output.attend(x_BTD) if isinstance(output, nnx.Embed) else output(x_BTD)).astype(jnp.float32)
     softcap = config.logit_softcap

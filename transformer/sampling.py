@@ -6,6 +6,7 @@ A text may outgrow the context. If a text is longer than the context, its last `
 again, so that the model never sees positions that it was not trained on.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
+from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.xla import jit_where_it_lies
 
@@ -89,16 +91,30 @@ def pick(
         least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if sampling.top_p < 1:
-        order_BV = jnp.argsort(-logits_BV, axis=-1)
-        probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # what more likely tokens already hold
-        rank_BV = jnp.argsort(order_BV, axis=-1)
-        logits_BV = jnp.where(jnp.take_along_axis(before_BV, rank_BV, axis=-1) < sampling.top_p, logits_BV, -jnp.inf)
+        logits_BV = _likeliest(logits_BV, sampling.top_p)
     if sampling.min_p > 0:
         floor_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)
         logits_BV = jnp.where(logits_BV < floor_B1, -jnp.inf, logits_BV)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number))(jnp.arange(B))
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+
+
+def _likeliest(logits_BV: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Only the likeliest tokens up to that probability, a number or [B, 1]; the others' logits are minus infinity."""
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # what more likely tokens already hold
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.where(jnp.take_along_axis(before_BV, rank_BV, axis=-1) < top_p, logits_BV, -jnp.inf)
+
+
+def pick_each(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """`pick` for texts that each have settings, and a key for this token, of their own; of no other's they depend."""
+    scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
+    cut_BV = lambda: _likeliest(scaled_BV, jnp.where(top_p_B < 1, top_p_B, jnp.inf)[:, None])
+    kept_BV = jax.lax.cond((top_p_B < 1).any(), cut_BV, lambda: scaled_BV)  # sorting costs more than all else here
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+    return jnp.where(temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1))
 
 
 @partial(jit_where_it_lies, static_argnames=("config", "sampling"))
@@ -149,12 +165,13 @@ def _decode(
             done_B = done_B | (next_B == end)
         return i + 1, next_B, done_B, cache, out_CB
 
-    out_CB = jnp.full((CHUNK, token_B.shape[0]), NOTHING)
-    _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, (0, token_B, done_B, cache, out_CB))
+    begin = 0, token_B, done_B, cache, jnp.full((CHUNK, token_B.shape[0]), NOTHING)
+    with with_rounded_weights() if config.operand_dtype == "bfloat16" else contextlib.nullcontext():
+        _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, begin)
     return out_CB, token_B, done_B, cache
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
     """The next power of two: few sizes mean few compilations."""
     return 1 << (least - 1).bit_length()
 
@@ -181,10 +198,10 @@ def generate_tokens(
     run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed: a new seed compiles nothing
     texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]
     done_B = np.zeros(len(texts), bool)
-    made = 0
+    made, weights = 0, None  # rounded once, after the first token
     while made < num_tokens and not done_B.all():
         longest = max(map(len, texts))
-        padded = _power_of_two(longest)
+        padded = power_of_two(longest)
         tokens_BP = np.zeros((len(texts), padded), np.int32)
         for row, text in enumerate(texts):
             tokens_BP[row, padded - len(text) :] = text
@@ -202,10 +219,12 @@ def generate_tokens(
             if count <= 0 or done_B.all():
                 break
             if used + count > slots:
-                slots = max(FEWEST_SLOTS, _power_of_two(used + count))
+                slots = max(FEWEST_SLOTS, power_of_two(used + count))
                 cache = _enlarge(cache, slots)
+            if weights is None:
+                weights = params if config.operand_dtype == "float32" else round_weights(params, rows=len(texts))
             out_CB, token_B, done_now_B, cache = _decode(
-                params, cache, token_B, done_B, count, key, banned_V, made, ends=ends, **run
+                weights, cache, token_B, done_B, count, key, banned_V, made, ends=ends, **run
             )
             new_CB, done_B = np.asarray(out_CB)[:count], np.asarray(done_now_B)
             used, room = used + count, room - count

@@ -38,7 +38,7 @@ class Planned:
 
 
 def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
-    """The config's step for a mesh; the dtype "auto" means that of the device here."""
+    """The config's step for a mesh; the dtype is the config's own, which names one."""
     key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
     settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
     step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)

@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from runtime.checkpoints.integrity import (
     changed_files,
     fingerprints,
+    paths_of,
     read_sealed,
     require_same_kind,
     seal,
@@ -48,7 +49,7 @@ from runtime.checkpoints.retention import (
     tidy_up,
 )
 from runtime.distributed import end_if_a_peer_is_lost
-from runtime.errors import NoCheckpointError, StorageError, one_line
+from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
@@ -57,6 +58,7 @@ from runtime.workdir import CHECKPOINTS, UNSAVED
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
 ITEMS = ("params", "rest")
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
+AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
 LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
 NEVER = 100 * 365 * 86400  # seconds
 BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last, with times that nobody reads
@@ -98,6 +100,12 @@ def _orbax() -> ModuleType:
 def _bytes_on_disk(state: Any) -> int:
     """An upper bound for a checkpoint of this state, found by measuring small and large ones."""
     return sum(leaf.nbytes + BYTES_PER_ARRAY for leaf in jax.tree.leaves(state))
+
+
+def average_in(meta: Mapping[str, Any]) -> str:
+    """Where in the rest of a checkpoint the average of the weights is; "" where it keeps none."""
+    found = (path.partition(AVERAGE) for path in meta["arrays"]["rest"])
+    return next((before + AVERAGE for before, average, _ in found if average), "")
 
 
 def _is_entry(entry: Any) -> bool:
@@ -352,18 +360,25 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
 
-    def restore_params(self, step: int, params: Any, sharding: Placement) -> Any:
-        """The weights alone; raises as `restore`."""
-        return self._arrays(step, {"params": params}, sharding)["params"]
+    def restore_params(self, step: int, params: Any, sharding: Placement, weights: str = "trained") -> Any:
+        """The weights alone, of WEIGHTS those that `weights` says. Raises as `restore`; UserError if there are none."""
+        average = average_in(self.meta(step))
+        if weights == "ema" and not average:
+            raise UserError(f"{self.directory}/{step}: keeps no average of the weights; take the trained ones")
+        item, below = ("rest", average) if average and weights != "trained" else ("params", "")
+        return self._arrays(step, {item: params}, sharding, below)[item]
 
-    def _arrays(self, step: int, wanted: dict[str, Any], sharding: Placement) -> dict[str, Any]:
+    def _arrays(self, step: int, wanted: dict[str, Any], sharding: Placement, below: str = "") -> dict[str, Any]:
+        """The wanted trees, of each item whole, or what is `below` a path of it."""
         stored = self.meta(step)["arrays"]
         self._require_regular(step, stored)
         if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait in Orbax for ever
         for item, tree in wanted.items():
-            require_same_kind(f"{self.directory}/{step}: {item}/", stored[item], tree)
-        return {item: self._read(step, item, stored[item], tree, sharding) for item, tree in wanted.items()}
+            there = stored[item].items()
+            stored[item] = {path.removeprefix(below): entry for path, entry in there if path.startswith(below)}
+            require_same_kind(f"{self.directory}/{step}: {item}/{below}", stored[item], tree)
+        return {item: self._read(step, item, stored[item], tree, sharding, below) for item, tree in wanted.items()}
 
     def _require_regular(self, step: int, stored: dict[str, dict[str, list]]) -> None:
         """Raises DamagedError if there is anything that could block a read, or that never ends."""
@@ -372,13 +387,18 @@ class Checkpoints(contextlib.AbstractContextManager):
         if wrong := unreadable_files(self.directory / str(step), largest):
             raise DamagedError(f"{wrong[0]} is no regular file, or too large")
 
-    def _read(self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement) -> Any:
+    def _read(
+        self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement, below: str = ""
+    ) -> Any:
         at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
         target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
         try:
-            ocp = _orbax()
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-            found = self._manager.restore(step, args=args)[item]
+            if below:
+                found = self._read_part(step, item, target, below)
+            else:
+                ocp = _orbax()
+                args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+                found = self._manager.restore(step, args=args)[item]
         except Exception as error:
             end_if_a_peer_is_lost(error)
             raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
@@ -387,6 +407,16 @@ class Checkpoints(contextlib.AbstractContextManager):
         if different:
             raise DamagedError(f"{item}/{different[0]} has changed ({len(different)} of {len(stored)} arrays)")
         return found
+
+    def _read_part(self, step: int, item: str, target: dict[str, Any], below: str) -> dict[str, Any]:
+        """Of an item the arrays at `below` and their name; the others stay on disk, which the manager cannot do."""
+        ocp, whole = _orbax(), self._manager.item_metadata(step)[item]
+        pick = lambda path: target.get(path.removeprefix(below), ocp.PLACEHOLDER)
+        wanted = jax.tree.unflatten(jax.tree.structure(whole), map(pick, paths_of(whole)))
+        args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = paths_of(reader.restore(self.directory / str(step) / item, args=args))
+        return {name: found[below + name] for name in target}
 
     # --- Reading the newest or the best sound one ---------------------------------------------------------------------
 
@@ -421,15 +451,17 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise self._all_damaged(damaged)
         return None
 
-    def restore_best_params(self, params: Any, sharding: Placement, warn: Callable[[str], None]) -> tuple[int, Any]:
+    def restore_best_params(
+        self, params: Any, sharding: Placement, warn: Callable[[str], None], weights: str = "trained"
+    ) -> tuple[int, Any]:
         """Step and weights of the best sound checkpoint. Renames nothing; `warn` gets a line about each damaged one.
 
-        Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
+        Which weights, `restore_params` says. Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
         """
         damaged = dict(self._damaged)
         for step in self._best_first():
             try:
-                found = self.restore_params(step, params, sharding)
+                found = self.restore_params(step, params, sharding, weights)
             except DamagedError as error:
                 damaged[step] = str(error)
                 continue

@@ -100,7 +100,7 @@ class Console:
 
         On a terminal the live view shows it, and only evaluations get a line, which is shorter if the terminal is
         narrow. `row` has step, loss, grad_norm, lr, step_seconds, tokens_per_second, mfu (or None), elapsed_seconds,
-        eta_seconds and peak_memory_bytes, perhaps val_loss; each key that ends in lr is a learning rate.
+        eta_seconds and peak_memory_bytes, perhaps val_loss and ema_val_loss; each key that ends in lr is a rate.
         """
         narrow = self._terminal is not None and self._terminal.width <= _LINE_WIDTH
         left_out = ("grad", "lr", "took", "mfu") if narrow else ()
@@ -167,6 +167,7 @@ class Console:
 def _cells(row: dict[str, Any], total: int) -> dict[str, tuple[str, str]]:
     """The columns of a step's line as (text, rich style)."""
     val_loss, mfu, seconds = row.get("val_loss"), row["mfu"], row["step_seconds"]
+    ema_loss = row.get("ema_val_loss")
     rates = [f"{rate:.1e}".replace("e-0", "e-") for name, rate in row.items() if name.endswith("lr")]
     if seconds is None:  # the first step of a session, most of which was compilation
         took, rate, left = "compiled  ", " " * 12, ""
@@ -181,8 +182,9 @@ def _cells(row: dict[str, Any], total: int) -> dict[str, tuple[str, str]]:
         "lr": (f"lr {'/'.join(rates)}", ""),
         "took": (took, ""),
         "rate": (rate, ""),
-        "mfu": ("MFU n/a" if mfu is None else f"MFU {mfu:5.1%}", ""),
+        **({} if ema_loss is not None else {"mfu": ("MFU n/a" if mfu is None else f"MFU {mfu:5.1%}", "")}),
         "time": (f"{duration(row['elapsed_seconds'])}{left}", "cyan"),
+        **({} if ema_loss is None else {"ema": (f"ema {_fixed(ema_loss, 5)}", "bold green")}),  # in the room of MFU
     }
 
 

@@ -374,7 +374,7 @@ def test_the_golden_checkpoint_still_resumes(tmp_path, monkeypatch):
     shutil.unpack_archive(GOLDEN, tmp_path)
     monkeypatch.chdir(tmp_path)
     expected = json.loads((tmp_path / "expected.json").read_text())
-    config = tiny_config(**{"newton_schulz_steps": 5} | expected["config"])
+    config = tiny_config(**{"newton_schulz_steps": 5, "dtype": "auto"} | expected["config"])
     workdir = tmp_path / "run"
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest() == expected["step"] and checkpoints.examine(expected["step"]).wrong == []

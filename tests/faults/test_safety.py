@@ -15,7 +15,7 @@ from helpers import arguments, assert_one_line, finished_run, losses, tiny_confi
 import main
 import train_lib
 from input_pipeline import load_dataset
-from runtime import trackers
+from runtime.trackers import wandb as trackers
 
 
 class Payload:

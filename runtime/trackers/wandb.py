@@ -1,11 +1,7 @@
-"""Services that receive a run's numbers besides its own files, if they are enabled. None can stop a run.
+"""Weights & Biases.
 
-Weights & Biases is the only one so far. It is configured by its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`,
-`WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL` and so on), from the environment or a `.env` file in the current
-directory. Its files go to the workdir; none of them holds the key.
-
-A new tracker is a function like `start_wandb`, a line in `TRACKERS`, and the key `<name>_enabled` in
-`configs/default.py`.
+Its settings are its own variables (`WANDB_API_KEY`, `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_MODE`, `WANDB_BASE_URL` and
+so on), from the environment or a `.env` file in the current directory.
 """
 
 import netrc
@@ -13,13 +9,14 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.errors import one_line
 from runtime.files import read_text, write_text
+from runtime.trackers.service import Service, Tracker
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
@@ -36,87 +33,51 @@ _DEFAULTS = {  # for variables that the environment does not set
 }
 
 
-class Tracker:
-    """Receives what a run logs; the base class drops it. `where` tells people where to look, None if nowhere."""
-
-    where: str | None = None
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        """The numbers of one logged step."""
-
-    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        """There is a new sample. `read` gives all samples so far as (step, text), the newest last."""
-
-    def finish(self) -> None:
-        """Ends the run; uploading the rest takes half a minute at most."""
-
-
-class _WandbTracker(Tracker):
-    """Hands everything to W&B until the first exception; then it warns once and drops the rest."""
-
-    def __init__(self, run: Any, where: str, warn: Callable[[str], None]) -> None:
-        self._run = run
-        self.where = where
-        self._warn = warn
+class WandbTracker(Service):
+    """Hands everything to a W&B run."""
 
     def log(self, row: dict[str, Any], step: int) -> None:
         # The step is a value like the others, not W&B's own count: that refuses to go back, and a run killed between
         # two checkpoints logs some steps twice.
-        self._attempt(lambda run: run.log({**row, "step": step}))
+        self.attempt(lambda run: run.log({**row, "step": step}))
 
     def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
         import wandb
 
         rows = [list(sample) for sample in read()[-_MOST_SAMPLES:]]
         table = {"samples": wandb.Table(columns=["step", "sample"], data=rows), "step": rows[-1][0]}
-        self._attempt(lambda run: run.log(table))
+        self.attempt(lambda run: run.log(table))
 
     def finish(self) -> None:
-        self._attempt(lambda run: run.finish())
-
-    def _attempt(self, action: Callable[[Any], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:
-            self._run = None
-            self._warn(f"wandb failed and is off for the rest of this run ({one_line(error)})")
+        self.attempt(lambda run: run.finish())
 
 
-def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None]) -> Tracker:
-    """Starts W&B, or continues the W&B run that the workdir names; a `Tracker` that drops all if W&B cannot start.
+def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int) -> Tracker:
+    """Starts W&B, or continues the W&B run that the workdir names.
 
     The mode is chosen before W&B starts, because W&B itself would ask for a key, or wait long for a server: it is
-    offline without a key or if no server answers. `wandb sync` can send an offline run later. Takes at most 10 seconds.
-
-    Args:
-        name: the run's name.
-        config: the resolved config, shown with the run.
-        workdir: keeps W&B's files in `wandb/` and the run's id in `wandb_id.txt`.
-        warn: takes at most one line at the start, and one during the run.
+    offline without a key or when no server answers, of which `warn` is told. What was logged offline can be sent later
+    with `wandb sync`. Takes 10 seconds at most. Its files go to `wandb/`, the run's id to `wandb_id.txt`; the key into
+    none of them. It keeps the steps that were logged twice.
     """
-    try:
-        _load_settings()
-        import wandb
+    del step
+    _load_settings()
+    import wandb
 
-        mode, problem = _choose_mode(wandb.setup().settings)
-        keep = {"name": name, "config": config, "dir": str(workdir), "id": _run_id(workdir)}
-        if mode == "online":
-            try:
-                run = wandb.init(mode=mode, resume="allow", **keep)
-            except Exception as error:  # the key is refused, or the server accepts connections and hangs
-                wandb.teardown()
-                mode, problem = "offline", one_line(error)
-        if mode != "online":
-            run = wandb.init(mode=mode, **keep)
-        run.define_metric("*", step_metric="step")
-    except Exception as error:
-        warn(f"wandb is off for this run ({one_line(error)})")
-        return Tracker()
+    mode, problem = _choose_mode(wandb.setup().settings)
+    keep = {"name": name, "config": config, "dir": str(workdir), "id": _run_id(workdir)}
+    if mode == "online":
+        try:
+            run = wandb.init(mode=mode, resume="allow", **keep)
+        except Exception as error:  # the key is refused, or the server accepts connections and hangs
+            wandb.teardown()
+            mode, problem = "offline", one_line(error)
+    if mode != "online":
+        run = wandb.init(mode=mode, **keep)
+    run.define_metric("*", step_metric="step")
     if problem is not None:
         warn(f"wandb is offline: {problem}; send the run later with `wandb sync {workdir}/wandb/offline-run-*`")
-    return _WandbTracker(run, run.url if mode == "online" else f"{mode}, {workdir}/wandb", warn)
+    return WandbTracker("wandb", run, run.url if mode == "online" else f"{mode}, {workdir}/wandb", warn)
 
 
 def _load_settings() -> None:
@@ -186,26 +147,3 @@ def _answers(url: str) -> bool:
     thread.start()
     thread.join(_PROBE_SECONDS)
     return answered.is_set()
-
-
-TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": start_wandb}  # name -> function like `start_wandb`
-
-
-class Trackers:
-    """The trackers of a run: `names` are keys of `TRACKERS`, `settings` the arguments of `start_wandb`."""
-
-    def __init__(self, names: Iterable[str], **settings: Any) -> None:
-        self._trackers = {name: TRACKERS[name](**settings) for name in names}
-        self.where = {name: tracker.where for name, tracker in self._trackers.items() if tracker.where}
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        for tracker in self._trackers.values():
-            tracker.log(row, step)
-
-    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        for tracker in self._trackers.values():
-            tracker.samples(read)
-
-    def finish(self) -> None:
-        for tracker in self._trackers.values():
-            tracker.finish()

@@ -1,0 +1,97 @@
+"""How many steps a run makes, where its config says so in seconds or in floating-point operations."""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from runtime.checkpoints.integrity import fingerprints
+from runtime.errors import UserError
+from runtime.multihost import from_all
+from training.clock import SideWork
+from training.ema import average_of
+from training.step import Step
+from transformer.model import Params
+
+TRIAL = 3.0  # seconds of steps, at most a tenth of the budget
+MOST = 1000  # steps of the trial
+EVALUATED = 2**14  # tokens
+DISK = 1e9  # assumed bytes a second
+
+
+def total_steps(
+    epochs: int | None, accumulation: int, most: int, timed: int = 0, max_flops: float = 0, flops_a_step: float = 1
+) -> int:
+    """A run's real steps, by the first of its limits: micro-steps of its epochs, steps, those timed, and its FLOPs.
+
+    0, and None for epochs, is no limit. Raises UserError if the FLOPs are less than a step takes.
+    """
+    by_epochs = 0 if epochs is None else max(1, math.ceil(epochs / accumulation))
+    by_flops = int(max_flops / flops_a_step)
+    if max_flops and not by_flops:
+        raise UserError(f"config.max_flops: {max_flops:g} is less than the {flops_a_step:g} of a step; raise it")
+    return min(filter(None, (by_epochs, most, timed, by_flops)), default=2**31 - 1)
+
+
+class Pace(NamedTuple):
+    """What a run's work takes, in seconds."""
+
+    step: float  # a real one
+    evaluation: float  # a token
+    save: float
+
+
+def measure(
+    step: Step,
+    key: jax.Array,
+    batch_at: Callable[[int], jax.Array],
+    accumulation: int,
+    evaluate: Callable[[Params, int], tuple[float, int]],
+    seconds: float,
+) -> Pace:
+    """Make some steps and throw them away: a run that follows depends on their number alone. Compilation is left out.
+
+    Args:
+      batch_at: the batch of a micro-step, on the devices.
+      evaluate: of weights and how many tokens, the loss and how many tokens there were.
+      seconds: the run's.
+    """
+
+    def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+        work()  # compiles
+        began = time.monotonic()
+        return work(), time.monotonic() - began
+
+    batches, state = [batch_at(i) for i in range(accumulation)], step.init(key)
+    count, began = -1, 0.0
+    while count < 2 or (count < MOST and time.monotonic() - began < min(TRIAL, seconds / 10)):
+        for batch in batches:
+            state, metrics = step.run(state, batch)
+        jax.block_until_ready(metrics)
+        count += 1
+        if not count:
+            began = time.monotonic()  # the first one compiled
+    a_step = (time.monotonic() - began) / count
+    (_, tokens), an_evaluation = timed(lambda: evaluate(state.params, EVALUATED))
+    copies = 1 + (average_of(state.opt_state) is not None)
+    _, a_save = timed(lambda: fingerprints(state))
+    shards = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    return Pace(a_step, copies * an_evaluation / tokens, a_save + sum(shard.nbytes for shard in shards) / DISK)
+
+
+def steps_in(seconds: float, pace: Pace, side_work: Mapping[str, SideWork]) -> int:
+    """How many steps fit, with the evaluations and saves among them and after the last; all processes say the same.
+
+    One at least. Samples and the report come on top.
+    """
+
+    def takes(steps: int) -> float:
+        size = lambda name: side_work[name].ahead(0, steps)[1]
+        return steps * pace.step + size("evaluation") * pace.evaluation + size("save") * pace.save
+
+    steps = bisect_right(range(1, int(seconds / pace.step) + 2), seconds, key=takes)
+    return int(from_all(np.array([max(1, steps)]))[0, 0])
