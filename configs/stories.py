@@ -1,0 +1,31 @@
+"""Stories, or any text of a few megabytes and more, with a tokenizer learned from it: ten minutes, whatever the machine.
+
+python main.py tokenizer --dataset=FILE --vocab_size=4096 --out=tokenizers/stories
+python main.py --config=configs/stories.py --config.dataset=FILE
+python main.py sample --workdir=runs/stories
+
+A model of three million parameters in the shape of gpt-oss, so that `export` gives its class; configs/chat.py goes on from
+it. The shape and the rates are shakespeare_gptoss.py's, enlarged by rule: neither the loss nor other sizes were measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shakespeare_gptoss
+
+
+def get_config() -> ConfigDict:
+    config = shakespeare_gptoss.get_config()
+    config.num_blocks = 4
+    config.num_heads = 6
+    config.embedding_dim = 192
+    config.mlp_dim = 512
+    config.context_len = 256
+    config.sliding_window = 128
+    config.tokenizer = "tokenizers/stories"
+    config.val_fraction = 0.05
+    config.max_steps = 0
+    config.max_seconds = 570  # the rest is start and compilation
+    config.eval_every = 500
+    config.eval_tokens = 20_000
+    config.save_every = 500
+    return config
