@@ -1,11 +1,11 @@
-"""Stories, or any text of a few megabytes and more, with a tokenizer learned from it: ten minutes, whatever the machine.
+"""Stories, or any text of some megabytes, with a tokenizer learned from it: ten minutes, whatever the machine.
 
 python main.py tokenizer --dataset=FILE --vocab_size=4096 --out=tokenizers/stories
 python main.py --config=configs/stories.py --config.dataset=FILE
 python main.py sample --workdir=runs/stories
 
-A model of three million parameters in the shape of gpt-oss, so that `export` gives its class; configs/chat.py goes on from
-it. The shape and the rates are shakespeare_gptoss.py's, enlarged by rule: neither the loss nor other sizes were measured.
+A model of three million parameters in the shape of gpt-oss, so that `export` gives its class; configs/chat.py goes on
+from it. Shape and rates are shakespeare_gptoss.py's, enlarged by rule: neither the loss nor other sizes were measured.
 """
 
 from ml_collections import ConfigDict
