@@ -38,7 +38,7 @@ def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Arra
     Raises:
       ValueError: the model has no sinks.
     """
-    if not model.config.attention_sink:
+    if not model.config.has_sinks:
         raise ValueError("attention_sink: the model has none")
     return _shares_by_position(_unrolled(model.config), params_of(model), tokens_T)
 

@@ -198,6 +198,19 @@ def test_papers_that_changed_are_named(copy, capsys):
         assert_one_line(capsys.readouterr().err, "")
 
 
+@pytest.mark.parametrize("odd", [{"data_sha256": {"a": 1}}, {"arithmetic": [7]}, {"sizes": 3}], ids=str)
+def test_a_checkpoint_that_says_something_odd_is_damaged(copy, capsys, odd):
+    for step in (28, 30):
+        path = copy / "checkpoints" / str(step) / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        del meta["sha256"]
+        path.write_text(json.dumps(seal(meta | odd)))
+        (copy / "checkpoints" / str(step) / FILE_LIST).unlink()
+    for argv in (["eval", f"--workdir={copy}"], arguments(tiny_config(), copy)):
+        assert main.main(argv) == 3
+        assert f"meta has an odd {min(odd)}" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_says_too_little_is_refused_in_one_line(copy, capsys):
     """With a seal that fits: somebody has made it so."""
     for step in (28, 30):
@@ -374,7 +387,7 @@ def test_the_golden_checkpoint_still_resumes(tmp_path, monkeypatch):
     shutil.unpack_archive(GOLDEN, tmp_path)
     monkeypatch.chdir(tmp_path)
     expected = json.loads((tmp_path / "expected.json").read_text())
-    config = tiny_config(**{"newton_schulz_steps": 5} | expected["config"])
+    config = tiny_config(**{"newton_schulz_steps": 5, "dtype": "auto"} | expected["config"])
     workdir = tmp_path / "run"
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest() == expected["step"] and checkpoints.examine(expected["step"]).wrong == []
