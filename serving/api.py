@@ -334,7 +334,8 @@ class Writing:
     """The texts of one request. Raises Refusal if too many requests wait."""
 
     def __init__(self, service: Service, ask: Completion | Chat, prompts: list[tuple[str, list[int]]], max_tokens: int):
-        self._ask, self._tokenizer, self._until = ask, service.tokenizer, time.monotonic() + service.seconds
+        loop = asyncio.get_running_loop()
+        self._ask, self._tokenizer, self._until = ask, service.tokenizer, loop.time() + service.seconds
         self._news: asyncio.Queue[tuple[int, list[Token], str | None]] = asyncio.Queue()
         self._echoes = [text if ask.echo else "" for text, _ in prompts for _ in range(ask.n)]
         stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop
@@ -343,7 +344,7 @@ class Writing:
         alternatives = (ask.top_logprobs if isinstance(ask, Chat) else ask.logprobs) or 0
         top_p, seeds = max(ask.top_p, 1e-9), [(ask.seed + i) % 2**63 for i in range(ask.n)]  # 0: the likeliest token
         texts = [(ids, Sampling(ask.temperature, top_p=top_p, seed=seed)) for _, ids in prompts for seed in seeds]
-        put = partial(asyncio.get_running_loop().call_soon_threadsafe, self._news.put_nowait)
+        put = partial(loop.call_soon_threadsafe, self._news.put_nowait)
         self._requests = [
             Request(list(ids), max_tokens, how, lambda *news, index=index: put((index, *news)), alternatives)
             for index, (ids, how) in enumerate(texts)
@@ -383,14 +384,14 @@ class Writing:
                     yield index, Part(echo)
             while running:
                 try:
-                    news = await asyncio.wait_for(self._news.get(), max(0, self._until - time.monotonic()))
+                    async with asyncio.timeout_at(self._until):  # `wait_for` of Python 3.11 can lose a cancellation
+                        index, tokens, finish = await self._news.get()
                 except TimeoutError:
                     if not any(text.count for text in self._texts):
                         raise Refusal("no place became free in time; try again", None, 503) from None
                     for index in running:
                         yield index, self._texts[index].feed([], "length")
                     return
-                index, tokens, finish = news
                 if finish == "error":
                     raise Refusal("the model failed; the server's log says how", None, 500)
                 if index in running:
