@@ -96,7 +96,7 @@ class Ask(_Body):
 
 
 class Completion(Ask):
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, fail_fast=True)] = ""
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=1024, fail_fast=True)] = ""
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
     return_token_ids: bool = False
@@ -226,9 +226,8 @@ class Service:
                 raise Refusal(f"Host {call.url.hostname}: this server answers to {', '.join(self._hosts)}", None, 403)
             if call.method != "POST":
                 return await answer(call)
-            if not call.headers.get("content-type", "").startswith(
-                "application/json"
-            ):  # pages elsewhere cannot send it
+            # The pages of other sites cannot send this type.
+            if not call.headers.get("content-type", "").startswith("application/json"):
                 raise Refusal("Content-Type: must be application/json", None, 415)
             data = b""
             async for part in call.stream():
@@ -273,11 +272,11 @@ class Service:
         most = getattr(ask, name) or self.max_tokens
         return await self._answer(call, ask, [("", list(map(int, ids)))], (name, most))
 
-    def _read(self, prompt: str | list[int]) -> tuple[str, list[int]]:
+    def _read(self, prompt: str | list[int], name: str = "prompt") -> tuple[str, list[int]]:
         """A prompt's text and ids."""
         if isinstance(prompt, list):
             if max(prompt) >= self._config.vocab_size:
-                raise Refusal(f"prompt: ids must be below {self._config.vocab_size}", "prompt")
+                raise Refusal(f"{name}: ids must be below {self._config.vocab_size}", name)
             return b"".join(self.tokenizer.pieces[i] for i in prompt).decode(errors="replace"), prompt
         try:
             return prompt, prompt_tokens(self.tokenizer, prompt).tolist()
@@ -315,11 +314,11 @@ class Service:
         ask = Written.model_validate_json(body)
         if not self._config.has_sinks:
             raise Refusal("this model has no attention sinks", None, 404)
-        (_, prompt), (_, new) = self._read(ask.prompt), self._read(ask.token_ids)
+        (_, prompt), (_, new) = self._read(ask.prompt), self._read(ask.token_ids, "token_ids")
         ids = [*prompt, *new][:-1][-self._config.context_len :]
         tokens_T = np.zeros(min(self._config.context_len, power_of_two(len(ids))), np.int32)
         tokens_T[: len(ids)] = ids
-        measure = lambda: np.round(sink_shares_by_position(self.engine.model, tokens_T), 5)
+        measure = lambda: np.round(np.asarray(sink_shares_by_position(self.engine.model, tokens_T)), 5)
         shares_TL = await asyncio.get_running_loop().run_in_executor(self._measuring, measure)
         shares = shares_TL[: len(ids)][-len(new) :].tolist()
         return JSONResponse({"shares": [None] * (len(new) - len(shares)) + shares})
