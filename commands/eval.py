@@ -93,8 +93,7 @@ def _score(
 ) -> dict[str, Any]:
     """What a model makes of the questions of a file, a JSON object on each line; those to `skip` are counted.
 
-    Raises:
-      UserError: the file cannot be read, has none, or one cannot be asked.
+    Raises UserError if the file cannot be read, has none, or one cannot be asked.
     """
 
     def encode(text: str) -> np.ndarray:

@@ -37,11 +37,10 @@ def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
 def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Encoded:
     """The tokens of pieces, a separator before each document that begins in them; empty documents are left out.
 
+    Raises UserError if a file is not UTF-8, has such characters, or has changed.
+
     Args:
       unknown: what becomes of characters that a vocabulary from elsewhere lacks: "refuse", "replace" or "drop".
-
-    Raises:
-      UserError: a file is not UTF-8, has such characters, or has changed.
     """
     mark, mark_bytes = separator(tokenizer)
     parts, num_bytes, documents, empty = [], 0, 0, 0

@@ -171,8 +171,7 @@ class RowFiles:
     def pieces(self, start: int, stop: int) -> tuple[list[Piece], list[str]]:
         """The rows between two positions, and what is wrong with the bad ones, which are left out.
 
-        Raises:
-          UserError: there are bad ones, and nobody wanted that.
+        Raises UserError if there are bad ones, and nobody wanted that.
         """
         if start != self._at:
             self._rows = self._rows_from(start)
@@ -201,8 +200,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def open_corpus(dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]) -> TextFiles | RowFiles:
     """The files of a corpus: a named data set, a file, a directory, or a glob, in sorted order.
 
-    Raises:
-      UserError: there are no files, they cannot be read, are of two kinds, or are all empty.
+    Raises UserError if there are no files, they cannot be read, are of two kinds, or are all empty.
     """
     sources = [Source(path) for path in find_files(dataset, data_dir, say)]
     of_rows = [source for source in sources if source.has_rows]
@@ -230,8 +228,7 @@ class Task(NamedTuple):
 def tasks_of(files: TextFiles | RowFiles, settings: Settings, place: int) -> Iterator[Task]:
     """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same.
 
-    Raises:
-      UserError: as `pieces`.
+    Raises UserError as `pieces`.
     """
     for split, end in zip(SPLITS, files.ends(settings.val_fraction, settings.test_fraction), strict=True):
         while place < end:

@@ -191,12 +191,11 @@ def _refused(path: Path, kind: Format) -> UserError:
 class Source:
     """A file of texts: what it is, and its content.
 
+    Raises UserError if it cannot be read, or its texts are inside something that is not read here.
+
     Attributes:
       packed: whether it is compressed.
       has_rows: whether it holds rows; others hold one text.
-
-    Raises:
-      UserError: it cannot be read, or its texts are inside something that is not read here.
     """
 
     def __init__(self, path: Path):

@@ -40,11 +40,10 @@ def load_dataset(
 ) -> Dataset:
     """What `dataset` names: tokens by `load_shards`, rows and directories by `load_documents`, else by `load_text`.
 
+    Raises UserError as these do.
+
     Args:
         train_shards, unknown_characters, text_column, skip_bad_rows: what some of them take; the others: what all do.
-
-    Raises:
-        UserError: as these do.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -75,11 +74,10 @@ def load_documents(
 ) -> Dataset:
     """The shards that `prepare` makes of a directory or of files of rows, in `data_dir/.cache`, where they are kept.
 
+    Raises UserError as `prepare` and `load_shards`.
+
     Args:
         paths: of the files; the others are as in `load_text`.
-
-    Raises:
-        UserError: as `prepare` and `load_shards`.
     """
     if num_processes() > 1:
         raise UserError(f"config.dataset: {dataset} is for one process; make shards of it with `main.py prepare`")

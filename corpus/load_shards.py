@@ -76,13 +76,12 @@ def load_shards(
     The index holds how many bytes of text a split stands for. Without an index, the bytes of the validation and test
     splits are counted once and kept in `data_dir/.cache`; those of the training split are unknown. An end-of-text token
     counts as 0 bytes. `Dataset.sha256` covers the index's lengths and hashes, if there is an index, and `sample_hash`.
+    Raises UserError if a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too
+    short.
 
     Args:
       train_shards: how many training shards of a named set to fetch.
       whole: do not split: each split is all shards together, training shards first. Other arguments: see `load_text`.
-
-    Raises:
-      UserError: a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too short.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -142,11 +141,7 @@ def _sha256(index: dict[str, Any] | None, sample: str) -> str:
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """The index of a prepared directory.
-
-    Raises:
-      UserError: it is damaged, or of another format.
-    """
+    """The index of a prepared directory. Raises UserError if it is damaged, or of another format."""
     index = read_json(root / INDEX_FILE)
     try:
         if index["format"] != FORMAT:
@@ -202,8 +197,7 @@ def _vocabulary(
 ) -> Tokenizer:
     """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`.
 
-    Raises:
-      UserError: the shards were made with another tokenizer.
+    Raises UserError if the shards were made with another tokenizer.
     """
     theirs: dict[str, tuple[Path, Tokenizer]] = {}
     for folder in sorted(folders):

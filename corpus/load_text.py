@@ -44,9 +44,11 @@ def load_text(
 ) -> Dataset:
     """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from `data_dir/.cache`.
 
-    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes.
-    For other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends
-    stay as they are. Compressed files are decompressed first.
+    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes. For
+    other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends stay
+    as they are. Compressed files are decompressed first. Raises UserError if the text is missing, unreadable, not plain
+    text, empty, too short, not UTF-8 or has characters that `vocabulary` lacks; or no tokenizer has this name, or it
+    cannot be loaded.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
@@ -55,10 +57,6 @@ def load_text(
         context_len: each split must hold context_len + 1 tokens.
         whole: do not cut: each split is the whole text, which needs two tokens or more.
         unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
-
-    Raises:
-        UserError: the text is missing, unreadable, not plain text, empty, too short, not UTF-8 or has characters that
-            `vocabulary` lacks; or no tokenizer has this name, or it cannot be loaded.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)

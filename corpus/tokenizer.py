@@ -85,16 +85,14 @@ class Tokenizer(ABC):
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         """Token ids, 1-D, of type `dtype`.
 
-        Raises:
-            UnknownCharacters: a character is not in the vocabulary (`char` only) and `replace_unknown` is false.
+        Raises UnknownCharacters if a character is not in the vocabulary (`char` only) and `replace_unknown` is false.
         """
 
     @abstractmethod
     def decode_bytes(self, ids: TokenIds) -> bytes:
         """The UTF-8 bytes that the ids stand for; the first and last character may be incomplete.
 
-        Raises:
-            ValueError: an id is not in the vocabulary or stands for no text.
+        Raises ValueError if an id is not in the vocabulary or stands for no text.
         """
 
     @abstractmethod
@@ -245,17 +243,14 @@ class ImportedTokenizer(Tokenizer):
     a Unigram model, which cannot tell them apart), no special tokens are added, and lone surrogates become "?". For a
     character that the vocabulary lacks, the library puts its unknown token or nothing. If it puts a space before the
     text, as Llama 2's does, `decode` removes one again; `decode_bytes`, whose ids may be from the middle of a text,
-    does not.
+    does not. Raises ValueError if the library cannot read the content, a token is not text on its own (as WordPiece's
+    are not), or the content does not fit `vocab_size` and `eot`.
 
     Args:
         content: the parsed tokenizer.json.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
         more_ends: other ids that end a text.
-
-    Raises:
-        ValueError: the library cannot read the content, a token is not text on its own (as WordPiece's are not), or
-            the content does not fit `vocab_size` and `eot`.
     """
 
     name = "imported"
@@ -327,8 +322,7 @@ def without_dropout(content: dict[str, Any]) -> dict[str, Any]:
 def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
     """The bytes that a token stands for under a decoder of these steps, wherever in a text it occurs.
 
-    Raises:
-        ValueError: a step is unknown or depends on the tokens before.
+    Raises ValueError if a step is unknown or depends on the tokens before.
     """
     for step in steps:
         match step:
@@ -441,10 +435,8 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
     """A tokenizer by name: "char", whose vocabulary is the text's characters in sorted order, "byte" or tiktoken's; or
     the one of a directory that `main.py tokenizer` made, or that holds another of its kind.
 
-    Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
-
-    Raises:
-        UserError: no tokenizer has that name or lies there, or it is "imported", which only comes with a run's weights.
+    Tiktoken takes its vocabulary from its own cache, or downloads it where that has none. Raises UserError if no
+    tokenizer has that name or lies there, or it is "imported", which only comes with a run's weights.
     """
     check_tokenizer_name(name)
     if name == "imported":
@@ -459,8 +451,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described. The content is checked, and nothing in it is executed.
 
-    Raises:
-        ValueError: it describes no tokenizer.
+    Raises ValueError if it describes no tokenizer.
     """
     match saved:
         case {"kind": "byte"}:

@@ -82,16 +82,14 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     """Draws the losses of several runs into a PNG file, in one step.
 
     Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth of each curve,
-    in which every loss falls from the same height, may be above the plot.
+    in which every loss falls from the same height, may be above the plot. Raises StorageError if the file cannot be
+    written.
 
     Args:
         curves: the runs.
         path: the file.
         x: the horizontal axis: `tokens` or `training_seconds`.
         metric: `val_loss` (nats per token) or `bits_per_byte`, for the training loss too.
-
-    Raises:
-        StorageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 

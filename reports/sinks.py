@@ -35,8 +35,7 @@ def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Array:
     """The share of its attention that each layer gives to its sinks at each position, over all heads: [T, L], float32.
 
-    Raises:
-      ValueError: the model has no sinks.
+    Raises ValueError if the model has no sinks.
     """
     if not model.config.has_sinks:
         raise ValueError("attention_sink: the model has none")

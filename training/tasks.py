@@ -32,8 +32,7 @@ class Question(NamedTuple):
 def read_question(row: Any) -> Question:
     """A row of HellaSwag's, ARC's or PIQA's files, or {"context", "choices", "answer"}, with lm-eval's prompts.
 
-    Raises:
-      ValueError: it is none of them, and in which way.
+    Raises ValueError if it is none of them, and in which way.
     """
     match row:
         case {"endings": list(choices), "label": answer, **rest}:
@@ -75,8 +74,7 @@ def _of_wikihow(text: Any) -> Any:
 def encode(question: Question, tokenizer: Tokenizer, encode_text: Callable[[str], np.ndarray]) -> Iterator[tuple]:
     """Of each choice, context and choice as tokens, and how many of these are the choice's.
 
-    Raises:
-      ValueError: there is nothing before the choices.
+    Raises ValueError if there is nothing before the choices.
     """
     context = question.context.rstrip()
     before = encode_text(context) if context else np.array([tokenizer.eot or 0])
