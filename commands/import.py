@@ -190,7 +190,7 @@ def _tokenizer(
         config.update({"tokenizer": name, "context_len": 1})
         tokenizer = run_lib.load_data(config, say).tokenizer
     else:
-        tokenizer = new_tokenizer(name, b"" if name == "byte" else "", run_lib.data_dir_of(config), say)
+        tokenizer = new_tokenizer(name, run_lib.data_dir_of(config), say)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; name the one it was "

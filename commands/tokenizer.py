@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 def _others(name: str, data_dir: Path, console: Console) -> Tokenizer | None:
     """One of tiktoken's, if nothing needs to be downloaded for it."""
-    return new_tokenizer(name, "", data_dir, console.line) if has_vocabulary(name, data_dir) else None
+    return new_tokenizer(name, data_dir, console.line) if has_vocabulary(name, data_dir) else None
 
 
 def _row(name: str, tokenizer: Tokenizer | None, texts: list[str], size: int) -> list[str]:
