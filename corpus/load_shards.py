@@ -36,6 +36,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROGRESS_FILE = ".progress.json"  # stands in for the index until the corpus is complete
 FORMAT = "transformer-jax corpus 1"
+_NOT_MIXED = "shards of two tokenizers cannot be mixed: give one's"
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
@@ -50,7 +51,8 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
         return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
     if not dataset.endswith(".bin"):
         return False
-    return tokenizer != "byte" or any(map(is_shard, _glob(path)))
+    paths = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    return tokenizer != "byte" or any(map(is_shard, paths))
 
 
 def load_shards(
@@ -101,10 +103,8 @@ def load_shards(
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
         other = next(shard for shard in files if shard.dtype.name == kinds[0])
-        raise UserError(
-            f"config.dataset: {files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}; "
-            "shards of two tokenizers cannot be mixed: give one's"
-        )
+        both = f"{files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}"
+        raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
     sample = sample_hash(files, size)
     identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
@@ -169,10 +169,6 @@ def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fractio
     return {name: ShardedTokens(shards, vocab_size, *ends[i : i + 2], name == "train") for i, name in enumerate(names)}
 
 
-def _glob(path: Path) -> list[Path]:
-    return [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
-
-
 # --- The tokenizer ------------------------------------------------------------------------------------------------
 
 
@@ -193,10 +189,8 @@ def _vocabulary(
             theirs[tokenizer.fingerprint] = (folder, tokenizer)
     if len(theirs) > 1:
         (first, a), (second, b) = list(theirs.values())[:2]
-        raise UserError(
-            f"config.dataset: {first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others "
-            "of that name; shards of two tokenizers cannot be mixed: give one's"
-        )
+        both = f"{first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others of that name"
+        raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
     for folder, tokenizer in theirs.values():
         if given is None and not is_called(tokenizer, name):
             raise UserError(
@@ -205,7 +199,12 @@ def _vocabulary(
             )
         if given is None:
             return tokenizer
-        if given.fingerprint != tokenizer.fingerprint and not _reads(given, tokenizer):
+        if (
+            given.fingerprint != tokenizer.fingerprint
+            and (  # then each id must at least stand for the same bytes
+                given.eot != tokenizer.eot or given.pieces[: tokenizer.vocab_size] != tokenizer.pieces
+            )
+        ):
             raise UserError(
                 f"config.dataset: {folder} was prepared with another vocabulary ({tokenizer.name}, "
                 f"{tokenizer.vocab_size:,} tokens) than the run's ({given.name}, {given.vocab_size:,}); "
@@ -219,11 +218,6 @@ def _vocabulary(
             "beside them is never opened; prepare the text itself"
         )
     return new_tokenizer(name, data_dir, say)
-
-
-def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
-    """Whether each id of `other` stands for the same bytes to `tokenizer`, an imported model's for example."""
-    return tokenizer.eot == other.eot and tokenizer.pieces[: other.vocab_size] == other.pieces
 
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:

@@ -76,11 +76,11 @@ def prepare(
         state = _state(out, source, files)
         tokenizer = vocabulary or _make_tokenizer(settings, state, files, data_dir, processes, console, say)
         output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
-        if output.place:
-            say(f"going on after {output.place:,} of {files.size:,} {files.unit}")
-        tasks = tasks_of(files, settings, output.place)
+        if place := state["place"]:
+            say(f"going on after {place:,} of {files.size:,} {files.unit}")
+        tasks = tasks_of(files, settings, place)
         results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
-        with contextlib.closing(output), results as encoded, console.progress(files.size, output.place) as bar:
+        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as bar:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
                     console.warn(f"{problem}; left out")
@@ -181,10 +181,6 @@ class Output:
             self._reopen()
         self.save()
 
-    @property
-    def place(self) -> int:
-        return self._state["place"]
-
     def add(self, task: Task, result: Encoded) -> None:
         """Write the next task's tokens. Raises StorageError if the disk is full or fails."""
         state = self._state
@@ -259,25 +255,23 @@ class Output:
         """Go on with the unfinished shard, cut back to what the state counts; start it again if those bytes differ."""
         part = self._state["part"]
         left, crc32 = part["tokens"] * self._dtype.itemsize, 0
-        with contextlib.suppress(FileNotFoundError), self._storing(but=FileNotFoundError):
-            self._file = self._part_path.open("r+b")
-            self._file.seek(len(header(0, self._dtype)))
-            while left and (data := self._file.read(min(left, 2**20))):
-                left, crc32 = left - len(data), zlib.crc32(data, crc32)
-        if self._file and not left and crc32 == part["crc32"]:
-            with self._storing():
+        with self._storing():
+            if self._part_path.exists():
+                self._file = self._part_path.open("r+b")
+                self._file.seek(len(header(0, self._dtype)))
+                while left and (data := self._file.read(min(left, 2**20))):
+                    left, crc32 = left - len(data), zlib.crc32(data, crc32)
+            if self._file and not left and crc32 == part["crc32"]:
                 self._file.truncate(self._file.tell())
-            return
+                return
         self._say(f"warning: {self._part_path} is damaged or gone; that shard is written again")
         self.close()
         self._state |= part["before"] | {"part": None}
 
     @contextlib.contextmanager
-    def _storing(self, but: type[OSError] | tuple = ()) -> Iterator[None]:
+    def _storing(self) -> Iterator[None]:
         """Turns an OSError into a StorageError."""
         try:
             yield
-        except but:
-            raise
         except OSError as error:
             raise StorageError(f"{self._out}: {error.strerror}; make room, then run the same command again") from error

@@ -49,16 +49,9 @@ def write_report(
 ) -> Path:
     """Write `report.html` from the files of a run, and from its model. Returns the page's path.
 
-    Args:
-      model: on one device; or a string that says why there is none.
-      which: the page's name for this state of the model.
-      warn: is told of damaged rows of the run's files.
-      text: the text whose attention is shown; None means the beginning of the last sample.
-
-    Raises:
-      UserError: a file of the run cannot be read.
-      UnknownCharacters: `text` has characters that the tokenizer lacks.
-      StorageError: the page cannot be written.
+    The model is on one device, or a string that says why there is none; `which` is the page's name for its state. The
+    attention to `text` is shown, by default to the beginning of the last sample. Raises UserError if a file of the run
+    cannot be read, UnknownCharacters if the tokenizer lacks some of `text`, StorageError if the page cannot be written.
     """
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
@@ -241,9 +234,8 @@ def _parameters(model_config: TransformerConfig) -> Table:
     counts = {part: count for part, count in parameter_counts(model_config).items() if count}
     total = sum(counts.values())
     rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in counts.items()]
-    return Table(
-        "Parameters", ["part", "number", "share"], [*rows, ["all", f"{total:,}", ""]], bold=frozenset({len(rows)})
-    )
+    rows.append(["all", f"{total:,}", ""])
+    return Table("Parameters", ["part", "number", "share"], rows, bold=frozenset({len(counts)}))
 
 
 def _spread(count: int, most: int) -> list[int]:
