@@ -206,7 +206,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
         if key not in config:
             raise UserError(f"config.{key}: unknown key in the run's config.json")
         try:
-            config[key] = tuple(value) if isinstance(value, list) else value
+            config[key] = tuple(value) if isinstance(value, list) else _named(key, value)
         except TypeError as error:
             raise UserError(f"config.{key}: {one_line(error)}") from error
     check(config)

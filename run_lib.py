@@ -18,7 +18,7 @@ from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices
-from runtime.checkpoints.manager import Checkpoints, DamagedError, Placement
+from runtime.checkpoints.manager import SESSION, Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
@@ -213,10 +213,6 @@ def real_step_of(meta: dict[str, Any]) -> int:
 
 
 _ODD_META = "this program did not write it so; put a copy of the run back, or begin anew with --fresh"
-_SESSION: dict[str, tuple[type, ...]] = {  # keys of `meta` that resuming needs, and their types
-    **{"data_sha256": (str,), "elapsed_seconds": (int, float), "reported": (bool,), "sizes": (dict,)},
-    **dict.fromkeys(["val_loss", "best_val_loss", "best_step"], (int, float, type(None))),
-}
 
 
 def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
@@ -442,8 +438,8 @@ def resume(
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         allow(step)
-        if wrong := [key for key, kinds in _SESSION.items() if type(meta.get(key)) not in kinds]:
-            raise NoCheckpointError(f"{workdir}: a checkpoint says no {wrong[0]}; {_ODD_META}")
+        if missing := [key for key in SESSION if key not in meta]:
+            raise NoCheckpointError(f"{workdir}: a checkpoint says no {missing[0]}; {_ODD_META}")
         require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
         old = config_of(meta, workdir).accumulation_steps

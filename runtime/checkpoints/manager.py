@@ -57,6 +57,10 @@ from runtime.workdir import CHECKPOINTS, UNSAVED
 
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
 ITEMS = ("params", "rest")
+SESSION: dict[str, tuple[type, ...]] = {  # keys of `meta` that resuming needs, and their types
+    **{"data_sha256": (str,), "elapsed_seconds": (int, float), "reported": (bool,), "sizes": (dict,)},
+    **dict.fromkeys(["val_loss", "best_val_loss", "best_step"], (int, float, type(None))),
+}
 BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
 AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
 LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
@@ -351,6 +355,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         odd_loss = "checkpoint_val_loss" not in meta or not (loss is None or type(loss) in (int, float))
         if type(meta.get("position")) is not int or odd_loss:
             raise DamagedError("meta has no position or loss")
+        kinds = SESSION | {"arithmetic": (dict,), "micro_step": (int,)}
+        if odd := [key for key in meta.keys() & kinds if type(meta[key]) not in kinds[key]]:
+            raise DamagedError(f"meta has an odd {min(odd)}")
         return meta
 
     def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:

@@ -198,6 +198,19 @@ def test_papers_that_changed_are_named(copy, capsys):
         assert_one_line(capsys.readouterr().err, "")
 
 
+@pytest.mark.parametrize("odd", [{"data_sha256": {"a": 1}}, {"arithmetic": [7]}, {"sizes": 3}], ids=str)
+def test_a_checkpoint_that_says_something_odd_is_damaged(copy, capsys, odd):
+    for step in (28, 30):
+        path = copy / "checkpoints" / str(step) / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        del meta["sha256"]
+        path.write_text(json.dumps(seal(meta | odd)))
+        (copy / "checkpoints" / str(step) / FILE_LIST).unlink()
+    for argv in (["eval", f"--workdir={copy}"], arguments(tiny_config(), copy)):
+        assert main.main(argv) == 3
+        assert f"meta has an odd {min(odd)}" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_says_too_little_is_refused_in_one_line(copy, capsys):
     """With a seal that fits: somebody has made it so."""
     for step in (28, 30):
