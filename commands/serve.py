@@ -2,12 +2,14 @@
 
 import socket
 import threading
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 
 import run_lib
 from commands.flags import define_checkpoint, parse_flags
+from corpus.chat import chat_tokens
 from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.screen.console import Console
@@ -51,13 +53,14 @@ def main(argv: list[str]) -> None:
         with listening:
             devices.set_up_compile_cache(console.warn)
             devices.wake_up()
-            model, tokenizer, _, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
+            model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
             with console.busy("compiling"):
                 size = values.max_batch, values.queue
                 engine = Engine(model, tokenizer.ends, tokenizer.unsampled, *size, warn=console.warn)
-            # Chat takes the template of a run that was trained on conversations; there is none yet.
+            chat = partial(chat_tokens, tokenizer) if config.chat else None
             hosts = [*_LOCAL, host] if host in _LOCAL else []
-            service = Service(engine, tokenizer, workdir.resolve().name, values.max_tokens, values.timeout, hosts=hosts)
+            limits = values.max_tokens, values.timeout
+            service = Service(engine, tokenizer, workdir.resolve().name, *limits, chat, hosts)
             quiet = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
             server = uvicorn.Server(uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet))
             # The library takes over the signals if it runs in the main thread.
