@@ -50,7 +50,7 @@ RANGES = {
 # The model's settings that say how it is run, and those that say its shape, except what follows from the text.
 EXECUTION_KEYS = {field.name for field in dataclasses.fields(Execution)}
 SHAPE_KEYS = {field.name for field in dataclasses.fields(TransformerConfig)} - EXECUTION_KEYS
-SHAPE_KEYS -= {"vocab_size", "document_start"}
+SHAPE_KEYS -= {"vocab_size", "document_start", "answer_start", "answer_end"}
 
 # Keys that may change when a run goes on: how long it runs, how it is watched and saved, and where its text is (which
 # has to have the same hash). A change of any other key would make it another run.
@@ -128,6 +128,8 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
     if not any(config[key] for key in ("epochs", "max_steps", "max_flops", "max_seconds")):
         raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
+    if config.chat and not config.mask_documents:
+        raise UserError("config.chat: a row holds several conversations, which only mask_documents keeps apart; set it")
     if not config.sample_prompt:
         raise UserError("config.sample_prompt: must not be empty; a newline is a good start")
     if Path(config.run).name != config.run or config.run in (".", ".."):
@@ -154,18 +156,25 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 # --- From a config to the dataclasses of the layers below ---------------------------------------------------------
 
 
-def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, document_start: int = -1) -> TransformerConfig:
-    """The model's shape. `dtype` is the resolved one, never "auto"."""
+def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, **tokens: int) -> TransformerConfig:
+    """The model's shape. `dtype` is the resolved one, never "auto"; `tokens` are ids with a meaning, by field."""
     settings = {name: config[name] for name in SHAPE_KEYS | EXECUTION_KEYS} | {"dtype": dtype}
-    return TransformerConfig(vocab_size=vocab_size, document_start=document_start, **settings)
+    return TransformerConfig(vocab_size=vocab_size, **tokens, **settings)
 
 
-def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "") -> TransformerConfig:
+def model_config_of(
+    config: ConfigDict,
+    vocab_size: int,
+    eot: int | None = None,
+    auto: str = "",
+    answer: tuple[int, int] | None = None,
+) -> TransformerConfig:
     """The model's shape, and how it is run.
 
     Args:
       eot: the tokenizer's end-of-text token.
       auto: what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
+      answer: the tokens with which the assistant's turns in conversations begin and end.
 
     Raises UserError if documents are to be masked and there is no such token.
     """
@@ -176,7 +185,10 @@ def model_config_of(config: ConfigDict, vocab_size: int, eot: int | None = None,
             "set it to False, or take one that has, such as gpt2"
         )
     auto = auto or ("float32" if target().platform == "cpu" else "bfloat16")
-    return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, start)
+    tokens = {"document_start": start}
+    if config.chat and answer:
+        tokens |= {"answer_start": answer[0], "answer_end": answer[1]}
+    return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, **tokens)
 
 
 def trackers_of(config: ConfigDict) -> list[str]:

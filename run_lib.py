@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import config_lib
 from configs import default
+from corpus.chat import chat_tokens
 from corpus.dataset import Dataset
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
@@ -29,6 +30,7 @@ from training.step import Step, TrainState, regroup
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
+from transformer.sampling import Prompt
 from transformer.sharding import DATA, FSDP
 from transformer.xla import target
 
@@ -152,6 +154,7 @@ def load_data(
         unknown_characters=config.unknown_characters,
         text_column=config.text_column,
         skip_bad_rows=config.skip_bad_rows,
+        chat=config.chat,
         say=say,
         vocabulary=vocabulary,
     )
@@ -192,6 +195,16 @@ def load_tokenizer(workdir: Path) -> Tokenizer:
         return tokenizer_from_dict(read_json(workdir / TOKENIZER_FILE))
     except ValueError as error:
         raise UserError(f"{workdir / TOKENIZER_FILE}: {one_line(error)}; take it from a copy of the run") from error
+
+
+def model_config_for(config: ConfigDict, tokenizer: Tokenizer, auto: str = "") -> TransformerConfig:
+    """`config_lib.model_config_of` with what it needs of the tokenizer."""
+    return config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot, auto, tokenizer.answer)
+
+
+def prompt_of(config: ConfigDict, tokenizer: Tokenizer, text: str) -> Prompt:
+    """What generation goes on from: the text itself, or in a run on conversations what a user says with it."""
+    return chat_tokens(tokenizer, [{"role": "user", "content": text.rstrip("\n")}]) if config.chat else text
 
 
 def identity(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -284,7 +297,7 @@ def load_weights(
     Raises UserError or NoCheckpointError if there is no such run, or if its model has another shape.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    source = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    source = model_config_for(config, tokenizer)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, None)
         want, have = shapes_of(model_config), shapes_of(source)
@@ -311,7 +324,7 @@ def load_model(
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    model_config = model_config_for(config, tokenizer)
     place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)

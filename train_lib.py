@@ -116,7 +116,7 @@ class Trainer:
         except UnknownCharacters as error:
             raise UserError(f"config.sample_prompt: {error}; leave them out") from error
         how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
-        self.model_config = config_lib.model_config_of(config, self.tokenizer.vocab_size, self.tokenizer.eot, how.dtype)
+        self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
         of_model, of_batch = most_parts(self.mesh)
@@ -400,7 +400,8 @@ class Trainer:
     def _sample(self, model: Transformer) -> None:
         config, prompt = self.config, self.sample_prompt
         sampling = Sampling(config.temperature, seed=config.seed)
-        text = prompt + generate(model, self.tokenizer, [prompt], config.sample_tokens, sampling)[0]
+        begin = run_lib.prompt_of(config, self.tokenizer, prompt)
+        text = prompt + generate(model, self.tokenizer, [begin], config.sample_tokens, sampling)[0]
         append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
         self.console.sample(self.step, text)
         self.trackers.samples(partial(run_lib.read_samples, self.workdir))

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
                 console.line(f"not read by all programs: {'; '.join(caveats)}")
             try:
                 write_text(out / "tokenizer.json", to_tokenizers(tokenizer).to_str(pretty=True))
-                write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer))
+                write_json(out / "tokenizer_config.json", hf_tokenizer_config(tokenizer, config.chat))
             except ValueError as error:
                 console.warn(f"no tokenizer files: {error}")
     console.line(f"wrote {values.out}")

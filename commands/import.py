@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)
-    model_config = config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot)
+    model_config = run_lib.model_config_for(config, tokenizer)
     workdir = prepare_workdir(values.workdir, run_lib.FILES)
     with WorkdirLock(workdir, console.warn):
         unfinished = _room_for_it(workdir, console.line)
@@ -138,7 +138,7 @@ def _from_export(weights: Path, metadata: Mapping[str, str], dataset: str | None
     params = read_safetensors(weights)[0]
     require_blocks("num_blocks", config.num_blocks, params)
     params = {name: as_float32(name, value) for name, value in params.items()}
-    model_of(config_lib.model_config_of(config, tokenizer.vocab_size, tokenizer.eot), params)  # checks names and shapes
+    model_of(run_lib.model_config_for(config, tokenizer), params)  # checks names and shapes
     return config, params, tokenizer
 
 

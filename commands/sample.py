@@ -1,4 +1,7 @@
-"""Write text with a trained model; without a prompt, on a terminal, one types prompts to it."""
+"""Write text with a trained model; without a prompt, on a terminal, one types prompts to it.
+
+A run on conversations (config.chat) answers: a prompt is what a user says, and on a terminal it remembers the turns.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +18,7 @@ from absl import flags
 
 import run_lib
 from commands.flags import define_checkpoint, parse_flags
+from corpus.chat import chat_tokens
 from corpus.tokenizer import Tokenizer, UnknownCharacters, until
 from runtime import devices
 from runtime.errors import UserError, one_line
@@ -22,7 +26,7 @@ from runtime.files import new_file, parse_json, read_file, user_state
 from runtime.screen.console import Console
 from runtime.screen.text import printable
 from transformer.model import Transformer
-from transformer.sampling import Sampling, prompt_tokens, stream
+from transformer.sampling import Prompt, Sampling, prompt_tokens, stream
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -58,18 +62,18 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--{error}") from error
     devices.set_up_compile_cache(Console().warn)
     devices.wake_up()
-    model, tokenizer, _, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
+    model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if values.prompt is None and values.prompts is None and values.out is None and watched:
         say = lambda line: print(line, flush=True)
-        chat = Talk(
+        person = (Conversation if config.chat else Talk)(
             *(model, tokenizer, sampling, values.num_tokens, say, write_text),
             replace_unknown=values.replace_unknown,
             stops=values.stop,
         )
-        talk(chat.answer, say)
+        talk(person.answer, say, person.GREETING)
         return
     if values.prompts is not None:
         given = _read_prompts(Path(values.prompts))
@@ -80,29 +84,30 @@ def main(argv: list[str]) -> None:
     texts, room, long = [], model.config.context_len, []
     for name, prompt in given.items():
         try:
-            prompt, length = readable(tokenizer, prompt, values.replace_unknown)
+            prompt, _ = readable(tokenizer, prompt, values.replace_unknown)
         except UnknownCharacters as error:
             raise UserError(f"{name}: {error}; leave them out, or give --replace_unknown") from error
-        if length > room:
+        begin = run_lib.prompt_of(config, tokenizer, prompt)
+        if (length := len(prompt_tokens(tokenizer, begin))) > room:
             long.append(f"the prompt has {length} tokens; the model reads the last {room}")
         seeds = [(sampling.seed + i) % 2**63 for i in range(values.num_samples)]
-        texts += [(prompt, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
+        texts += [(prompt, begin, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
     if long:
         several = f"{len(long)} of {len(given)} prompts have more than {room} tokens; the model reads their last {room}"
         print(long[0] if len(given) == 1 else several, file=sys.stderr)
-    go_on = lambda prompt, how: until(stream(model, tokenizer, prompt, values.num_tokens, how), values.stop)
+    go_on = lambda begin, how: until(stream(model, tokenizer, begin, values.num_tokens, how), values.stop)
     if values.out is not None:
         with new_file(Path(values.out), "--out") as file:
-            for prompt, how in texts:
-                text = "".join(go_on(prompt, how))
+            for prompt, begin, how in texts:
+                text = "".join(go_on(begin, how))
                 file.write(json.dumps({"prompt": prompt, "text": text, "seed": how.seed}) + "\n")
         return
     try:
-        for number, (prompt, how) in enumerate(texts, start=1):
+        for number, (prompt, begin, how) in enumerate(texts, start=1):
             if len(texts) > 1:
                 write_text(f"--- {number} of {len(texts)}, seed {how.seed} ---\n")
-            write_text(prompt)
-            for text in go_on(prompt, how):
+            write_text("" if config.chat else prompt)
+            for text in go_on(begin, how):
                 write_text(text)
             write_text("\n")
     except BrokenPipeError:  # the reader has seen enough
@@ -148,8 +153,7 @@ def _read_prompt() -> str:
 
 # --- Talking: the model continues each line that is typed, and commands change the settings -----------------------
 
-HELP = """\
-Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.
+_HELP = """
   /temperature 0.7   0 is greedy              /top_k 20    only the 20 likeliest tokens; 0: all
   /top_p 0.9   the likeliest up to 90 %       /min_p 0.1   only those a tenth as likely as the top one
   /seed 1      of the next text; each text after it takes the next one
@@ -171,7 +175,7 @@ def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[
 
 
 class Talk:
-    """The settings and the last text of a conversation.
+    """The settings and the last text of somebody who types to a model.
 
     Args:
       say: takes one line for the person.
@@ -179,6 +183,9 @@ class Talk:
       replace_unknown: replace characters that the model lacks, and do not refuse the prompt.
       stops: each text ends before the first of these.
     """
+
+    GREETING = "type the beginning of a text; /help says more"
+    HELP = f"Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.{_HELP}"
 
     def __init__(
         self,
@@ -209,18 +216,23 @@ class Talk:
         room = self._model.config.context_len
         if length > room and line:
             self._say(f"the prompt has {length} tokens; the model reads the last {room}")
-        self._text = prompt
         self._write(prompt)
+        self._text = prompt + self._say_on(prompt)
+        return True
+
+    def _say_on(self, prompt: Prompt) -> str:
+        """What the model writes after a prompt, until Ctrl-C; the next text has the next seed."""
+        new = ""
         with heard_interrupts() as stopped:
-            new = stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling)
-            for text in until(new, self._stops):
+            pieces = stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling)
+            for text in until(pieces, self._stops):
                 if stopped():
                     break
-                self._text += text
+                new += text
                 self._write(text)
         self._write("\n")
         self.sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + 1) % 2**32)
-        return True
+        return new
 
     def _command(self, name: str, value: str) -> bool:
         settings = {field.name: getattr(self.sampling, field.name) for field in dataclasses.fields(self.sampling)}
@@ -228,7 +240,7 @@ class Talk:
         if name in ("quit", "exit", "q"):
             return False
         if name == "help":
-            self._say(HELP)
+            self._say(self.HELP)
         elif name not in settings:
             self._say(f"/{name}: unknown; /help says what there is, and // writes a / at the beginning of a text")
         elif not value.strip():
@@ -250,6 +262,38 @@ class Talk:
             self.num_tokens = int(value)
 
 
+class Conversation(Talk):
+    """The same with a model that answers; it remembers what was said."""
+
+    GREETING = "say something; /help says more"
+    HELP = f"""Say something; the model answers, and remembers the turns that its context has room for.
+  /new         forgets them                   /system TEXT  forgets them, and says what the model shall be{_HELP}"""
+    _said: tuple[dict[str, str], ...] = ()
+
+    def answer(self, line: str) -> bool:
+        """Executes a command or answers; False if the line ends the conversation."""
+        name, _, rest = line.partition(" ")
+        if name in ("/new", "/system"):
+            self._said = ({"role": "system", "content": rest.strip()},) if rest.strip() else ()
+        elif not line or (line.startswith("/") and not line.startswith("//")):
+            return not line or super().answer(line)
+        else:
+            self._reply(line[1:] if line.startswith("//") else line)
+        return True
+
+    def _reply(self, text: str) -> None:
+        context_len = self._model.config.context_len
+        room = context_len - min(self.num_tokens, context_len // 2)
+        first = [message for message in self._said[:1] if message["role"] == "system"]
+        turns = [*self._said[len(first) :], {"role": "user", "content": text}]
+        prompt_of = lambda: chat_tokens(self._tokenizer, [*first, *turns])
+        while len(prompt := prompt_of()) > room and len(turns) > 1:
+            del turns[:2]
+        if len(prompt) > context_len:
+            self._say(f"that makes {len(prompt)} tokens; the model reads the last {context_len}")
+        self._said = (*first, *turns, {"role": "assistant", "content": self._say_on(prompt)})
+
+
 @contextlib.contextmanager
 def heard_interrupts() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises nothing, as JAX may be compiling; the function that it gives says whether Ctrl-C came."""
@@ -265,10 +309,10 @@ def heard_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def talk(answer: Callable[[str], bool], say: Callable[[str], None]) -> None:
+def talk(answer: Callable[[str], bool], say: Callable[[str], None], greeting: str) -> None:
     """Reads lines from the terminal until a command or Ctrl-D ends the conversation. Ctrl-C drops the line."""
     with line_history():
-        say("type the beginning of a text; /help says more")
+        say(greeting)
         lines: list[str] = []
         while True:
             try:

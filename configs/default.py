@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
     config.test_fraction = 0.0  # of the text, for testing: its end
     config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document
+    config.chat = False  # the rows are conversations: lists of messages, of which the assistant's alone are learned
     config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)
     config.data_dir = "data"  # named sets and encoded texts; relative to main.py; where installed, to the user's cache
 

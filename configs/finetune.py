@@ -17,9 +17,9 @@ from runtime.files import read_json
 from transformer.config import TransformerConfig
 
 
-def get_config(run: str = "") -> ConfigDict:
+def get_config(run: str = "", name: str = "finetune") -> ConfigDict:
     if not run:
-        raise UserError("--config=configs/finetune.py: needs a run to start from; write configs/finetune.py:RUN")
+        raise UserError(f"--config=configs/{name}.py: needs a run to start from; write configs/{name}.py:RUN")
     config = default.get_config()
     settings = read_json(Path(run) / "config.json").get("config")
     if settings is None:

@@ -34,6 +34,7 @@ class Split:
     tokens: np.ndarray | ShardedTokens
     num_bytes: int | None
     files: tuple[str, ...] = ()
+    unpredicted = 1  # tokens that `bytes_of` counts and that no loss is of: the first
 
     @property
     def num_tokens(self) -> int:

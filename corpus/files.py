@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from corpus.dataset import SPLITS, ends_of_splits, splits_by_name
 from corpus.formats import Bad, Source
@@ -174,13 +174,17 @@ class RowFiles:
             raise UserError(f"config.dataset: {bad[0]}; mend it, or set config.skip_bad_rows")
         return [row for row in rows if isinstance(row, Piece)], bad
 
+    @staticmethod
+    def contents(source: Source, settings: Settings, start: int) -> Iterator[Any]:
+        """What the pieces of a file's rows from number `start` on hold, or `Bad` ones."""
+        return source.rows(settings.text_column, settings.tokenizer == "byte", start)
+
     def _rows_from(self, start: int) -> Iterator[Piece | str]:
         for source, begin, end in zip(self._sources, self._starts, self._starts[1:], strict=False):
             if end <= start:
                 continue
             skip = max(0, start - begin)
-            texts = source.rows(self._settings.text_column, self._settings.tokenizer == "byte", skip)
-            for number, text in enumerate(texts, skip + 1):
+            for number, text in enumerate(self.contents(source, self._settings, skip), skip + 1):
                 bad = isinstance(text, Bad)
                 yield f"{source.path}, row {number:,}: {text}" if bad else Piece(source.path, text)
 

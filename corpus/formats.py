@@ -65,10 +65,11 @@ _TEXT_TYPES = {*("string", "large_string", "string_view"), *("binary", "large_bi
 
 
 def _require_column(schema: Any, column: str) -> None:
-    """Whether it is one of text or of bytes, as they are or in a dictionary."""
+    """Whether it is one of text or of bytes, as they are or in a dictionary, or of lists, as of messages."""
     value_type = lambda kind: kind.value_type if _arrow().types.is_dictionary(kind) else kind
     names = [field.name for field in schema if str(value_type(field.type)) in _TEXT_TYPES]
-    _require_name(column, names, "columns of text")
+    lists = [field.name for field in schema if _arrow().types.is_nested(field.type)]
+    _require_name(column, [column] if column in lists else names, "columns of text")
 
 
 def _require_name(column: str, names: list[str], what: str) -> None:
@@ -92,7 +93,9 @@ def _arrow_batches(of_file: bool, file: IO[bytes], column: str) -> Iterator[Grou
         yield batch.num_rows, partial(_as_bytes, batch.column(column))
 
 
-def _as_bytes(column: Any) -> list[bytes | None]:
+def _as_bytes(column: Any) -> list[Any]:
+    if _arrow().types.is_nested(column.type):
+        return column.to_pylist()
     return column.cast("large_binary").to_pylist()  # a careless writer's text may be no UTF-8
 
 
@@ -223,13 +226,17 @@ class Source:
         with self.reading(), self.stream() as file:
             return sum(count for count, _ in self._groups(file, column))
 
-    def rows(self, column: str, any_bytes: bool, start: int = 0) -> Iterator[bytes | Bad]:
-        """The texts of the rows from number `start` on, in UTF-8; with `any_bytes` a column of bytes as it is."""
+    def values(self, column: str, start: int = 0) -> Iterator[Any]:
+        """What the rows from number `start` on have in a column, or a `Bad`."""
         with self.reading(), self.stream() as file:
             for count, values in self._groups(file, column):
                 if start < count:
-                    yield from (_text(value, any_bytes) for value in islice(values(), start, None))
+                    yield from islice(values(), start, None)
                 start = max(0, start - count)
+
+    def rows(self, column: str, any_bytes: bool, start: int = 0) -> Iterator[bytes | Bad]:
+        """Their texts, in UTF-8; with `any_bytes` a column of bytes as it is."""
+        return (_text(value, any_bytes) for value in self.values(column, start))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus import fetch
+from corpus.chat import load_conversations
 from corpus.dataset import Dataset, Say
 from corpus.files import Settings
 from corpus.formats import Source
@@ -34,14 +35,21 @@ def load_dataset(
     unknown_characters: str = "refuse",
     text_column: str = "text",
     skip_bad_rows: bool = False,
+    chat: bool = False,
     vocabulary: Tokenizer | None = None,
     say: Say = print,
     **settings: Any,
 ) -> Dataset:
-    """What `dataset` names: tokens by `load_shards`, rows and directories by `load_documents`, else by `load_text`."""
+    """What `dataset` names: tokens by `load_shards`, rows and directories by `load_documents`, else by `load_text`.
+
+    With `chat`, it is conversations, by `load_conversations`.
+    """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
     settings |= {"data_dir": data_dir, "vocabulary": vocabulary, "say": say}
+    if chat:
+        rows = {"text_column": text_column, "skip_bad_rows": skip_bad_rows}
+        return load_conversations(dataset, tokenizer, **rows, **settings)
     if holds_shards(dataset, tokenizer):
         return load_shards(dataset, tokenizer, train_shards=train_shards, **settings)
     settings["unknown_characters"] = unknown_characters

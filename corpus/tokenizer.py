@@ -12,9 +12,10 @@ import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from runtime.files import read_json
 from runtime.screen.text import nearest
 
 END_OF_TEXT = "<|endoftext|>"
+ROLES = ("system", "user", "assistant")  # of a conversation; a turn is <|role|>, a text, END_OF_TURN
+END_OF_TURN = "<|end|>"
 OWN = "own"  # the name of each that `main.py tokenizer` made
 # Far above any vocabulary in use. Without a limit, one absurd id in a damaged file would make lists of that length.
 MAX_VOCAB_SIZE = 2**21
@@ -58,18 +61,28 @@ class Tokenizer(ABC):
         name: "char", "byte", "imported" or the tiktoken encoding's name.
         vocab_size: V; ids lie in [0, V).
         eot: the id that ends a text, if there is one.
-        unsampled: ids that stand for no text (gaps, control tokens other than `eot`) and must never be sampled.
+        unsampled: ids that stand for no text (gaps, control tokens other than `ends`) and must never be sampled.
+        special: the ids of control tokens, by name.
     """
 
     name: str
     vocab_size: int
     eot: int | None = None
     unsampled: tuple[int, ...] = ()
+    special: Mapping[str, int] = MappingProxyType({})
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ids at which generation stops: `eot`, and other end tokens of an imported model."""
+        """The ids at which generation stops: `eot`, the end of a turn, and other end tokens of an imported model."""
         return () if self.eot is None else (self.eot,)
+
+    @property
+    def answer(self) -> tuple[int, int] | None:
+        """The tokens with which the assistant's turns begin and end, if it has all that conversations need."""
+        names = [*(f"<|{role}|>" for role in ROLES), END_OF_TURN]
+        if self.eot is None or not self.special.keys() >= {*names}:
+            return None
+        return self.special[names[-2]], self.special[names[-1]]
 
     @property
     def dtype(self) -> np.dtype:
@@ -100,7 +113,7 @@ class Tokenizer(ABC):
     def pieces(self) -> list[bytes]:
         """The bytes of each id; b"" for one that stands for no text."""
         pieces = [b""] * self.vocab_size
-        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot}:
+        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot, *self.special.values()}:
             pieces[i] = self.decode_bytes([i])
         return pieces
 
@@ -194,8 +207,14 @@ class TiktokenTokenizer(Tokenizer):
         self._encoding = encoding
         self.name = encoding.name
         self.vocab_size = encoding.n_vocab
-        self.eot = encoding._special_tokens.get(END_OF_TEXT)
-        self.unsampled = tuple(sorted({*range(self.vocab_size)} - {*encoding._mergeable_ranks.values(), self.eot}))
+        self.special = encoding._special_tokens
+        self.eot = self.special.get(END_OF_TEXT)
+        text = {*encoding._mergeable_ranks.values()}
+        self.unsampled = tuple(sorted({*range(self.vocab_size)} - text - {*self.ends}))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (*super().ends, *((self.answer or ())[1:]))
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
@@ -263,6 +282,7 @@ class ImportedTokenizer(Tokenizer):
         if self._library.decoder:  # as the library writes it now; older files use other forms
             decoder = json.loads(self._library.decoder.__getstate__())
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        self.special = {token.content: i for i, token in added.items() if token.special}
         self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
         strips = lambda step: step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
         self._strips_space = any(map(strips, steps))

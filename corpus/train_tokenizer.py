@@ -6,7 +6,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from corpus.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, OWN, TiktokenTokenizer
+from corpus.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, END_OF_TURN, OWN, ROLES, TiktokenTokenizer
 from runtime.files import parse_json
 
 # Into which pieces a text is split before anything is merged. Both in forms that mean the same to tiktoken's engine,
@@ -18,7 +18,7 @@ PATTERNS = {
     # GPT-2's own (openai/gpt-2, src/encoder.py)
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-SPECIAL = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # a turn of a chat: role, text, end
+SPECIAL = (END_OF_TEXT, *(f"<|{role}|>" for role in ROLES), END_OF_TURN)
 FEWEST = 256 + len(SPECIAL)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from corpus.chat import TEMPLATE
 from corpus.tokenizer import (
     BYTE_SYMBOLS,
     END_OF_TEXT,
@@ -48,8 +49,11 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     raise TypeError(f"tokenizer.json has no form for a {type(tokenizer).__name__}")
 
 
-def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer_config.json, which `transformers.AutoTokenizer` reads together with tokenizer.json."""
+def hf_tokenizer_config(tokenizer: Tokenizer, chat: bool = False) -> dict[str, Any]:
+    """The content of tokenizer_config.json, which `transformers.AutoTokenizer` reads together with tokenizer.json.
+
+    With `chat`, the form of conversations is in it.
+    """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The next two are the defaults of version 5. In version 4, some turned " ." into ".", and GPT-2 got token
@@ -65,7 +69,7 @@ def hf_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
             config["eos_token"] = to_tokenizers(tokenizer).id_to_token(eot)
         case TiktokenTokenizer(eot=int(eot)):
             config["eos_token"] = tokenizer.decode([eot])
-    return config
+    return config | ({"chat_template": TEMPLATE} if chat else {})
 
 
 def _how_missed(symbol: str) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-import config_lib
 import run_lib
 from config_lib import key_docs, written
 from corpus.tokenizer import Tokenizer, UnknownCharacters
@@ -54,7 +53,7 @@ def write_report(
     cannot be read, UnknownCharacters if the tokenizer lacks some of `text`, StorageError if the page cannot be written.
     """
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
-    model_config = config_lib.model_config_of(run_lib.read_config(workdir), tokenizer.vocab_size)
+    model_config = run_lib.model_config_for(run_lib.read_config(workdir), tokenizer)
     samples = run_lib.read_samples(workdir)
     steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config, warn)
     blocks = [

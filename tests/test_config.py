@@ -119,7 +119,7 @@ def test_the_tables_name_only_keys_and_every_number_has_a_range():
 def test_the_defaults_of_the_classes_are_those_of_the_config():
     """But for the dtype, which a config may leave to the device."""
     own = {field.name: field.default for part in (TransformerConfig, OptimizerConfig) for field in fields(part)}
-    assert own.keys() - set(KEYS) == {"vocab_size", "document_start"}
+    assert own.keys() - set(KEYS) == {"vocab_size", "document_start", "answer_start", "answer_end"}
     differ = {name: (own[name], value) for name, value in default.get_config().items() if own.get(name, value) != value}
     assert differ == {"dtype": ("float32", "auto")}
 
@@ -155,7 +155,7 @@ def test_a_class_refuses_what_its_config_does_in_the_same_words(make, name, valu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_possible_and_survives_json(name):
     get_config = importlib.import_module(f"configs.{name}").get_config
-    config = get_config(str(finished_run().workdir)) if name == "finetune" else get_config()
+    config = get_config(str(finished_run().workdir)) if name in ("finetune", "chat") else get_config()
     before = config_lib.to_dict(config)
     config_lib.check(config)
     assert config_lib.to_dict(config) == before

@@ -11,6 +11,7 @@ Commands of the README, which train for minutes and read corpora, are parsed alo
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -28,7 +29,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LONG = "# takes "
-OTHER = r"tail|(?:\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
+OTHER = r"tail|echo|(?:\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
 
 
 class Parsed(Exception):
@@ -129,6 +130,8 @@ def place(tmp_path, monkeypatch) -> Path:
         (tmp_path / "configs" / path.name).symlink_to(path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "text.txt").write_text(make_text(), encoding="utf-8")
+    talk = [{"role": "user", "content": "A lamp?"}, {"role": "assistant", "content": "It."}]
+    (tmp_path / "talks.jsonl").write_text(4 * (json.dumps({"messages": talk}) + "\n"))
     for name in "shakespeare", "imported":
         shutil.copytree(finished_run().workdir, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
@@ -188,6 +191,7 @@ def test_the_python_of_a_page(page, place, monkeypatch):
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_a_page_says_what_the_command_line_takes(page, place, monkeypatch):
     write_new_files(page, place)
+    shutil.copytree("runs/imported", "runs/base")  # which a line begins from that an earlier one would have made
     lines = shell_lines(page)
     assert page != README or len(lines) + len(shell_lines(ROOT / "docs" / "using.md")) > 20
     for line in lines:

@@ -15,7 +15,6 @@ from terminal import Terminal
 import main
 import run_lib
 import train_lib
-from commands import sample
 from commands.sample import Talk
 from corpus.tokenizer import until
 from runtime.errors import UserError
@@ -61,7 +60,7 @@ def test_settings_are_changed_and_shown():
     assert person.types("/temperature") == ("", ["temperature 0.3"])
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "num_tokens", "quit"):
         assert f"/{name}" in person.types("/help")[1][0]
-    assert max(map(len, sample.HELP.split("\n"))) <= 108
+    assert max(map(len, Talk.HELP.split("\n"))) <= 108
     assert not person.talk.answer("/quit")
 
 

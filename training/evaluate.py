@@ -99,9 +99,10 @@ def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
     """A loss as bits per byte of the split's text, of which `num_tokens` tokens were predicted.
 
-    They are at the split's start; the very first token, which is not predicted, counts as well.
+    They are at the split's start; the very first token, which is not predicted, counts as well, if it is text.
     """
-    return cost.bits_per_byte(loss, num_tokens + 1, split.bytes_of(num_tokens + 1, tokenizer))
+    read = num_tokens + split.unpredicted
+    return cost.bits_per_byte(loss, read, split.bytes_of(read, tokenizer))
 
 
 def _own_part(x: jax.Array) -> np.ndarray:

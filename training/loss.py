@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from training.answers import targets_of
 from transformer.config import TransformerConfig
 from transformer.model import Params, head_logits, model_of
 from transformer.sharding import constrain, gather_parameter
@@ -26,7 +27,7 @@ def batch_loss(
     model = model_of(config, params)
     rngs = None if key is None else nnx.Rngs(dropout=key)
     x_BTD, _ = model.hidden(jnp.maximum(batch_BT1[:, :-1], 0), rngs=rngs)
-    targets_BT = batch_BT1[:, 1:]
+    targets_BT = targets_of(config, batch_BT1)
     if not 0 < config.loss_chunk < targets_BT.size:
         return loss_sum(constrain(model.logits(x_BTD), "BTV"), targets_BT)
     graph, weights = nnx.split(model.output)

@@ -40,7 +40,8 @@ class TransformerConfig(Execution):
 
     `num_kv_heads` and `head_dim` may be 0: as many as `num_heads`, and `embedding_dim / num_heads`. `document_start` is
     the token with which a document begins; attention does not reach across it. With -1, or with a cache, the whole
-    sequence is one document. Raises ValueError, `<field>: <what is wrong>`.
+    sequence is one document. `answer_start` and `answer_end` are the tokens around what is learned of a conversation;
+    with -1 all is. Raises ValueError, `<field>: <what is wrong>`.
     """
 
     vocab_size: Count
@@ -79,6 +80,8 @@ class TransformerConfig(Execution):
     dropout: BelowOne = 0.0
     output_init: str = "normal"
     document_start: int = -1
+    answer_start: int = -1
+    answer_end: int = -1
 
     def __post_init__(self):
         object.__setattr__(self, "attention_sink", sink_name(self.attention_sink))

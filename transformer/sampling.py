@@ -26,6 +26,8 @@ CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hi
 FEWEST_SLOTS = 64  # of the cache; it starts small and doubles, since attention reads all of it for each token
 NOTHING = -1  # the "token" that a finished text yields
 
+Prompt = str | np.ndarray  # a text, or its ids
+
 
 class Tokenizer(Protocol):
     """The part of a tokenizer that generation uses."""
@@ -233,8 +235,10 @@ def generate_tokens(
                 texts[row] = text[-max(1, config.context_len // 2) :]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
     """A prompt's ids; for an empty prompt the end-of-text token, or else a newline, or else the first symbol."""
+    if not isinstance(prompt, str):
+        return prompt
     if prompt:
         return tokenizer.encode(prompt)
     if tokenizer.eot is not None:
@@ -244,7 +248,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, num_tokens: int, sampling: Sampling | None = None
+    model: Transformer, tokenizer: Tokenizer, prompt: Prompt, num_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[str]:
     """Continue a prompt; yields complete characters, without the end-of-text token. Raises as `generate`."""
     for (text,) in _streams(model, tokenizer, [prompt], num_tokens, sampling):
@@ -255,7 +259,7 @@ def stream(
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     num_tokens: int,
     sampling: Sampling | None = None,
 ) -> list[str]:
@@ -268,7 +272,7 @@ def generate(
 
 
 def _streams(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, sampling: Sampling | None
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], num_tokens: int, sampling: Sampling | None
 ) -> Iterator[list[str]]:
     """The new text of each prompt, in pieces, without the tokens that end a text."""
     ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]

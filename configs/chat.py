@@ -1,0 +1,22 @@
+"""Teach a run to converse: go on from its weights with conversations, learning what the assistant says.
+
+python main.py --config=configs/chat.py:RUN --config.dataset=FILE.jsonl [--workdir=DIRECTORY]
+
+RUN's tokenizer has to be one that `main.py tokenizer` made: it has the tokens around the turns. A line of FILE is
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The rest is as in
+configs/finetune.py, with three passes over the conversations. Not measured on a corpus of real ones.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import finetune
+
+
+def get_config(run: str = "") -> ConfigDict:
+    config = finetune.get_config(run, "chat")
+    config.chat = True
+    config.mask_documents = True
+    config.text_column = "messages"
+    config.epochs = 3
+    config.sample_prompt = "Hello!\n"
+    return config
