@@ -75,27 +75,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--split={name}: the run's config has test_fraction 0; use train or val")
     if values.tokens is not None:
         _write_tokens(Path(values.tokens), model, tokenizer.pieces, split, config.batch_size)
-    evaluate = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)
-    loss, tokens = evaluate(params_of(model), split)
-    result = {
-        **about,
-        "split": name,
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else None,  # beyond, it overflows
-        "bits_per_byte": bits_per_byte(loss, tokens, split, tokenizer),
-        "tokens": tokens,
-    }
-    console.line(json.dumps(result))
+    loss, tokens = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)(params_of(model), split)
+    perplexity = math.exp(loss) if loss < 700 else None  # beyond, it overflows
+    bits = bits_per_byte(loss, tokens, split, tokenizer)
+    result = {"split": name, "loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}
+    console.line(json.dumps(about | result))
 
 
 def _score(
     path: Path, model: Transformer, tokenizer: Tokenizer, unknown: str, skip: bool, console: Console
 ) -> dict[str, Any]:
-    """What a model makes of the questions of a file, a JSON object on each line; those to `skip` are counted.
-
-    Raises:
-      UserError: the file cannot be read, has none, or one cannot be asked.
-    """
+    """What a model makes of the questions of a file, a JSON object on each line; those to `skip` are counted."""
 
     def encode(text: str) -> np.ndarray:
         try:

@@ -32,6 +32,7 @@ from transformer.model import model_of
 
 UNFINISHED = ".import"  # a run is made in this folder of its directory until it is complete
 MADE_HERE = "checkpoints", run_lib.TOKENIZER_FILE, run_lib.CONFIG_FILE
+Model = tuple[ConfigDict, Arrays, Tokenizer]
 LONG_CONTEXT = 8192  # tokens; a longer key/value cache is large enough to mention
 
 
@@ -68,18 +69,14 @@ def main(argv: list[str]) -> None:
         for name in MADE_HERE:
             (unfinished / name).rename(workdir / name)
         unfinished.rmdir()
-    counts = parameter_counts(model_config)
-    console.line(f"imported {sum(counts.values()):,} parameters from {source} into {workdir}")
-    if config.context_len > LONG_CONTEXT:
-        long = f"its context is {config.context_len:,} tokens, for which `sample` keeps room; --context_len cuts it"
-        console.line(long)
+    count, long = sum(parameter_counts(model_config).values()), config.context_len
+    console.line(f"imported {count:,} parameters from {source} into {workdir}")
+    if long > LONG_CONTEXT:
+        console.line(f"its context is {long:,} tokens, for which `sample` keeps room; --context_len cuts it")
 
 
 def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
-    """A new directory in `workdir` to make the run in. What an interrupted import left is removed.
-
-    Raises UserError if `workdir` holds anything else.
-    """
+    """A new directory in `workdir` to make the run in, once what an interrupted import left is removed."""
     unfinished = workdir / UNFINISHED
     ours = {".lock", UNFINISHED, *MADE_HERE} if unfinished.is_dir() else {".lock"}
     if others := {entry.name for entry in workdir.iterdir()} - ours:
@@ -94,13 +91,8 @@ def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
     return unfinished
 
 
-def read_model(
-    source: Path, tokenizer: str | None, dataset: str | None, say: Callable[[str], None]
-) -> tuple[ConfigDict, Arrays, Tokenizer]:
-    """A run's config, parameters and tokenizer from the files in `source`, of whichever kind.
-
-    Raises UserError, which says why, if there is no model or if it cannot be imported.
-    """
+def read_model(source: Path, tokenizer: str | None, dataset: str | None, say: Callable[[str], None]) -> Model:
+    """A run's config, parameters and tokenizer from the files in `source`, of whichever kind; UserError if not so."""
     weights, metadata = source / WEIGHTS, read_metadata(source / WEIGHTS)
     try:
         if metadata.get("format") == run_lib.EXPORT_FORMAT:
@@ -134,15 +126,11 @@ def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[Confi
     """The same model with a shorter context. Raises UserError if it would be longer, or empty."""
     if not 1 <= context_len <= config.context_len:
         raise UserError(f"--context_len: must be from 1 to the model's {config.context_len}, got {context_len}")
-    config.context_len = context_len
-    return config, {
-        name: value[:context_len] if name == "positions.embedding" else value for name, value in params.items()
-    }
+    config.context_len, table = context_len, "positions.embedding"
+    return config, params | ({table: params[table][:context_len]} if table in params else {})
 
 
-def _from_export(
-    weights: Path, metadata: Mapping[str, str], dataset: str | None
-) -> tuple[ConfigDict, Arrays, Tokenizer]:
+def _from_export(weights: Path, metadata: Mapping[str, str], dataset: str | None) -> Model:
     config = config_lib.from_dict(parse_json(metadata["config"]))
     tokenizer = tokenizer_from_dict(parse_json(metadata["tokenizer"]))
     if dataset:
@@ -190,12 +178,10 @@ def _tokenizer(
         config.update({"tokenizer": name, "context_len": 1})
         tokenizer = run_lib.load_data(config, say).tokenizer
     else:
-        tokenizer = new_tokenizer(name, b"" if name == "byte" else "", run_lib.data_dir_of(config), say)
+        tokenizer = new_tokenizer(name, run_lib.data_dir_of(config), say)
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}; name the one it was "
-            "trained with (char takes its characters from --dataset)"
-        )
+        problem = f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}"
+        raise UserError(f"{problem}; name the one it was trained with (char takes its characters from --dataset)")
     if {*ends} - {*tokenizer.ends}:
         say(f"in its files {ends} end a text, with --tokenizer={name} {list(tokenizer.ends)}: only the latter do here")
     return tokenizer

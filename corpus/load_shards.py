@@ -8,7 +8,6 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from corpus.dataset import (
     COUNTED_AT_ONCE,
     SPLITS,
     Dataset,
+    Say,
     Split,
     check_length,
     count_bytes,
@@ -36,6 +36,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROGRESS_FILE = ".progress.json"  # stands in for the index until the corpus is complete
 FORMAT = "transformer-jax corpus 1"
+_NOT_MIXED = "shards of two tokenizers cannot be mixed: give one's"
 
 
 def holds_shards(dataset: str, tokenizer: str) -> bool:
@@ -50,7 +51,8 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
         return any((path / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)) or any(path.glob("*.bin"))
     if not dataset.endswith(".bin"):
         return False
-    return tokenizer != "byte" or any(map(is_shard, _glob(path)))
+    paths = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    return tokenizer != "byte" or any(map(is_shard, paths))
 
 
 def load_shards(
@@ -63,7 +65,7 @@ def load_shards(
     context_len: int,
     train_shards: int = 1,
     whole: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
     """Loads a corpus of tokens, as `load_text` loads one of text.
@@ -76,13 +78,9 @@ def load_shards(
     The index holds how many bytes of text a split stands for. Without an index, the bytes of the validation and test
     splits are counted once and kept in `data_dir/.cache`; those of the training split are unknown. An end-of-text token
     counts as 0 bytes. `Dataset.sha256` covers the index's lengths and hashes, if there is an index, and `sample_hash`.
-
-    Args:
-      train_shards: how many training shards of a named set to fetch.
-      whole: do not split: each split is all shards together, training shards first. Other arguments: see `load_text`.
-
-    Raises:
-      UserError: a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too short.
+    With `whole` each split is all shards together, training shards first. Of a named set, `train_shards` are fetched.
+    Raises UserError if a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too
+    short.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -99,25 +97,23 @@ def load_shards(
     folders = {root} if index else {path.parent for path in paths}
     vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
     size = vocabulary.vocab_size
-    if index:
-        shards = {name: _indexed(root, index["splits"].get(name, {})) for name in SPLITS}
-    else:
-        shards = {name: [] for name in SPLITS}
-        for path, name in zip(paths, splits_by_name(paths), strict=True):
-            shards[name].append(read_shard(path, size))
+    shards = {name: _indexed(root, index["splits"].get(name, {})) if index else [] for name in SPLITS}
+    for path, name in zip(paths, splits_by_name(paths) if paths else (), strict=True):
+        shards[name].append(read_shard(path, size))
     files = [shard for part in shards.values() for shard in part]
     if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
         other = next(shard for shard in files if shard.dtype.name == kinds[0])
-        raise UserError(
-            f"config.dataset: {files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}; "
-            "shards of two tokenizers cannot be mixed: give one's"
-        )
+        both = f"{files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}"
+        raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
     sample = sample_hash(files, size)
+    identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
+    folder = os.path.commonpath([shard.path.parent.absolute() for shard in files])
+    named = lambda shards: tuple(os.path.relpath(shard.path, folder) for shard in shards)
     if whole:
-        names = tuple(os.path.relpath(shard.path, _folder(files)) for shard in files)
-        split = Split(ShardedTokens(files, size), None, names)
+        split = Split(ShardedTokens(files, size), None, named(files))
         check_length(split, 0, f"{dataset} has {split.num_tokens:,} in all")
-        return Dataset(split, split, split, vocabulary, _sha256(index, sample))
+        return Dataset(split, split, split, vocabulary, sha256)
     tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
     if not shards["train"]:
         raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
@@ -130,23 +126,13 @@ def load_shards(
         if known is None and name != "train":
             key = f"{sample} {name} {len(part)} {val_fraction} {test_fraction} {vocabulary.fingerprint}"
             known = _num_bytes(part, vocabulary, data_dir / ".cache", key, say)
-        names = [os.path.relpath(shard.path, _folder(files)) for shard in shards[name]]
-        splits[name] = Split(part, known, tuple(names))
+        splits[name] = Split(part, known, named(shards[name]))
         check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
-    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, _sha256(index, sample))
-
-
-def _sha256(index: dict[str, Any] | None, sample: str) -> str:
-    identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()
+    return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """The index of a prepared directory.
-
-    Raises:
-      UserError: it is damaged, or of another format.
-    """
+    """The index of a prepared directory. Raises UserError if it is damaged, or of another format."""
     index = read_json(root / INDEX_FILE)
     try:
         if index["format"] != FORMAT:
@@ -170,17 +156,10 @@ def _indexed(root: Path, split: dict[str, Any]) -> list[Shard]:
     shards = []
     for entry in split.get("shards", []):
         shard = read_shard(root / entry["file"])
-        if shard.num_tokens != entry.get("tokens"):
-            raise UserError(
-                f"{shard.path}: has {shard.num_tokens:,} tokens, the index says {entry.get('tokens')}; copy it again"
-            )
+        if shard.num_tokens != (promised := entry.get("tokens")):
+            raise UserError(f"{shard.path}: has {shard.num_tokens:,} tokens, the index says {promised}; copy it again")
         shards.append(shard)
     return shards
-
-
-def _folder(shards: list[Shard]) -> str:
-    """The folder that all of them lie in or below."""
-    return os.path.commonpath([shard.path.parent.absolute() for shard in shards])
 
 
 def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fraction: float) -> dict[str, ShardedTokens]:
@@ -190,21 +169,11 @@ def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fractio
     return {name: ShardedTokens(shards, vocab_size, *ends[i : i + 2], name == "train") for i, name in enumerate(names)}
 
 
-def _glob(path: Path) -> list[Path]:
-    return [path] if path.exists() else [Path(name) for name in glob.glob(str(path), recursive=True)]
-
-
 # --- The tokenizer ------------------------------------------------------------------------------------------------
 
 
-def _vocabulary(
-    name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Callable[[str], None]
-) -> Tokenizer:
-    """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`.
-
-    Raises:
-      UserError: the shards were made with another tokenizer.
-    """
+def _vocabulary(name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Say) -> Tokenizer:
+    """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`."""
     theirs: dict[str, tuple[Path, Tokenizer]] = {}
     for folder in sorted(folders):
         if (folder / INDEX_FILE).exists():
@@ -218,10 +187,8 @@ def _vocabulary(
             theirs[tokenizer.fingerprint] = (folder, tokenizer)
     if len(theirs) > 1:
         (first, a), (second, b) = list(theirs.values())[:2]
-        raise UserError(
-            f"config.dataset: {first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others "
-            "of that name; shards of two tokenizers cannot be mixed: give one's"
-        )
+        both = f"{first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others of that name"
+        raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
     for folder, tokenizer in theirs.values():
         if given is None and not is_called(tokenizer, name):
             raise UserError(
@@ -230,7 +197,12 @@ def _vocabulary(
             )
         if given is None:
             return tokenizer
-        if given.fingerprint != tokenizer.fingerprint and not _reads(given, tokenizer):
+        if (
+            given.fingerprint != tokenizer.fingerprint
+            and (  # then each id must at least stand for the same bytes
+                given.eot != tokenizer.eot or given.pieces[: tokenizer.vocab_size] != tokenizer.pieces
+            )
+        ):
             raise UserError(
                 f"config.dataset: {folder} was prepared with another vocabulary ({tokenizer.name}, "
                 f"{tokenizer.vocab_size:,} tokens) than the run's ({given.name}, {given.vocab_size:,}); "
@@ -243,15 +215,10 @@ def _vocabulary(
             "config.tokenizer: char is not possible, as such shards do not say which character an id is, and a pickle "
             "beside them is never opened; prepare the text itself"
         )
-    return new_tokenizer(name, b"" if name == "byte" else "", data_dir, say)
+    return new_tokenizer(name, data_dir, say)
 
 
-def _reads(tokenizer: Tokenizer, other: Tokenizer) -> bool:
-    """Whether each id of `other` stands for the same bytes to `tokenizer`, an imported model's for example."""
-    return tokenizer.eot == other.eot and tokenizer.pieces[: other.vocab_size] == other.pieces
-
-
-def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
+def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Say) -> int:
     """The bytes of the text that the tokens stand for; counted once and cached."""
 
     def count() -> np.ndarray:

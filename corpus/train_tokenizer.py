@@ -25,18 +25,12 @@ FEWEST = 256 + len(SPECIAL)
 def train_tokenizer(texts: Iterator[str], vocab_size: int, split: str) -> TiktokenTokenizer:
     """The 256 bytes, a token for each merge of a pair that occurs twice or more, most frequent first, and SPECIAL.
 
-    Args:
-        texts: cut where no piece of the pattern is.
-        vocab_size: V, from FEWEST on; a small corpus has fewer.
-        split: the name of one of PATTERNS.
+    The texts are cut where no piece of the pattern `split` is. A small corpus has fewer tokens than `vocab_size`.
     """
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PATTERNS[split]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[split]), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pieces, by_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL),
         min_frequency=2,
@@ -48,6 +42,5 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, split: str) -> Tiktok
     for pair in parse_json(library.to_str())["model"]["merges"]:
         ranks.setdefault(bytes(map(BYTE_SYMBOLS.index, "".join(pair))), len(ranks))
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
-    return TiktokenTokenizer(
-        tiktoken.Encoding(OWN, pat_str=PATTERNS[split], mergeable_ranks=ranks, special_tokens=special)
-    )
+    encoding = tiktoken.Encoding(OWN, pat_str=PATTERNS[split], mergeable_ranks=ranks, special_tokens=special)
+    return TiktokenTokenizer(encoding)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import run_lib
 from config_lib import written
@@ -41,42 +41,22 @@ class RunRecord:
         return [row for row in self.rows if row.get("val_loss") is not None]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A run in numbers; None for what is not known yet."""
+Result = dict[str, float | None]  # a run in numbers, by the keys of _COLUMNS; None for what is not known yet
 
-    steps: float | None = None
-    tokens: float | None = None
-    val_loss: float | None = None  # of the last evaluation, nats per token
-    best: float | None = None  # the lowest one
-    best_step: float | None = None
-    averaged: float | None = None  # the lowest of the averaged weights
-    bits_per_byte: float | None = None  # of the best evaluation
-    tokens_to: float | None = None  # to the target
-    seconds_to: float | None = None
-    seconds: float | None = None  # of the whole run, all its sessions, without compilation
-    tokens_per_second: float | None = None  # the median of the logged ones
-    peak_mib: float | None = None
-
-
-class _Column(NamedTuple):
-    title: str  # {} stands for the target
-    text: Callable[[float], str]
-
-
-_COLUMNS = {
-    "steps": _Column("steps", "{:,.0f}".format),
-    "tokens": _Column("tokens", human),
-    "val_loss": _Column("val_loss", "{:.4f}".format),
-    "best": _Column("best", "{:.4f}".format),
-    "best_step": _Column("at step", "{:,.0f}".format),
-    "averaged": _Column("best, averaged", "{:.4f}".format),
-    "bits_per_byte": _Column("bits/byte", "{:.4f}".format),
-    "tokens_to": _Column("tokens to {}", human),
-    "seconds_to": _Column("seconds to {}", "{:,.1f}".format),
-    "seconds": _Column("seconds", "{:,.1f}".format),
-    "tokens_per_second": _Column("tokens/s", human),
-    "peak_mib": _Column("peak MiB", "{:,.0f}".format),
+# The title of each number's column, in which {} stands for the target, and how a number is written.
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "steps": ("steps", "{:,.0f}".format),
+    "tokens": ("tokens", human),
+    "val_loss": ("val_loss", "{:.4f}".format),  # of the last evaluation, nats per token
+    "best": ("best", "{:.4f}".format),  # the lowest one
+    "best_step": ("at step", "{:,.0f}".format),
+    "averaged": ("best, averaged", "{:.4f}".format),  # the lowest of the averaged weights
+    "bits_per_byte": ("bits/byte", "{:.4f}".format),  # of the best evaluation
+    "tokens_to": ("tokens to {}", human),
+    "seconds_to": ("seconds to {}", "{:,.1f}".format),
+    "seconds": ("seconds", "{:,.1f}".format),  # of the whole run, all its sessions, without compilation
+    "tokens_per_second": ("tokens/s", human),  # the median of the logged ones
+    "peak_mib": ("peak MiB", "{:,.0f}".format),
 }
 _LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "averaged", "bits_per_byte")
 _COST = ("tokens_to", "seconds_to", "seconds", "tokens_per_second", "peak_mib")
@@ -92,8 +72,7 @@ def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], Non
     `skip` is a directory to leave out: earlier output among the runs. `warn` is told of directories that are no runs.
     Raises UserError if there is no run, or if a path does not exist.
     """
-    found: list[Path] = []
-    none: list[Path] = []
+    found, none = [], []
     for path in map(Path, paths):
         if path.resolve() == skip.resolve():
             continue
@@ -151,28 +130,27 @@ def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
 def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
     """The run in numbers; the cost of reaching `target` is that of the first evaluation at or below it."""
     if not run.rows:
-        return Result()
+        return dict.fromkeys(_COLUMNS)
     last, evaluations = run.rows[-1], run.evaluations
+    known = lambda key: [row[key] for row in run.rows if row.get(key) is not None]
     best = min(evaluations, key=lambda row: row["val_loss"], default={})
-    averaged = [row["ema_val_loss"] for row in evaluations if row.get("ema_val_loss") is not None]
-    reached = [] if target is None else [r for r in evaluations if r.get(metric) is not None and r[metric] <= target]
-    first = reached[0] if reached else {}
-    speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second") is not None]
-    peaks = [row["peak_memory_bytes"] for row in run.rows if row.get("peak_memory_bytes") is not None]
-    return Result(
-        steps=last["step"],
-        tokens=last["tokens"],
-        val_loss=evaluations[-1]["val_loss"] if evaluations else None,
-        best=best.get("val_loss"),
-        best_step=best.get("step"),
-        averaged=min(averaged, default=None),
-        bits_per_byte=best.get("bits_per_byte"),
-        tokens_to=first.get("tokens"),
-        seconds_to=first.get("training_seconds"),
-        seconds=last["training_seconds"],
-        tokens_per_second=statistics.median(speeds) if speeds else None,
-        peak_mib=max(peaks) / 2**20 if peaks else None,
-    )
+    reached = (row for row in evaluations if row.get(metric) is not None and target is not None)
+    first = next((row for row in reached if row[metric] <= target), {})
+    speeds, peaks = known("tokens_per_second"), known("peak_memory_bytes")
+    return {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
+        "best": best.get("val_loss"),
+        "best_step": best.get("step"),
+        "averaged": min(known("ema_val_loss"), default=None),
+        "bits_per_byte": best.get("bits_per_byte"),
+        "tokens_to": first.get("tokens"),
+        "seconds_to": first.get("training_seconds"),
+        "seconds": last["training_seconds"],
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "peak_mib": max(peaks) / 2**20 if peaks else None,
+    }
 
 
 def group_seeds(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -218,8 +196,7 @@ def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
             texts[key] = ", ".join(sorted({str(run.environment[key])[:40] for run in runs}))
         of_group[name] = texts
     keys = dict.fromkeys(itertools.chain.from_iterable(of_group.values()))
-    differ = [key for key in keys if len({texts.get(key) for texts in of_group.values()}) > 1]
-    differ = differ or ["seed"]
+    differ = [key for key in keys if len({texts.get(key) for texts in of_group.values()}) > 1] or ["seed"]
     if len(differ) > len(of_group):
         rows = [[key, *(texts.get(key, _NONE) for texts in of_group.values())] for key in differ]
         return Table("What differs", ["key", *of_group], rows, left=1 + len(of_group))
@@ -232,19 +209,15 @@ def _table(
 ) -> Table:
     """A row for each name: the numbers of one result, mean and spread of several; the lowest `score_by` is bold."""
     results = [result for several in named.values() for result in several]
-    keys = [key for key in keys if key != "averaged" or any(result.averaged is not None for result in results)]
-    columns = [_COLUMNS[key] for key in keys]
+    keys = [key for key in keys if key != "averaged" or any(result["averaged"] is not None for result in results)]
     rows = []
     for name, results in named.items():
-        cells = [
-            mean_and_spread([getattr(result, key) for result in results], column.text)
-            for key, column in zip(keys, columns, strict=True)
-        ]
+        cells = [mean_and_spread([result[key] for result in results], _COLUMNS[key][1]) for key in keys]
         rows.append([name, *([str(len(results))] if len(first) > 1 else []), *cells])
-    scores = [[getattr(result, score_by) if score_by else None for result in results] for results in named.values()]
+    scores = [[result[score_by] if score_by else None for result in results] for results in named.values()]
     score = [math.inf if None in values else statistics.fmean(values) for values in scores]
     best = frozenset({score.index(min(score))} if len(score) > 1 and min(score) < math.inf else ())
-    return Table(title, [*first, *(column.title.format(target) for column in columns)], rows, bold=best)
+    return Table(title, [*first, *(_COLUMNS[key][0].format(target) for key in keys)], rows, bold=best)
 
 
 def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Table], list[str]]:
@@ -264,7 +237,7 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
     single = {run.name: [result_of(run, metric, goal)] for run in runs}
     of_ends = {row.get("val_tokens") or 0 for row in ends.values()}
     if len(of_ends) == 1:  # all runs have finished, where they evaluate on more tokens
-        single |= {name: [replace(single[name][0], val_loss=row["val_loss"])] for name, row in ends.items()}
+        single |= {name: [single[name][0] | {"val_loss": row["val_loss"]}] for name, row in ends.items()}
     tables = [
         _config_table(groups),
         _table("Loss", ["run"], single, _LOSS, heading, score_by),
@@ -279,11 +252,8 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
     if not compares:
         notes.append("The evaluations cover different numbers of tokens: different texts, which do not compare.")
     elif metric == "val_loss" and of_ends - {tokens}:
-        which = "Best is" if len(of_ends) == 1 else "All losses are"
-        notes.append(
-            f"{which} over the first {tokens:,.0f} tokens of the validation split, which all were evaluated on."
-        )
-
+        which = f"{'Best is' if len(of_ends) == 1 else 'All losses are'} over the first {tokens:,.0f} tokens"
+        notes.append(f"{which} of the validation split, which all were evaluated on.")
     if any(len(group) > 1 for group in groups.values()):
         means = {name: [single[run.name][0] for run in group] for name, group in groups.items()}
         first = ["config", "n"]

@@ -1,8 +1,8 @@
 """A self-contained HTML file: no network, no script, embedded pictures. Every text in it is escaped."""
 
 import base64
-from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 from runtime.screen.text import Table
 
@@ -33,8 +33,7 @@ summary { cursor: pointer; margin: 1rem 0 .4rem; color: var(--faint); }
 """
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG image and what it shows, for those who cannot see it."""
 
     png: bytes
@@ -42,13 +41,11 @@ class Picture:
     clear: bool = False  # transparent, readable on a light and on a dark page
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Verbatim:
+class Verbatim(NamedTuple):
     """Preformatted text under a caption; long lines wrap. `shades`: how strongly each part is marked, 0 to 1."""
 
     caption: str
@@ -56,8 +53,7 @@ class Verbatim:
     shades: list[float] | None = None
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Blocks that are shown when their summary is clicked."""
 
     summary: str

@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,19 +31,10 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the user 
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws training and validation loss (nats per token) against tokens into a PNG file, in one step.
-
-    `rows` are the logged steps in order, each with `tokens`, `loss` and perhaps `val_loss`; None is left out. Raises
-    StorageError if the file cannot be written.
-    """
-    from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-
+    """Draws training and validation loss (nats per token) of the logged `rows` against tokens into a PNG file."""
+    figure, axes = _axes(figsize=(8, 4.5), dpi=150)
     tokens, losses = series(rows, "loss")
     _draw(axes, tokens, losses, _TRAIN, "training" if len(losses) < SMOOTH_FROM else "training (smoothed)")
-
     [rows], _ = on_the_same_tokens([rows])
     tokens, losses = series(rows, "val_loss")
     if len(losses):
@@ -59,11 +50,9 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             color=_VAL,
             fontweight="bold",
         )
-
     tokens, losses = series(rows, "ema_val_loss")
     if len(losses):
         axes.plot(tokens, losses, ".--", color=_OTHER, linewidth=1.0, label="validation, averaged weights")
-
     axes.set_title(title, loc="left", color=_INK, fontweight="bold", parse_math=False)
     _dress(axes, "tokens", _UNITS["val_loss"])
     if axes.get_legend_handles_labels()[0]:
@@ -79,24 +68,13 @@ class Curve(NamedTuple):
 
 
 def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
-    """Draws the losses of several runs into a PNG file, in one step.
+    """Draws the losses of several runs against `x`, `tokens` or `training_seconds`, into a PNG file.
 
-    Training is a faint line and validation a strong one with a dot for each evaluation. The first tenth of each curve,
-    in which every loss falls from the same height, may be above the plot.
-
-    Args:
-        curves: the runs.
-        path: the file.
-        x: the horizontal axis: `tokens` or `training_seconds`.
-        metric: `val_loss` (nats per token) or `bits_per_byte`, for the training loss too.
-
-    Raises:
-        StorageError: the file cannot be written.
+    Training is a faint line and validation a strong one with a dot for each evaluation, both in the unit of `metric`
+    (`val_loss` or `bits_per_byte`). The first tenth of each curve, in which every loss falls from the same height, may
+    be above the plot.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.6), dpi=180, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes(figsize=(6.4, 4.6), dpi=180)
     labels = list(dict.fromkeys(curve.label for curve in curves))
     lines: dict[str, Any] = {}
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
@@ -138,30 +116,29 @@ def _draw(axes: "Axes", x: np.ndarray, values: np.ndarray, color: str, label: st
         axes.plot(x, smoothed(values), color=color, linewidth=1.6, label=label)
 
 
-def _dress(
-    axes: "Axes", x: str, y: str = "", ink: str = _INK, grid: str = "#dddddd", opacity: float | None = None
-) -> None:
+def _dress(axes: "Axes", x: str, y: str = "", **grid: Any) -> None:
     """What all curves have: named axes, numbers such as 1.2M, a faint grid."""
     from matplotlib.ticker import EngFormatter
 
-    axes.set_xlabel(x, color=ink)
-    axes.set_ylabel(y, color=ink)
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
-    axes.grid(color=grid, alpha=opacity, linewidth=0.6)
+    axes.grid(**{"color": "#dddddd", "linewidth": 0.6} | grid)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _axes(facecolor: str = "white", **size: Any) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
+
+    figure = Figure(**size, layout="constrained")
+    return figure, figure.add_subplot(facecolor=facecolor)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG file in one step. Raises StorageError if it cannot be written."""
     with storing(path), replacing(path) as unfinished:
-        _write_png(figure, unfinished)
-
-
-def _write_png(figure: "Figure", file: Path | io.BytesIO, transparent: bool = False) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font may lack a character of a name
-        figure.savefig(file, format="png", transparent=transparent)
+        unfinished.write_bytes(_png(figure, transparent=False))
 
 
 def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
@@ -204,11 +181,7 @@ def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, lo
     if log and all((line.get_ydata() > 0).all() for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda value, at: plain(value, at) if f"{value:e}"[0] in "235" else "")
-    axes.yaxis.set_major_formatter(plain)
-    _dress(axes, "step", ink=_PAGE_INK, grid=_PAGE_INK, opacity=0.25)
-    if len(keys) > 1:
-        axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
-    return _png(figure)
+    return _curves_by_step(figure, axes, plain, legend=len(keys) > 1)
 
 
 def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> bytes:
@@ -223,9 +196,15 @@ def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> b
         name = f"layer {layer + 1}" if layers <= 8 or layer in (0, layers - 1) else None
         axes.plot(steps, shares_ELN[:, layer].mean(-1), ".-", color=color, linewidth=1.8, label=name)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(_percent)
-    _dress(axes, "step", ink=_PAGE_INK, grid=_PAGE_INK, opacity=0.25)
-    axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
+    return _curves_by_step(figure, axes, _percent, legend=True)
+
+
+def _curves_by_step(figure: "Figure", axes: "Axes", written: Callable[..., str], legend: bool) -> bytes:
+    axes.yaxis.set_major_formatter(written)
+    _dress(axes, "step", color=_PAGE_INK, alpha=0.25)
+    axes.xaxis.label.set_color(_PAGE_INK)
+    if legend:
+        axes.legend(frameon=False, fontsize="small", labelcolor=_PAGE_INK)
     return _png(figure)
 
 
@@ -320,17 +299,16 @@ def _percent(share: float, _: Any = None) -> str:
 
 
 def _figure(height: float, title: str) -> tuple["Figure", "Axes"]:
-    from matplotlib.figure import Figure  # slow to import, and most of a run does not need it
-
-    figure = Figure(figsize=(_WIDTH, height), dpi=160, layout="constrained")
-    axes = figure.add_subplot(facecolor="none")
+    figure, axes = _axes(figsize=(_WIDTH, height), dpi=160, facecolor="none")
     axes.set_title(title, loc="left", color=_PAGE_INK, fontsize="medium", parse_math=False)
     axes.tick_params(which="both", colors=_PAGE_INK)
     axes.spines[:].set_color(_PAGE_INK)
     return figure, axes
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: "Figure", transparent: bool = True) -> bytes:
     file = io.BytesIO()
-    _write_png(figure, file, transparent=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font may lack a character of a name
+        figure.savefig(file, format="png", transparent=transparent)
     return file.getvalue()

@@ -48,16 +48,9 @@ def write_report(
 ) -> Path:
     """Write `report.html` from the files of a run, and from its model. Returns the page's path.
 
-    Args:
-      model: on one device; or a string that says why there is none.
-      which: the page's name for this state of the model.
-      warn: is told of damaged rows of the run's files.
-      text: the text whose attention is shown; None means the beginning of the last sample.
-
-    Raises:
-      UserError: a file of the run cannot be read.
-      UnknownCharacters: `text` has characters that the tokenizer lacks.
-      StorageError: the page cannot be written.
+    The model is on one device, or a string that says why there is none; `which` is the page's name for its state. The
+    attention to `text` is shown, by default to the beginning of the last sample. Raises UserError if a file of the run
+    cannot be read, UnknownCharacters if the tokenizer lacks some of `text`, StorageError if the page cannot be written.
     """
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = run_lib.model_config_for(run_lib.read_config(workdir), tokenizer)
@@ -100,17 +93,18 @@ def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunReco
 def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
     last = run.evaluations[-1] if run.evaluations else {}
     result = result_of(comparable([run], "val_loss")[0][0], "val_loss", None)
-    number = lambda value, form: None if value is None else format(value, form)
+    known = lambda key, written: None if result[key] is None else written(result[key])
+    loss = "{:.4f}".format
     rows = {
-        "validation loss": number(last.get("val_loss"), ".4f"),
-        "best": None if result.best is None else f"{result.best:.4f} at step {result.best_step:,.0f}",
-        "best, averaged weights": number(result.averaged, ".4f"),
-        "bits per byte": number(result.bits_per_byte, ".4f"),
-        "steps": number(result.steps, ",.0f"),
-        "tokens": None if result.tokens is None else human(result.tokens),
-        "time, without compilation": None if result.seconds is None else duration(result.seconds),
-        "tokens per second": None if result.tokens_per_second is None else human(result.tokens_per_second),
-        "peak memory": None if result.peak_mib is None else f"{result.peak_mib:,.0f} MiB",
+        "validation loss": loss(last["val_loss"]) if last else None,
+        "best": known("best", lambda best: f"{loss(best)} at step {result['best_step']:,.0f}"),
+        "best, averaged weights": known("averaged", loss),
+        "bits per byte": known("bits_per_byte", loss),
+        "steps": known("steps", "{:,.0f}".format),
+        "tokens": known("tokens", human),
+        "time, without compilation": known("seconds", duration),
+        "tokens per second": known("tokens_per_second", human),
+        "peak memory": known("peak_mib", "{:,.0f} MiB".format),
         "parameters": f"{sum(parameter_counts(model_config).values()):,}",
         "model": f"{model_config.num_blocks} layers of {model_config.num_heads} heads, width "
         f"{model_config.embedding_dim}, context {model_config.context_len}",
@@ -142,7 +136,7 @@ def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np
     if not len(steps):
         return [heading, "No shares were measured in this run: it has no evaluation with report = True."]
     last_LN = shares_ELN[-1]
-    most, least = (np.unravel_index(pick(last_LN), last_LN.shape) for pick in (np.argmax, np.argmin))
+    most, least = _extremes(last_LN).values()
     name = lambda at: f"head {at[1] + 1} of layer {at[0] + 1}"
     said = (
         f"What a head gives to its sink, it gives to no token. At step {steps[-1]:,} the sinks take "
@@ -154,6 +148,12 @@ def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np
         over = plot_shares_over_training(steps, shares_ELN)
         pictures.append(Picture(over, "The shares by layer and head over training", clear=True))
     return [heading, said, pictures]
+
+
+def _extremes(shares_LN: np.ndarray) -> dict[str, Any]:
+    """Layer and head of the largest share, and of the smallest."""
+    picks = {"most": np.argmax, "least": np.argmin}
+    return {word: np.unravel_index(pick(shares_LN), shares_LN.shape) for word, pick in picks.items()}
 
 
 def _attention(
@@ -179,16 +179,10 @@ def _attention(
         "colour, the higher the probability (its square root is drawn)."
     )
     pictures = [Picture(plot_all_maps(maps_LNTS, layers, heads, sinks), "Attention maps of the heads", clear=True)]
-    if sinks:
-        chosen = [("most", np.unravel_index(shares_LN.argmax(), shares_LN.shape))]
-        chosen.append(("least", np.unravel_index(shares_LN.argmin(), shares_LN.shape)))
-    else:
-        chosen = [("", (L - 1, 0))]
     T = min(_LABELLED_TOKENS, len(ids))
-    for word, (layer, head) in chosen:
-        title = f"layer {layer + 1}, head {head + 1}" + (
-            f": {shares_LN[layer, head]:.1%} to its sink, {word}" if word else ""
-        )
+    for word, (layer, head) in _extremes(shares_LN).items() if sinks else [("", (L - 1, 0))]:
+        share = f": {shares_LN[layer, head]:.1%} to its sink, {word}" if word else ""
+        title = f"layer {layer + 1}, head {head + 1}{share}"
         png = plot_map(maps_LNTS[layer, head, :T, : 1 + T], labels[:T], title, sinks)
         pictures.append(Picture(png, f"Attention map of {title}", clear=True))
     blocks: list[Block] = [heading, said, pictures]
@@ -239,9 +233,8 @@ def _parameters(model_config: TransformerConfig) -> Table:
     counts = {part: count for part, count in parameter_counts(model_config).items() if count}
     total = sum(counts.values())
     rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in counts.items()]
-    return Table(
-        "Parameters", ["part", "number", "share"], [*rows, ["all", f"{total:,}", ""]], bold=frozenset({len(rows)})
-    )
+    rows.append(["all", f"{total:,}", ""])
+    return Table("Parameters", ["part", "number", "share"], rows, bold=frozenset({len(counts)}))
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -27,20 +27,12 @@ def sink_shares(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     At one position: exp(sink) / (exp(sink) + sum over visible s' of exp(s_ts')), which `attention.attend` discards.
     Raises ValueError if the model has no sinks.
     """
-    if not model.config.has_sinks:
-        raise ValueError("attention_sink: the model has none")
-    return _shares(_unrolled(model.config), params_of(model), tokens_BT)
+    return _shares(_unrolled(model.config), params_of(model), tokens_BT, (0, 2))
 
 
 def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Array:
-    """The share of its attention that each layer gives to its sinks at each position, over all heads: [T, L], float32.
-
-    Raises:
-      ValueError: the model has no sinks.
-    """
-    if not model.config.has_sinks:
-        raise ValueError("attention_sink: the model has none")
-    return _shares_by_position(_unrolled(model.config), params_of(model), tokens_T)
+    """The same by position, averaged over a layer's heads: [T, L]. Raises ValueError as `sink_shares`."""
+    return _shares(_unrolled(model.config), params_of(model), tokens_T[None], (0, 1)).T
 
 
 def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
@@ -48,16 +40,13 @@ def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
     return _maps(_unrolled(model.config), params_of(model), tokens_T)
 
 
-@partial(jax.jit, static_argnums=0)
-def _shares(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 3))
+def _shares(config: TransformerConfig, params: Params, tokens_BT: jax.Array, over: tuple[int, ...]) -> jax.Array:
+    """The sinks' shares of each layer, averaged over these axes of [B, N, T]."""
+    if not config.has_sinks:
+        raise ValueError("attention_sink: the model has none")
     seen = _look(config, params, tokens_BT)
-    return jnp.stack([jnp.exp(log_sink_BNT).mean((0, 2)) for _, log_sink_BNT in seen])
-
-
-@partial(jax.jit, static_argnums=0)
-def _shares_by_position(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax.Array:
-    seen = _look(config, params, tokens_T[None])
-    return jnp.stack([jnp.exp(log_sink_BNT[0]).mean(0) for _, log_sink_BNT in seen], axis=-1)
+    return jnp.stack([jnp.exp(log_sink_BNT).mean(over) for _, log_sink_BNT in seen])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -131,8 +120,7 @@ def read_shares(
     steps, shares = [], []
     for row in MetricsFile(path).read(warn):
         try:
-            shares_LN = np.array(row["shares"], np.float64)
-            step = int(row["step"])
+            shares_LN, step = np.array(row["shares"], np.float64), int(row["step"])
         except (KeyError, TypeError, ValueError):
             continue
         if shares_LN.shape == shape and np.isfinite(shares_LN).all():

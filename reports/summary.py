@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ def facts(
     heads = f"{model.num_heads} heads of {model.head_dim}"
     if model.num_kv_heads != model.num_heads:
         heads += f", {model.num_kv_heads} of keys and values"
-    mlp = f"MLP {model.mlp_dim} {model.mlp}"
-    sinks = "with sinks" if model.has_sinks else "without sinks"
+    mlp, sinks = f"MLP {model.mlp_dim} {model.mlp}", "with sinks" if model.has_sinks else "without sinks"
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     members = Counter(step.labels.values())
     parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(GROUPS.items())]
@@ -86,23 +85,21 @@ def facts(
 
 def _shards(data: Dataset) -> str:
     """The files of each split."""
-    told = []
-    for name, word in SPLITS.items():
-        if split := getattr(data, name):
-            files = split.files
-            several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
-            told.append(f"{word} {files[0] + several if files else 'at their end'}")
-    return ", ".join(told)
+
+    def told(files: Sequence[str]) -> str:
+        several = f" to {files[-1]} ({len(files):,} files)" if len(files) > 1 else ""
+        return files[0] + several if files else "at their end"
+
+    return ", ".join(f"{word} {told(split.files)}" for name, word in SPLITS.items() if (split := getattr(data, name)))
 
 
 def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
     """The sizes of a mesh, and the axes that it cannot split."""
     c = model_config
     sizes = {"tokens": c.context_len, "query_heads": c.num_heads, "key_heads": c.num_kv_heads}
-    whole = undivided(params, sizes, mesh)
-    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) + (
-        f"; not divided, so whole on each device: {', '.join(whole)}" if whole else ""
-    )
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    whole = ", ".join(undivided(params, sizes, mesh))
+    return axes + (f"; not divided, so whole on each device: {whole}" if whole else "")
 
 
 def lines(groups: Facts) -> list[tuple[str, str]]:

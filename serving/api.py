@@ -1,20 +1,22 @@
-"""The endpoints: OpenAI's completions and chat, and the page. Whatever is asked for is done, or refused in words."""
+"""The endpoints: OpenAI's completions and chat, and the page. Every parameter is obeyed, or refused by its name."""
 
 import asyncio
 import base64
 import hashlib
 import json
-import math
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Call
@@ -23,333 +25,109 @@ from starlette.routing import Route
 
 from corpus.tokenizer import Tokenizer, UnknownCharacters, UpTo
 from reports.sinks import sink_shares_by_position
-from runtime.files import parse_json, read_file
+from runtime.files import read_file
 from serving.engine import ALTERNATIVES, Engine, Full, Request, Token
 from transformer.sampling import Sampling, power_of_two, prompt_tokens
 
-ChatTokens = Callable[[list[dict[str, str]]], Sequence[int]]
-
-_LARGEST_BODY, _BODY_SECONDS = 2**20, 30
+_LARGEST_BODY = 2**20
+# Parameters that change nothing, with any value, and with the value given here.
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_USUAL: dict[str, list[Any]] = {  # what is taken only so, as if it were not there
-    **{"frequency_penalty": [0], "presence_penalty": [0], "logit_bias": [{}], "best_of": [1], "suffix": [""]},
-    **{"tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False]},
-    **{"response_format": [{"type": "text"}], "modalities": [["text"]]},
-}
-_SHARED = {"n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "logprobs"}
-_OWN = {False: {"prompt", "echo", "return_token_ids"}, True: {"messages", "max_completion_tokens", "top_logprobs"}}
+_HARMLESS |= {"include_obfuscation", "parallel_tool_calls", "tool_choice"}  # tools are refused
+_NEUTRAL: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": ""}
+_NEUTRAL |= {"tools": [], "response_format": {"type": "text"}}
 
 
-class Refusal(Exception):
+class Refusal(HTTPException):
     """An answer in OpenAI's form of errors."""
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+    def __init__(self, message: str, param: Any = None, status: int = 400, code: str | None = None):
+        super().__init__(status, message, {"Retry-After": "1"} if status in (429, 503) else {})
         kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        self.status = status
-
-    def response(self) -> JSONResponse:
-        wait = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return JSONResponse(self.body, self.status, wait)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a request may take: new tokens of each text; seconds, after which a text ends."""
-
-    tokens: int = 4096
-    seconds: float = 600
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request as it was understood."""
-
-    chat: bool
-    prompts: list[tuple[str, list[int]]]  # text, where it is echoed, and ids
-    n: int
-    max_tokens: int
-    samplings: list[Sampling]  # one for each of the n texts
-    stops: list[str]
-    alternatives: int | None  # None: no log-probabilities
-    stream: bool
-    usage: bool
-    echo: bool
-    ids: bool
+def _answer_error(call: Call, error: Exception) -> Response:
+    if isinstance(error, ValidationError):
+        first, *others = error.errors(include_url=False)
+        name = first["loc"][0] if first["loc"] else None
+        reasons = dict.fromkeys(e["msg"] for e in [first, *others] if e["loc"][:1] == first["loc"][:1])
+        message = "; or ".join(reasons)  # of a parameter that may have one of several types
+        error = Refusal(f"{name}: {message} (got {first['input']!r:.80})" if name else message, name)
+    elif not isinstance(error, HTTPException):
+        error = Refusal("an error inside the server; see its log", None, 500)
+    elif not isinstance(error, Refusal):
+        error = Refusal(f"{call.method} {call.url.path}: {error.detail}", None, error.status_code)
+    return JSONResponse(error.body, error.status_code, error.headers)
 
 
-def _number(body: dict[str, Any], name: str, default: Any, least: float, most: float = math.inf, whole: bool = True):
-    value = body.get(name)
-    if value is None:
-        return default
-    kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most or value == math.inf:
-        span = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise Refusal(f"{name}: must be a {'whole ' * whole}number {span}, got {json.dumps(value)[:80]}", name)
-    return value
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+Ids = Annotated[list[NonNegativeInt], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1)]
 
 
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise Refusal(f"{name}: must be true or false, got {json.dumps(value)[:80]}", name)
-    return bool(value)
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-
-def _stops(body: dict[str, Any]) -> list[str]:
-    stops = body.get("stop")
-    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
-        raise Refusal("stop: must be a text, or a list of up to 4 texts, none of them empty", "stop")
-    return stops
-
-
-class Service:
-    """The endpoints of one model.
-
-    Args:
-      name: of the model.
-      chat_tokens: the ids of a conversation, up to where the assistant's next words begin; None of a model that has
-        learned none. Its ValueError is told to who asked.
-      hosts: the names under which it may be called; empty for any. On loopback, another name is that of a web page
-        which had its address changed to this machine's.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        name: str,
-        limits: Limits | None = None,
-        chat_tokens: ChatTokens | None = None,
-        hosts: Sequence[str] = (),
-    ) -> None:
-        self._engine, self._tokenizer, self._limits = engine, tokenizer, limits or Limits()
-        self._config, self._chat_tokens, self._hosts = engine.model.config, chat_tokens, hosts
-        self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you"}
-        self._model |= {"max_model_len": self._config.context_len, "max_tokens": self._limits.tokens}
-        self._model |= {"attention_sink": self._config.has_sinks}
-        self._page = read_file(Path(__file__).parent / "page.html").decode()
-        inline = (re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL) for tag in ("script", "style"))
-        hashed = (hashlib.sha256(found[1].encode()).digest() for found in inline if found)
-        script, style = (base64.b64encode(digest).decode() for digest in hashed)
-        policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{script}'"
-        self._headers = {
-            "Content-Security-Policy": f"{policy}; style-src 'sha256-{style}'; base-uri 'none'; frame-ancestors 'self'",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-
-    def app(self) -> Starlette:
-        get = {
-            "/": self._show,
-            "/v1/models": lambda call: JSONResponse({"object": "list", "data": [self._model]}),
-            "/v1/models/{name:path}": self._one_model,
-        }
-        post = {"/v1/completions": self._complete, "/v1/chat/completions": self._chat, "/sinks": self._sinks}
-        routes = [Route(path, self._guarded(answer)) for path, answer in get.items()]
-        routes += [Route(path, self._guarded(answer), methods=["POST"]) for path, answer in post.items()]
-        errors = {
-            Refusal: lambda call, refusal: refusal.response(),
-            HTTPException: lambda call, e: Refusal(
-                f"{call.method} {call.url.path}: {e.detail}", None, e.status_code
-            ).response(),
-            Exception: lambda call, e: Refusal("an error of the server's own; its log has it", None, 500).response(),
-        }
-        return Starlette(routes=routes, exception_handlers=errors)
-
-    def _guarded(self, answer: Callable[[Call], Any]) -> Callable[[Call], Any]:
-        async def call(call: Call) -> Response:
-            if self._hosts and call.url.hostname not in self._hosts:
-                raise Refusal(f"Host {call.url.hostname}: this server answers to {', '.join(self._hosts)}", None, 403)
-            response = answer(call)
-            return response if isinstance(response, Response) else await response
-
-        return call
-
-    def _show(self, call: Call) -> Response:
-        return HTMLResponse(self._page, headers=self._headers)
-
-    def _one_model(self, call: Call) -> Response:
-        if call.path_params["name"] != self._model["id"]:
-            raise Refusal(f"there is no model {call.path_params['name']!r}", "model", 404, "model_not_found")
-        return JSONResponse(self._model)
-
-    async def _complete(self, call: Call) -> Response:
-        return await self._answer(call, chat=False)
-
-    async def _chat(self, call: Call) -> Response:
-        return await self._answer(call, chat=True)
-
-    async def _body(self, call: Call) -> dict[str, Any]:
-        if not call.headers.get("content-type", "").startswith(
-            "application/json"
-        ):  # nor can other sites' pages send it
-            raise Refusal("Content-Type: must be application/json", None, 415)
-        data = b""
-        try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                async for part in call.stream():
-                    data += part
-                    if len(data) > _LARGEST_BODY:
-                        raise Refusal(f"the request has more than {_LARGEST_BODY:,} bytes", None, 413)
-            body = parse_json(data)
-        except TimeoutError:
-            raise Refusal(f"the request did not come in {_BODY_SECONDS} s", None, 408) from None
-        except ValueError as error:
-            raise Refusal(f"the request {error}") from error
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
-            raise Refusal("the request must be a JSON object")
-        return body
-
-    # --- What is asked for --------------------------------------------------------------------------------------------
-
-    def _understand(self, body: dict[str, Any], chat: bool) -> Ask:
-        for name, value in body.items():
-            if name in _USUAL and value is not None and value not in _USUAL[name]:
-                raise Refusal(f"{name}: is not supported; leave it out", name, code="unsupported_parameter")
-            if name not in _SHARED | _OWN[chat] | _HARMLESS | _USUAL.keys():
-                raise Refusal(f"{name}: is no parameter of this endpoint", name, code="unknown_parameter")
-        if chat and self._chat_tokens is None:
-            raise Refusal("this model was not trained on conversations (configs/chat.py)", "messages")
-        prompts = [("", self._conversation(body))] if chat else self._prompts(body)
-        for _, ids in prompts:
-            if len(ids) > (room := self._config.context_len):
-                message = f"the prompt has {len(ids)} tokens; the model reads {room}"
-                raise Refusal(message, "messages" if chat else "prompt", code="context_length_exceeded")
-        n = _number(body, "n", 1, 1, 128)
-        most = self._limits.tokens
-        long = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-        max_tokens = _number(body, long, most if chat else min(16, most), 1, most)
-        temperature = _number(body, "temperature", 1.0, 0, 2, whole=False)
-        top_p = _number(body, "top_p", 1.0, 0, 1, whole=False) or 1e-9  # at 0 the likeliest token alone
-        seed = _number(body, "seed", secrets.randbelow(2**31), 0, 2**63 - 1)
-        alternatives: int | None
-        if chat:
-            alternatives = _number(body, "top_logprobs", 0, 0, ALTERNATIVES)
-            if alternatives and not _flag(body, "logprobs"):
-                raise Refusal("top_logprobs: needs logprobs to be true", "top_logprobs")
-            alternatives = alternatives if _flag(body, "logprobs") else None
-        else:
-            alternatives = _number(body, "logprobs", None, 0, 5)
-        options = body.get("stream_options") or {}
-        if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-            raise Refusal("stream_options: must be an object with include_usage", "stream_options")
-        echo, stream = _flag(body, "echo"), _flag(body, "stream")
-        if options and not stream:
-            raise Refusal("stream_options: only with stream", "stream_options")
-        if echo and alternatives is not None:
-            raise Refusal("echo: not together with logprobs", "echo", code="unsupported_parameter")
-        samplings = [Sampling(temperature, top_p=top_p, seed=(seed + i) % 2**63) for i in range(n)]
-        asked = chat, prompts, n, max_tokens, samplings, _stops(body), alternatives, stream
-        return Ask(*asked, _flag(options, "include_usage"), echo, _flag(body, "return_token_ids"))
-
-    def _prompts(self, body: dict[str, Any]) -> list[tuple[str, list[int]]]:
-        given = body.get("prompt")
-        given = "" if given is None else given
-        several = isinstance(given, list) and given and not all(_is_id(item) for item in given)
-        return [self._ids(prompt) for prompt in (given if several else [given])]
-
-    def _ids(self, prompt: Any) -> tuple[str, list[int]]:
-        if isinstance(prompt, list) and prompt and all(_is_id(item) for item in prompt):
-            if max(prompt) >= self._config.vocab_size:
-                raise Refusal(f"prompt: ids must be below {self._config.vocab_size}", "prompt")
-            return b"".join(self._tokenizer.pieces[i] for i in prompt).decode(errors="replace"), prompt
-        if not isinstance(prompt, str):
-            raise Refusal("prompt: must be a text, a list of ids that is not empty, or a list of such", "prompt")
-        try:
-            return prompt, prompt_tokens(self._tokenizer, prompt).tolist()
-        except UnknownCharacters as error:
-            raise Refusal(f"prompt: {error}", "prompt") from error
-
-    def _conversation(self, body: dict[str, Any]) -> list[int]:
-        messages = body.get("messages")
-        wrong = Refusal("messages: must be a list of objects with a role and a content of text", "messages")
-        if not isinstance(messages, list) or not messages:
-            raise wrong
-        talk = []
-        for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, list) and all(
-                isinstance(part, dict) and part.get("type") == "text" for part in content
-            ):
-                content = "".join(str(part.get("text", "")) for part in content)
-            if not isinstance(content, str) or not isinstance(message.get("role"), str):
-                raise wrong
-            talk.append({"role": message["role"], "content": content})
-        try:
-            return list(map(int, self._chat_tokens(talk))) if self._chat_tokens else []
-        except ValueError as error:  # UnknownCharacters too
-            raise Refusal(f"messages: {error}", "messages") from error
-
-    # --- What is answered ---------------------------------------------------------------------------------------------
-
-    async def _answer(self, call: Call, chat: bool) -> Response:
-        ask = self._understand(await self._body(call), chat)
-        writing = Writing(self._engine, self._tokenizer, ask, self._limits.seconds)  # refuses before a stream begins
-        head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
-            "object": ("chat.completion" if chat else "text_completion") + ".chunk" * (chat and ask.stream),
-            "created": int(time.time()),
-            "model": self._model["id"],
-        }
-        if ask.stream:
-            return StreamingResponse(self._events(head, writing), media_type="text/event-stream")
-        work = asyncio.ensure_future(self._whole(head, writing))
-        gone = asyncio.ensure_future(_gone(call))
-        try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(work.result()) if work.done() else Response(status_code=499)
-        finally:
-            work.cancel()
-            gone.cancel()
-
-    async def _events(self, head: dict[str, Any], writing: "Writing") -> AsyncIterator[str]:
-        event = lambda value: f"data: {json.dumps(value)}\n\n"
-        none = {"usage": None} if writing.ask.usage else {}
-        try:
-            async with aclosing(writing.parts()) as parts:
-                async for index, part in parts:
-                    yield event(head | {"choices": [writing.choice(index, part, delta=True)]} | none)
-        except Refusal as refusal:
-            yield event(refusal.body)
-        else:
-            if writing.ask.usage:
-                yield event(head | {"choices": [], "usage": writing.usage()})
-        yield "data: [DONE]\n\n"
-
-    async def _whole(self, head: dict[str, Any], writing: "Writing") -> dict[str, Any]:
-        whole: list[Part] = [Part() for _ in writing.texts]
-        async with aclosing(writing.parts()) as parts:
-            async for index, part in parts:
-                whole[index].add(part)
-        choices = [writing.choice(index, part, delta=False) for index, part in enumerate(whole)]
-        return head | {"choices": choices, "usage": writing.usage()}
-
-    async def _sinks(self, call: Call) -> Response:
-        """How much each layer gave to its sinks where it chose each token of a text; null before the context."""
-        body = await self._body(call)
-        if not self._config.has_sinks:
-            raise Refusal("this model has no attention sinks", None, 404)
-        (_, prompt), (_, new) = self._ids(body.get("prompt")), self._ids(body.get("token_ids"))
-        ids = [*prompt, *new][:-1][-self._config.context_len :]
-        tokens_T = np.zeros(min(self._config.context_len, power_of_two(len(ids))), np.int32)
-        tokens_T[: len(ids)] = ids
-        try:
-            wait = self._engine.call(lambda: np.asarray(sink_shares_by_position(self._engine.model, tokens_T)))
-        except Full:
-            raise Refusal("too many requests wait; try again", None, 429) from None
-        shares = np.round(await asyncio.wrap_future(wait), 5)[: len(ids)][-len(new) :].tolist()
-        return JSONResponse({"shares": [None] * (len(new) - len(shares)) + shares})
+            return body
+        left_out = lambda name, value: name in _HARMLESS or value is None or value == _NEUTRAL.get(name)
+        return {name: value for name, value in body.items() if not left_out(name, value)}
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+class StreamOptions(_Body):
+    include_usage: bool = False
 
 
-async def _gone(call: Call) -> None:
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
+class Ask(_Body):
+    """The parameters of both endpoints."""
+
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=0, lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+
+class Completion(Ask):
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=1024, fail_fast=True)] = ""
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+    return_token_ids: bool = False
+    kind: ClassVar = "cmpl", "text_completion", "text_completion"
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: str
+    content: str | list[TextPart]
+
+
+class Chat(Ask):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=ALTERNATIVES)
+    echo: ClassVar[bool] = False
+    kind: ClassVar = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+
+class Written(_Body):
+    prompt: str | Ids = ""
+    token_ids: Ids
+
+
+# --- What is answered -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -357,137 +135,297 @@ class Part:
     """A piece of a text, or all of it: characters, tokens with the place where each begins, and why it ended."""
 
     text: str = ""
-    tokens: list[tuple[int, Token]] | None = None
+    tokens: list[tuple[int, Token]] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, part: "Part") -> None:
-        self.text += part.text
-        self.tokens = (self.tokens or []) + (part.tokens or [])
-        self.finish = part.finish
+    def __add__(self, part: "Part") -> "Part":
+        return Part(self.text + part.text, self.tokens + part.tokens, part.finish)
 
 
 class Text:
     """One text as it comes: tokens in, whole characters up to a stop out, each token when all of it is out."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: int):
-        self._tokenizer, self._decoder, self._cut = tokenizer, tokenizer.text_stream(), UpTo(stops)
+        self._ends, self._decoder, self._cut = tokenizer.ends, tokenizer.text_stream(), UpTo(stops)
         self._came = self._out = start  # characters: decoded, given out
-        self._held: list[tuple[int, Token]] = []
+        self._held: list[tuple[int, int, Token]] = []  # tokens with the places where they begin and end
         self.count = 0  # of tokens
 
     def feed(self, tokens: list[Token], finish: str | None) -> Part:
         text = ""
         for token in tokens:
             self.count += 1
-            if token.id in self._tokenizer.ends:
-                continue
-            self._held.append((self._came, token))
-            piece = self._decoder.feed([token.id])
-            self._came += len(piece)
-            text += self._cut.feed(piece)
-            if self._cut.ended:
-                break
-        if self._cut.ended:
-            finish = "stop"
-        elif finish:
+            if token.id not in self._ends:
+                begin, piece = self._came, self._decoder.feed([token.id])
+                self._came += len(piece)
+                self._held.append((begin, self._came, token))
+                text += self._cut.feed(piece)
+                if self._cut.ended:
+                    finish = "stop"
+                    break
+        if finish and not self._cut.ended:
             text += self._cut.feed(self._decoder.flush()) + self._cut.flush()
-        self._out += len(text)
-        ends = [place for place, _ in self._held[1:]] + [self._came]
-        known = lambda place, end: place < self._out and (finish is not None or end <= self._out)
-        places = zip([place for place, _ in self._held], ends, strict=True) if self._held else ()
-        count = sum(known(*span) or (finish is not None and not self._cut.ended) for span in places)
+            self._came = self._out = self._out + len(text)
+            count = len(self._held)
+        else:
+            self._out += len(text)
+            count = sum(begin < self._out and (self._cut.ended or end <= self._out) for begin, end, _ in self._held)
         out, self._held = self._held[:count], self._held[count:]
-        return Part(text, out, finish)
+        return Part(text, [(begin, token) for begin, _, token in out], finish)
+
+
+class Service:
+    """The endpoints of one model.
+
+    Args:
+      name: the model's.
+      max_tokens: new tokens that a request may ask for, of each text.
+      seconds: after which a text ends.
+      chat_tokens: the ids of a conversation, up to where the assistant's next words begin; None if the model was not
+        trained on any. The client reads its ValueError.
+      hosts: the names under which it may be called; empty for any. On loopback, a call by another name comes from a web
+        page whose name was made to lead to this machine.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        name: str,
+        max_tokens: int = 4096,
+        seconds: float = 600,
+        chat_tokens: Callable[[list[dict[str, str]]], Sequence[int]] | None = None,
+        hosts: Sequence[str] = (),
+    ) -> None:
+        self.engine, self.tokenizer, self.max_tokens, self.seconds = engine, tokenizer, max_tokens, seconds
+        self._config, self._chat_tokens, self._hosts = engine.model.config, chat_tokens, hosts
+        self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you"}
+        self._model |= {"max_model_len": self._config.context_len, "max_tokens": self.max_tokens}
+        self._model |= {"attention_sink": self._config.has_sinks}
+        self._measuring = ThreadPoolExecutor(1)
+        self._page = read_file(Path(__file__).parent / "page.html").decode()
+        inside = [re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL)[1] for tag in ("script", "style")]
+        script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside)
+        policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{script}'"
+        policy += f"; style-src 'sha256-{style}'; base-uri 'none'; frame-ancestors 'self'"
+        self._headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+
+    def app(self) -> Starlette:
+        answers = {
+            **{("GET", "/"): self._show, ("GET", "/v1/models"): self._models},
+            **{("GET", "/v1/models/{name:path}"): self._one_model, ("POST", "/v1/completions"): self._complete},
+            **{("POST", "/v1/chat/completions"): self._chat, ("POST", "/sinks"): self._sinks},
+        }
+        routes = [Route(path, self._guarded(answer), methods=[verb]) for (verb, path), answer in answers.items()]
+        errors = dict.fromkeys([HTTPException, ValidationError, Exception], _answer_error)
+        return Starlette(routes=routes, exception_handlers=errors)
+
+    def _guarded(self, answer: Callable[..., Any]) -> Callable[[Call], Any]:
+        async def guarded(call: Call) -> Response:
+            if self._hosts and call.url.hostname not in self._hosts:
+                raise Refusal(f"Host {call.url.hostname}: this server answers to {', '.join(self._hosts)}", None, 403)
+            if call.method != "POST":
+                return await answer(call)
+            # The pages of other sites cannot send this type.
+            if not call.headers.get("content-type", "").startswith("application/json"):
+                raise Refusal("Content-Type: must be application/json", None, 415)
+            data = b""
+            async for part in call.stream():
+                data += part
+                if len(data) > _LARGEST_BODY:
+                    raise Refusal(f"the request has more than {_LARGEST_BODY:,} bytes", None, 413)
+            return await answer(call, data)
+
+        return guarded
+
+    async def _show(self, call: Call) -> Response:
+        return HTMLResponse(self._page, headers=self._headers)
+
+    async def _models(self, call: Call) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model]})
+
+    async def _one_model(self, call: Call) -> Response:
+        if call.path_params["name"] != self._model["id"]:
+            raise Refusal(f"there is no model {call.path_params['name']!r}", "model", 404, "model_not_found")
+        return JSONResponse(self._model)
+
+    async def _complete(self, call: Call, body: bytes) -> Response:
+        ask = Completion.model_validate_json(body)
+        if ask.echo and ask.logprobs is not None:
+            raise Refusal("echo: not together with logprobs", "echo")
+        one = isinstance(ask.prompt, str) or isinstance(ask.prompt[0], int)
+        prompts = [self._read(prompt) for prompt in ([ask.prompt] if one else ask.prompt)]
+        return await self._answer(call, ask, prompts, ("max_tokens", ask.max_tokens or min(16, self.max_tokens)))
+
+    async def _chat(self, call: Call, body: bytes) -> Response:
+        ask = Chat.model_validate_json(body)
+        if ask.top_logprobs and not ask.logprobs:
+            raise Refusal("top_logprobs: needs logprobs to be true", "top_logprobs")
+        if self._chat_tokens is None:
+            raise Refusal("this model was not trained on conversations (configs/chat.py)", "messages")
+        flat = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
+        try:
+            ids = self._chat_tokens([{"role": m.role, "content": flat(m.content)} for m in ask.messages])
+        except ValueError as error:  # UnknownCharacters too
+            raise Refusal(f"messages: {error}", "messages") from error
+        name = "max_completion_tokens" if ask.max_completion_tokens else "max_tokens"
+        most = getattr(ask, name) or self.max_tokens
+        return await self._answer(call, ask, [("", list(map(int, ids)))], (name, most))
+
+    def _read(self, prompt: str | list[int], name: str = "prompt") -> tuple[str, list[int]]:
+        """A prompt's text and ids."""
+        if isinstance(prompt, list):
+            if max(prompt) >= self._config.vocab_size:
+                raise Refusal(f"{name}: ids must be below {self._config.vocab_size}", name)
+            return b"".join(self.tokenizer.pieces[i] for i in prompt).decode(errors="replace"), prompt
+        try:
+            return prompt, prompt_tokens(self.tokenizer, prompt).tolist()
+        except UnknownCharacters as error:
+            raise Refusal(f"prompt: {error}", "prompt") from error
+
+    async def _answer(
+        self, call: Call, ask: Completion | Chat, prompts: list[tuple[str, list[int]]], most: tuple[str, int]
+    ) -> Response:
+        if most[1] > self.max_tokens:
+            raise Refusal(f"{most[0]}: must be at most {self.max_tokens}, got {most[1]}", most[0])
+        if ask.stream_options and not ask.stream:
+            raise Refusal("stream_options: only with stream", "stream_options")
+        for _, ids in prompts:
+            if len(ids) > (room := self._config.context_len):
+                name = "messages" if isinstance(ask, Chat) else "prompt"
+                message = f"the prompt has {len(ids)} tokens; the model reads {room}"
+                raise Refusal(message, name, code="context_length_exceeded")
+        writing = Writing(self, ask, prompts, most[1])
+        prefix, *objects = ask.kind
+        head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": objects[ask.stream]}
+        head |= {"created": int(time.time()), "model": self._model["id"]}
+        if ask.stream:
+            return StreamingResponse(writing.events(head), media_type="text/event-stream")
+        work, gone = asyncio.ensure_future(writing.whole(head)), asyncio.ensure_future(_gone(call))
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            return JSONResponse(work.result()) if work.done() else Response(status_code=499)
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    async def _sinks(self, call: Call, body: bytes) -> Response:
+        """How much each layer gave to its sinks where it chose each token of a text; null before the context."""
+        ask = Written.model_validate_json(body)
+        if not self._config.has_sinks:
+            raise Refusal("this model has no attention sinks", None, 404)
+        (_, prompt), (_, new) = self._read(ask.prompt), self._read(ask.token_ids, "token_ids")
+        ids = [*prompt, *new][:-1][-self._config.context_len :]
+        tokens_T = np.zeros(min(self._config.context_len, power_of_two(len(ids))), np.int32)
+        tokens_T[: len(ids)] = ids
+        measure = lambda: np.round(np.asarray(sink_shares_by_position(self.engine.model, tokens_T)), 5)
+        shares_TL = await asyncio.get_running_loop().run_in_executor(self._measuring, measure)
+        shares = shares_TL[: len(ids)][-len(new) :].tolist()
+        return JSONResponse({"shares": [None] * (len(new) - len(shares)) + shares})
+
+
+async def _gone(call: Call) -> None:
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Writing:
-    """The texts of one request, from the engine's thread into this one.
+    """The texts of one request. Raises Refusal if too many requests wait."""
 
-    Raises:
-      Refusal: too many requests wait.
-    """
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, ask: Ask, seconds: float) -> None:
-        self.ask, self._tokenizer = ask, tokenizer
-        self._until = time.monotonic() + seconds
-        loop, self._news = asyncio.get_running_loop(), asyncio.Queue[tuple[int, list[Token], str | None]]()
-        starts = [len(text) if ask.echo else 0 for text, _ in ask.prompts for _ in range(ask.n)]
-        self.texts = [Text(tokenizer, ask.stops, start) for start in starts]
-
-        def deliver_to(index: int) -> Callable[[list[Token], str | None], None]:
-            return lambda *news: loop.call_soon_threadsafe(self._news.put_nowait, (index, *news)) and None
-
-        each = [(ids, how) for _, ids in ask.prompts for how in ask.samplings]
+    def __init__(self, service: Service, ask: Completion | Chat, prompts: list[tuple[str, list[int]]], max_tokens: int):
+        loop = asyncio.get_running_loop()
+        self._ask, self._tokenizer, self._until = ask, service.tokenizer, loop.time() + service.seconds
+        self._news: asyncio.Queue[tuple[int, list[Token], str | None]] = asyncio.Queue()
+        self._echoes = [text if ask.echo else "" for text, _ in prompts for _ in range(ask.n)]
+        stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop
+        self._texts = [Text(service.tokenizer, stops, len(echo)) for echo in self._echoes]
+        self._prompt_tokens = sum(len(ids) for _, ids in prompts)
+        alternatives = (ask.top_logprobs if isinstance(ask, Chat) else ask.logprobs) or 0
+        top_p, seeds = max(ask.top_p, 1e-9), [(ask.seed + i) % 2**63 for i in range(ask.n)]  # 0: the likeliest token
+        texts = [(ids, Sampling(ask.temperature, top_p=top_p, seed=seed)) for _, ids in prompts for seed in seeds]
+        put = partial(loop.call_soon_threadsafe, self._news.put_nowait)
         self._requests = [
-            Request(list(ids), ask.max_tokens, how, deliver_to(index), ask.alternatives or 0)
-            for index, (ids, how) in enumerate(each)
+            Request(list(ids), max_tokens, how, lambda *news, index=index: put((index, *news)), alternatives)
+            for index, (ids, how) in enumerate(texts)
         ]
         try:
-            engine.submit(*self._requests)
+            service.engine.submit(*self._requests)
         except Full:
             raise Refusal("too many requests wait; try again", None, 429, "queue_full") from None
 
-    async def parts(self) -> AsyncIterator[tuple[int, Part]]:
-        """Pieces of the texts, by their numbers. Once it is left, the engine writes nothing more of them."""
-        running = set(range(len(self.texts)))
+    async def events(self, head: dict[str, Any]) -> AsyncIterator[str]:
+        event = lambda value: f"data: {json.dumps(value)}\n\n"
+        told = bool(self._ask.stream_options and self._ask.stream_options.include_usage)
         try:
-            if self.ask.echo:
-                for index in running:
-                    yield index, Part(self.ask.prompts[index // self.ask.n][0])
+            async with aclosing(self._parts()) as parts:
+                async for index, part in parts:
+                    choice = self._choice(index, part, "delta")
+                    yield event(head | {"choices": [choice]} | ({"usage": None} if told else {}))
+            if told:
+                yield event(head | {"choices": [], "usage": self._usage()})
+        except Refusal as refusal:
+            yield event(refusal.body)
+        yield "data: [DONE]\n\n"
+
+    async def whole(self, head: dict[str, Any]) -> dict[str, Any]:
+        whole = [Part() for _ in self._texts]
+        async for index, part in self._parts():
+            whole[index] += part
+        choices = [self._choice(index, part, "message") for index, part in enumerate(whole)]
+        return head | {"choices": choices, "usage": self._usage()}
+
+    async def _parts(self) -> AsyncIterator[tuple[int, Part]]:
+        """Pieces of the texts, by their numbers. When this ends, the engine writes nothing more of them."""
+        running = set(range(len(self._texts)))
+        try:
+            for index, echo in enumerate(self._echoes):
+                if echo:
+                    yield index, Part(echo)
             while running:
                 try:
-                    news = await asyncio.wait_for(self._news.get(), max(0, self._until - time.monotonic()))
+                    async with asyncio.timeout_at(self._until):  # `wait_for` of Python 3.11 can lose a cancellation
+                        index, tokens, finish = await self._news.get()
                 except TimeoutError:
-                    if not any(text.count for text in self.texts):
+                    if not any(text.count for text in self._texts):
                         raise Refusal("no place became free in time; try again", None, 503) from None
                     for index in running:
-                        yield index, self.texts[index].feed([], "length")
+                        yield index, self._texts[index].feed([], "length")
                     return
-                index, tokens, finish = news
                 if finish == "error":
                     raise Refusal("the model failed; the server's log says how", None, 500)
-                if index not in running:
-                    continue
-                part = self.texts[index].feed(tokens, finish)
-                if part.finish:
-                    running.discard(index)
-                    self._requests[index].cancelled = True
-                if part.text or part.tokens or part.finish:
-                    yield index, part
+                if index in running:
+                    part = self._texts[index].feed(tokens, finish)
+                    if part.finish:
+                        running.discard(index)
+                        self._requests[index].cancelled = True
+                    if part != Part():
+                        yield index, part
         finally:
             for request in self._requests:
                 request.cancelled = True
 
-    def usage(self) -> dict[str, int]:
-        read, new = sum(len(ids) for _, ids in self.ask.prompts), sum(text.count for text in self.texts)
+    def _usage(self) -> dict[str, int]:
+        read, new = self._prompt_tokens, sum(text.count for text in self._texts)
         return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
 
-    def choice(self, index: int, part: Part, delta: bool) -> dict[str, Any]:
-        tokens = part.tokens or []
+    def _choice(self, index: int, part: Part, name: str) -> dict[str, Any]:
+        ask, pieces = self._ask, self._tokenizer.pieces
+        word = lambda token: pieces[token].decode(errors="replace")
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": part.finish}
-        if self.ask.chat:
-            choice["delta" if delta else "message"] = {"role": "assistant", "content": part.text}
-            if self.ask.alternatives is not None:
-                choice["logprobs"] = {"content": [self._entry(token) for _, token in tokens], "refusal": None}
-            return choice
-        choice["text"] = part.text
-        if self.ask.alternatives is not None:
+        told = [(token.id, token.log_prob, token.alternatives) for _, token in part.tokens]
+        if isinstance(ask, Chat):
+            entry = lambda token, log_prob: {"token": word(token), "logprob": log_prob, "bytes": [*pieces[token]]}
+            if ask.logprobs:
+                content = [entry(*own) | {"top_logprobs": [entry(*other) for other in others]} for *own, others in told]
+                choice["logprobs"] = {"content": content, "refusal": None}
+            return choice | {name: {"role": "assistant", "content": part.text}}
+        if ask.logprobs is not None:
+            likely = [{word(token): value for token, value in reversed(others)} for *_, others in told]
             choice["logprobs"] = {
-                "tokens": [self._word(token.id) for _, token in tokens],
-                "token_logprobs": [token.log_prob for _, token in tokens],
-                "top_logprobs": [self._likely(token) for _, token in tokens] if self.ask.alternatives else None,
-                "text_offset": [place for place, _ in tokens],
+                "tokens": [word(token) for token, *_ in told],
+                "token_logprobs": [log_prob for _, log_prob, _ in told],
+                "top_logprobs": likely if ask.logprobs else None,  # of two that look alike, the likelier
+                "text_offset": [place for place, _ in part.tokens],
             }
-        if self.ask.ids:
-            choice["token_ids"] = [token.id for _, token in tokens]
-        return choice
-
-    def _word(self, token: int) -> str:
-        return self._tokenizer.pieces[token].decode(errors="replace")
-
-    def _likely(self, token: Token) -> dict[str, float]:
-        return {self._word(other): value for other, value in reversed(token.alternatives)}  # of two alike, the likelier
-
-    def _entry(self, token: Token) -> dict[str, Any]:
-        entry = lambda one, value: {"token": self._word(one), "logprob": value, "bytes": [*self._tokenizer.pieces[one]]}
-        return entry(token.id, token.log_prob) | {"top_logprobs": [entry(*other) for other in token.alternatives]}
+        ids = {"token_ids": [token for token, *_ in told]} if ask.return_token_ids else {}
+        return choice | {"text": part.text} | ids

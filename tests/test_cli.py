@@ -196,7 +196,7 @@ def test_mistakes_are_told_without_jax():
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_the_flags_read_from_the_source_are_those_that_are_there(command):
     values = absl_flags.FlagValues()
-    importlib.import_module(f"commands.{command}")._define(values)
+    getattr(importlib.import_module(f"commands.{command}"), "_define", lambda values: None)(values)
     found, keys = typos.flags_of(command)
     assert set(values) == {name for name in found if not name.startswith("config")} - typos._OF_ALL.keys()
     assert all((values[name].boolean == (found[name] == "bool")) for name in values)

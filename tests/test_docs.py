@@ -29,7 +29,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LONG = "# takes "
-OTHER = r"tail|(?:\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
+OTHER = r"tail|echo|(?:\.venv/bin/)?pip|uv|python3 -m venv|git clone|cd"  # programs of others
 
 
 class Parsed(Exception):

@@ -63,6 +63,14 @@ class Asked:
         return [token.id for token in self.tokens]
 
 
+def hold(engine):
+    """Keeps the engine's thread in the delivery of a token, until the event that this returns is set."""
+    reached, held = threading.Event(), threading.Event()
+    engine.submit(Request([1], 1, Sampling(0), lambda *_: reached.set() or held.wait()))
+    assert reached.wait(60)
+    return held
+
+
 # --- The loop -----------------------------------------------------------------------------------------------------
 
 
@@ -127,16 +135,11 @@ def test_an_end_is_delivered_and_ends_the_text(model):
 def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
     warned = []
     with Engine(model, rows=2, queue=3, warn=warned.append) as engine:
-        held = threading.Event()
-        blocked = engine.call(held.wait)
-        while not blocked.running():
-            time.sleep(0.001)
+        held = hold(engine)
         asked = [Asked([1], 30, Sampling(0)) for _ in range(5)]
         engine.submit(*(one.request for one in asked))
         with pytest.raises(Full):
             engine.submit(Asked([1], 1, Sampling(0)).request)
-        with pytest.raises(Full):
-            engine.call(held.wait)
         asked[0].request.cancelled = True
         real = engine_module._decode
 
@@ -150,6 +153,22 @@ def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
         assert [one.finish for one in asked] == [None, "error", "error", "length", "length"] and not asked[0].tokens
         assert texts[2] == texts[3] and len(texts[2]) == 30
         assert warned == ["a chunk of text failed: RuntimeError: no memory"]
+
+
+def test_a_failure_without_a_new_cache_ends_the_engine(model, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    asked = [Asked([1], 30, Sampling(0)) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="no memory"), Engine(model, rows=2) as engine:
+        monkeypatch.setattr(engine_module, "_decode", fail)
+        monkeypatch.setattr(engine, "_clear", fail)
+        engine.submit(*(one.request for one in asked))
+        for one in asked:
+            one.wait()
+    assert [one.finish for one in asked] == ["error"] * 3
+    with pytest.raises(Full):
+        engine.submit(asked[0].request)
 
 
 def test_shares_by_position_average_to_those_of_the_report(model):
@@ -217,7 +236,7 @@ def chat_tokens(messages):
 
 @pytest.fixture(scope="module")
 def url(engine):
-    service = api.Service(engine, LETTERS, "letters", api.Limits(tokens=10**6), chat_tokens, ["127.0.0.1"])
+    service = api.Service(engine, LETTERS, "letters", 10**6, chat_tokens=chat_tokens, hosts=["127.0.0.1"])
     with serving(service) as url:
         yield url
 
@@ -325,32 +344,32 @@ TALK = {"messages": [{"role": "user", "content": "a"}]}
     [
         (COMPLETIONS, {"prompt": "é"}, "prompt", "'é' at 0"),
         (COMPLETIONS, {"prompt": "a" * 41}, "prompt", "has 41 tokens; the model reads 40"),
-        (COMPLETIONS, {"prompt": 3}, "prompt", "must be a text"),
+        (COMPLETIONS, {"prompt": 3}, "prompt", "should be a valid string"),
         (COMPLETIONS, {"prompt": [29]}, "prompt", "below 29"),
-        (COMPLETIONS, {"prompt": ["a", 3]}, "prompt", "must be a text"),
-        (COMPLETIONS, {"max_tokens": 10**6 + 1}, "max_tokens", "from 1 to 1000000, got 1000001"),
-        (COMPLETIONS, {"max_tokens": True}, "max_tokens", "got true"),
-        (COMPLETIONS, {"temperature": 2.1}, "temperature", "from 0 to 2"),
-        (COMPLETIONS, {"temperature": float("nan")}, "temperature", "from 0 to 2"),
-        (COMPLETIONS, {"top_p": "1"}, "top_p", 'got "1"'),
-        (COMPLETIONS, {"seed": -1}, "seed", "whole number"),
-        (COMPLETIONS, {"n": 0}, "n", "from 1 to 128"),
-        (COMPLETIONS, {"stop": ["a", ""]}, "stop", "none of them empty"),
-        (COMPLETIONS, {"stop": ["a"] * 5}, "stop", "up to 4"),
-        (COMPLETIONS, {"logprobs": 6}, "logprobs", "from 0 to 5"),
-        (COMPLETIONS, {"stream": 1}, "stream", "true or false"),
+        (COMPLETIONS, {"prompt": ["a", 3]}, "prompt", "should be a valid string"),
+        (COMPLETIONS, {"max_tokens": 10**6 + 1}, "max_tokens", "at most 1000000, got 1000001"),
+        (COMPLETIONS, {"max_tokens": True}, "max_tokens", "got True"),
+        (COMPLETIONS, {"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        (COMPLETIONS, {"temperature": float("nan")}, "temperature", "finite number"),
+        (COMPLETIONS, {"top_p": "1"}, "top_p", "got '1'"),
+        (COMPLETIONS, {"seed": -1}, "seed", "greater than or equal to 0"),
+        (COMPLETIONS, {"n": 0}, "n", "greater than or equal to 1"),
+        (COMPLETIONS, {"stop": ["a", ""]}, "stop", "at least 1 character"),
+        (COMPLETIONS, {"stop": ["a"] * 5}, "stop", "at most 4 items"),
+        (COMPLETIONS, {"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        (COMPLETIONS, {"stream": 1}, "stream", "valid boolean"),
         (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
         (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo", "not together with logprobs"),
-        (COMPLETIONS, {"frequency_penalty": 0.5}, "frequency_penalty", "is not supported"),
-        (COMPLETIONS, {"logit_bias": {"3": 1}}, "logit_bias", "is not supported"),
-        (COMPLETIONS, {"top_k": 3}, "top_k", "is no parameter"),
-        (CHAT, {"messages": []}, "messages", "must be a list"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "content of text"),
+        (COMPLETIONS, {"frequency_penalty": 0.5}, "frequency_penalty", "not permitted"),
+        (COMPLETIONS, {"logit_bias": {"3": 1}}, "logit_bias", "not permitted"),
+        (COMPLETIONS, {"top_k": 3}, "top_k", "not permitted"),
+        (CHAT, {"messages": []}, "messages", "at least 1 item"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "should be 'text'"),
         (CHAT, {"messages": [{"role": "user", "content": "É"}]}, "messages", "not in the vocabulary"),
         (CHAT, {**TALK, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-        (CHAT, {**TALK, "tools": [{}]}, "tools", "is not supported"),
-        (CHAT, {**TALK, "response_format": {"type": "json_object"}}, "response_format", "is not supported"),
-        ("/sinks", {"prompt": "a", "token_ids": []}, "prompt", "not empty"),
+        (CHAT, {**TALK, "tools": [{}]}, "tools", "not permitted"),
+        (CHAT, {**TALK, "response_format": {"type": "json_object"}}, "response_format", "not permitted"),
+        ("/sinks", {"prompt": "a", "token_ids": []}, "token_ids", "at least 1 item"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_words(url, path, body, param, words):
@@ -363,9 +382,9 @@ def test_what_cannot_be_done_is_refused_in_words(url, path, body, param, words):
 def test_what_is_no_request_is_refused(url, engine):
     kind = {"Content-Type": "application/json"}
     for status, words, content, headers in (
-        (400, "is not JSON", b"{", kind),
-        (400, "nested too deeply", b"[" * 100_000, kind),
-        (400, "must be a JSON object", b"[1]", kind),
+        (400, "Invalid JSON", b"{", kind),
+        (400, "recursion limit", b"[" * 100_000, kind),
+        (400, "should be an object", b"[1]", kind),
         (413, "more than", b" " * (2**20 + 1), kind),
         (415, "application/json", b"{}", {"Content-Type": "text/plain"}),
         (403, "answers to 127.0.0.1", b"{}", {**kind, "Host": "elsewhere.example"}),
@@ -410,14 +429,13 @@ def test_who_goes_away_frees_the_place(url, engine, stream):
 
 
 def test_a_queue_that_is_full_and_a_time_that_is_over(engine, client):
-    service = api.Service(engine, LETTERS, "letters", api.Limits(seconds=0.5, tokens=10**6))
+    service = api.Service(engine, LETTERS, "letters", 10**6, seconds=0.5)
     until_free(engine)
     with serving(service) as url:
         slow = httpx.post(url + COMPLETIONS, json={"prompt": "a", "max_tokens": 10**6}, timeout=60).json()
         assert slow["choices"][0]["finish_reason"] == "length" and 0 < slow["usage"]["completion_tokens"] < 10**6
         until_free(engine)
-        held = threading.Event()
-        engine.call(held.wait)
+        held = hold(engine)
         try:
             for stream in (False, True):
                 late = httpx.post(url + COMPLETIONS, json={"prompt": "a", "stream": stream}, timeout=60)
@@ -512,7 +530,7 @@ def test_the_page_in_a_browser(engine, model, tmp_path, width, dark):
         told.put(await call.json())
         return Response()
 
-    app = api.Service(engine, LETTERS, "letters", api.Limits(tokens=3000)).app()
+    app = api.Service(engine, LETTERS, "letters", 3000).app()
     probe = lambda call: HTMLResponse(PROBE.format(width=width))
     app.router.routes += [Route("/probe", probe), Route("/found", take, methods=["POST"])]
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]

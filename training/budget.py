@@ -53,12 +53,9 @@ def measure(
     evaluate: Callable[[Params, int], tuple[float, int]],
     seconds: float,
 ) -> Pace:
-    """Make some steps and throw them away: a run that follows depends on their number alone. Compilation is left out.
+    """Make some steps and throw them away: a run of `seconds` depends on their number alone. Compilation is left out.
 
-    Args:
-      batch_at: the batch of a micro-step, on the devices.
-      evaluate: of weights and how many tokens, the loss and how many tokens there were.
-      seconds: the run's.
+    `evaluate` gives, of weights and how many tokens, the loss and how many tokens there were.
     """
 
     def timed(work: Callable[[], Any]) -> tuple[Any, float]:

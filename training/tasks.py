@@ -7,6 +7,7 @@ choice's characters, in acc_bytes by its UTF-8 bytes, the space before it not co
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +31,7 @@ class Question(NamedTuple):
 
 
 def read_question(row: Any) -> Question:
-    """A row of HellaSwag's, ARC's or PIQA's files, or {"context", "choices", "answer"}, with lm-eval's prompts.
-
-    Raises:
-      ValueError: it is none of them, and in which way.
-    """
+    """A row of HellaSwag's, ARC's or PIQA's files, or of this form, with lm-eval's prompts; ValueError if of none."""
     match row:
         case {"endings": list(choices), "label": answer, **rest}:
             context = rest.get("ctx", "")
@@ -44,8 +41,8 @@ def read_question(row: Any) -> Question:
             choices = [_of_wikihow(choice) for choice in choices]
         case {"question": {"stem": stem, "choices": list(given)}, "answerKey": key}:
             given = [choice if isinstance(choice, dict) else {} for choice in given]
-            choices, labels = ([choice.get(name) for choice in given] for name in ("text", "label"))
-            context, answer = f"Question: {stem}\nAnswer:", labels.index(key) if key in labels else None
+            texts, labels = ([choice.get(name) for choice in given] for name in ("text", "label"))
+            return read_question({"question": stem, "choices": {"text": texts, "label": labels}, "answerKey": key})
         case {"question": stem, "choices": {"text": list(choices), "label": list(labels)}, "answerKey": key}:
             context, answer = f"Question: {stem}\nAnswer:", labels.index(key) if key in labels else None
         case {"goal": goal, "sol1": first, "sol2": second, "label": answer}:
@@ -73,11 +70,7 @@ def _of_wikihow(text: Any) -> Any:
 
 
 def encode(question: Question, tokenizer: Tokenizer, encode_text: Callable[[str], np.ndarray]) -> Iterator[tuple]:
-    """Of each choice, context and choice as tokens, and how many of these are the choice's.
-
-    Raises:
-      ValueError: there is nothing before the choices.
-    """
+    """Of each choice, context and choice as tokens, and how many of these are the choice's; ValueError if all are."""
     context = question.context.rstrip()
     before = encode_text(context) if context else np.array([tokenizer.eot or 0])
     if not context and tokenizer.eot is None:
@@ -97,11 +90,9 @@ def log_likelihoods(
     """
     score, most = token_log_probs(model), model.config.context_len
     result, finished = np.zeros(len(requests)), 0
-    by_length: dict[int, list[int]] = {}
-    for number, (ids, _) in enumerate(requests):
-        length = max(SHORTEST, 1 << (len(ids) - 2).bit_length())
-        by_length.setdefault(min(most, length), []).append(number)
-    for length, numbers in sorted(by_length.items()):
+    length_of = lambda number: min(most, max(SHORTEST, 1 << (len(requests[number][0]) - 2).bit_length()))
+    for length, group in groupby(sorted(range(len(requests)), key=length_of), length_of):
+        numbers = list(group)
         rows = max(1, min(ROOM // (4 * length * model.config.vocab_size), 4096 // length, len(numbers)))
         rows = 1 << (rows.bit_length() - 1)
         for start in range(0, len(numbers), rows):
@@ -127,8 +118,7 @@ def scores(questions: Sequence[Question], log_probs: np.ndarray) -> dict[str, An
         sizes = [np.ones(len(own)), [len(c) for c in question.choices], [len(c.encode()) for c in question.choices]]
         for name, size in zip(right, sizes, strict=True):
             right[name] += int(np.argmax(own / np.asarray(size)) == question.answer)
-    count = len(questions)
-    told: dict[str, Any] = {}
+    count, told = len(questions), {}
     for name, number in right.items():
         told |= {name: number / count, f"{name}_95": wilson(number, count)}
     return told | {"questions": count}

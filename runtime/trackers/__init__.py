@@ -23,16 +23,11 @@ TRACKERS: dict[str, Callable[..., Tracker]] = {
 def start(
     tracker: str, *, name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int = 0
 ) -> Tracker:
-    """Starts a tracker, or goes on with what it has of the run; gives a null tracker where it cannot be started.
+    """Starts a tracker of `TRACKERS` for the run `name`, or goes on with what it has; a null tracker where it cannot.
 
-    Args:
-      tracker: a key of `TRACKERS`.
-      name: the run's name.
-      config: the resolved config, shown with the run.
-      workdir: keeps the tracker's files, in a directory of its name.
-      warn: takes at most one line from here, and one for the rest of the run.
-      step: the last one that was logged before; others that come after it may have been logged by a session that was
-        killed, and are logged again.
+    Its files are in a directory of its name in `workdir`. `warn` takes at most one line from here, and one for the rest
+    of the run. `step` is the last one that was logged before; others that come after it may have been logged by a
+    session that was killed, and are logged again.
     """
     try:
         return TRACKERS[tracker](name=name, config=config, workdir=workdir, warn=warn, step=step)
@@ -43,14 +38,7 @@ def start(
 
 
 class Trackers:
-    """Those of a run.
-
-    A tracker keeps its own errors from the run: see `Tracker`.
-
-    Args:
-      names: keys of `TRACKERS`.
-      settings: as `start` takes them.
-    """
+    """Those of a run: of each of `names`, with the settings that `start` takes."""
 
     def __init__(self, names: Iterable[str], **settings: Any) -> None:
         self._trackers = {name: start(name, **settings) for name in names}

@@ -53,12 +53,10 @@ class WandbTracker(Service):
 
 
 def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int) -> Tracker:
-    """Starts W&B, or continues the W&B run that the workdir names.
+    """Starts W&B, or continues the W&B run that the workdir names, in 10 seconds at most.
 
     The mode is chosen before W&B starts, because W&B itself would ask for a key, or wait long for a server: it is
-    offline without a key or when no server answers, of which `warn` is told. What was logged offline can be sent later
-    with `wandb sync`. Takes 10 seconds at most. Its files go to `wandb/`, the run's id to `wandb_id.txt`; the key into
-    none of them. It keeps the steps that were logged twice.
+    offline without a key or when no server answers. It keeps the steps that were logged twice.
     """
     del step
     _load_settings()
@@ -113,32 +111,23 @@ def _choose_mode(settings: Any) -> tuple[str, str | None]:
 
 def _key_in_netrc(url: str) -> bool:
     """Whether `wandb login` left a key for the server, or for the public one behind another of its names."""
-    paths = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    path = next((path for path in paths if path and Path(path).expanduser().exists()), None)
-    if path is None:
-        return False
-    keys = netrc.netrc(Path(path).expanduser())
-    return any(keys.authenticators(host) for host in (urlsplit(url).netloc, "api.wandb.ai"))
+    paths = [Path(path).expanduser() for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if path]
+    there = [netrc.netrc(path) for path in paths if path.exists()][:1]
+    return any(keys.authenticators(host) for keys in there for host in (urlsplit(url).netloc, "api.wandb.ai"))
 
 
 def _answers(url: str) -> bool:
     """Whether a server answers in time, with any answer. The environment's proxies are used."""
-    import http.client  # here, because most runs ask nobody
-    import ssl
-    import urllib.error
-    import urllib.request
+    import requests  # which W&B itself needs
 
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass
-        except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # W&B judges certificates itself
-                return
-        except (OSError, ValueError, http.client.HTTPException):
+            requests.get(url, timeout=_PROBE_SECONDS, stream=True).close()
+        except requests.exceptions.SSLError:
+            pass  # W&B judges certificates itself
+        except (OSError, ValueError):
             return
         answered.set()
 

@@ -39,7 +39,7 @@ def attend_through_the_cache(q_BTNH, k_BTKH, v_BTKH, sink, window):
     cache = LayerCache(*(jnp.full((B, x.shape[2], T + 3, H), 9, x.dtype) for x in (k_BTKH, v_BTKH)))
     outputs = []
     for part in (slice(0, T // 3), slice(T // 3, T)):
-        cache = write(cache, k_BTKH[:, part], v_BTKH[:, part], part.start)
+        cache = write(cache, k_BTKH[:, part], v_BTKH[:, part], jnp.int32(part.start))
         mask_1TS = visible(jnp.arange(T)[None, part], jnp.arange(T + 3), window)
         own = sink[:, part] if sink is not None and sink.ndim == 3 else sink
         outputs.append(attend_heads_first(q_BTNH[:, part], *cache, mask_1TS, own))

@@ -93,7 +93,7 @@ def test_without_sinks_metadata_says_how_many_heads(model, importing, tmp_path, 
     refuse(capsys, importing(no_sinks, {"tokenizer": "char"}), "num_heads: cannot be told")
     call(capsys, *importing(no_sinks, NESTED))
     config = run_lib.read_config(tmp_path / "run")
-    assert (config.num_heads, config.attention_sink) == (5, False)
+    assert (config.num_heads, config.attention_sink) == (5, "none")
 
 
 # --- Refusals -------------------------------------------------------------------------------------------------------
