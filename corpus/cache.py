@@ -6,17 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.dataset import Say
 from runtime.files import open_regular, replacing
 
 
-def cached(
-    path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Callable[[str], None] = print
-) -> np.ndarray:
+def cached(path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Say = print) -> np.ndarray:
     """The array that `make` gives, 1-D and of type `dtype`, memory-mapped from `path` once it was written there.
 
     The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. A damaged file is made
-    again, and `say` gets a line; a file of an earlier version of this program, which has no hash, is made again
-    silently.
+    again, and `say` gets a line; one without a hash, of an earlier version, is made again silently.
     """
     values = _load(path, np.dtype(dtype), say)
     if values is None:
@@ -32,7 +30,7 @@ def cached(
     return np.asarray(values)  # keeps the map but drops the memmap class, whose slices cost several times as much
 
 
-def _load(path: Path, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray | None:
+def _load(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
     try:
         with open_regular(path) as file:
             values = np.load(path, mmap_mode="r")

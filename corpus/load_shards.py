@@ -8,7 +8,6 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from corpus.dataset import (
     COUNTED_AT_ONCE,
     SPLITS,
     Dataset,
+    Say,
     Split,
     check_length,
     count_bytes,
@@ -65,7 +65,7 @@ def load_shards(
     context_len: int,
     train_shards: int = 1,
     whole: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     vocabulary: Tokenizer | None = None,
 ) -> Dataset:
     """Loads a corpus of tokens, as `load_text` loads one of text.
@@ -172,9 +172,7 @@ def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fractio
 # --- The tokenizer ------------------------------------------------------------------------------------------------
 
 
-def _vocabulary(
-    name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Callable[[str], None]
-) -> Tokenizer:
+def _vocabulary(name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Say) -> Tokenizer:
     """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`."""
     theirs: dict[str, tuple[Path, Tokenizer]] = {}
     for folder in sorted(folders):
@@ -220,7 +218,7 @@ def _vocabulary(
     return new_tokenizer(name, data_dir, say)
 
 
-def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Callable[[str], None]) -> int:
+def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Say) -> int:
     """The bytes of the text that the tokens stand for; counted once and cached."""
 
     def count() -> np.ndarray:

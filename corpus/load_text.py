@@ -53,10 +53,9 @@ def load_text(
 
     Args:
         dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
-        tokenizer: a name for `build_tokenizer`; unused where `vocabulary`, an earlier run's own tokenizer, is given.
+        tokenizer: its name; unused where `vocabulary`, an earlier run's own tokenizer, is given.
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
-        context_len: each split must hold context_len + 1 tokens.
-        whole: do not cut: each split is the whole text, which needs two tokens or more.
+        context_len: each split must hold context_len + 1 tokens; with `whole` each is the whole text, of two or more.
         unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
     """
     if vocabulary is None:

@@ -11,14 +11,14 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS
+from corpus.dataset import SPLITS, Say
 from corpus.encode import Encoded, without_mark, work
 from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks_of
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
@@ -44,7 +44,7 @@ def prepare(
     console: Console,
     vocabulary: Tokenizer | None = None,
     unknown_characters: str = "",
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
@@ -74,7 +74,9 @@ def prepare(
             say(_summary(out, index))
             return
         state = _state(out, source, files)
-        tokenizer = vocabulary or _make_tokenizer(settings, state, files, data_dir, processes, console, say)
+        if vocabulary is None and settings.tokenizer != "char":
+            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
+        tokenizer = vocabulary or _alphabet(settings, state, files, processes, console, say)
         output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
         if place := state["place"]:
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
@@ -131,17 +133,9 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
     return {"source": source, "symbols": None, **counts, "splits": splits, "part": None}
 
 
-def _make_tokenizer(
-    settings: Settings,
-    state: dict[str, Any],
-    files: TextFiles | RowFiles,
-    data_dir: Path,
-    processes: int,
-    console: Console,
-    say: Callable[[str], None],
+def _alphabet(
+    settings: Settings, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console, say: Say
 ) -> Tokenizer:
-    if settings.tokenizer != "char":
-        return new_tokenizer(settings.tokenizer, data_dir, say)
     if state["symbols"] is None:
         say("collecting the characters, once")
         found: set[str] = set()
@@ -172,9 +166,7 @@ class Output:
     start left: all tokens that it counts are on the disk, and `place` is the position where to go on.
     """
 
-    def __init__(
-        self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Callable[[str], None]
-    ):
+    def __init__(self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Say):
         self._out, self._state, self._shard_tokens, self._dtype, self._say = out, state, shard_tokens, dtype, say
         self._file: Any = None
         if state["part"]:

@@ -44,7 +44,7 @@ SHAPES = {
     "Llama": (LLAMA | LLAMA3, ByteTokenizer()),
     "Qwen3": (QWEN3, CHAR),
     "gpt-oss": (GPT_OSS, TIKTOKEN),
-    "gpt-oss without windows": (GPT_OSS | PLAIN, CHAR),
+    "gpt-oss without windows": (GPT_OSS | PLAIN | {"attention_sink": "zero"}, CHAR),
 }
 
 
