@@ -20,16 +20,15 @@ _LOCAL = ["localhost", "127.0.0.1", "::1"]
 
 def _define(values: flags.FlagValues) -> None:
     define_checkpoint(values)
-    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; others reach 0.0.0.0.", flag_values=values)
-    for name, default, least, most, text in (
-        ("port", 8000, 0, 65535, "0 takes a free one."),
-        ("max_batch", 8, 1, None, "Texts that are written at the same time."),
-        ("queue", 256, 0, None, "Texts that may wait; one more is refused."),
-        ("max_tokens", 4096, 1, None, "The most that a request may ask for."),
-        ("timeout", 600, 1, None, "Seconds after which a text ends."),
-        ("grace", 30, 1, None, "Seconds in which texts may end after SIGTERM or Ctrl-C."),
-    ):
-        flags.DEFINE_integer(name, default, text, lower_bound=least, upper_bound=most, flag_values=values)
+    define = {"flag_values": values}
+    one = {"lower_bound": 1, **define}
+    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; other machines reach 0.0.0.0.", **define)
+    flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, **define)
+    flags.DEFINE_integer("max_batch", 8, "Texts that are written at the same time.", **one)
+    flags.DEFINE_integer("queue", 256, "Texts that may wait; one more is refused.", lower_bound=0, **define)
+    flags.DEFINE_integer("max_tokens", 4096, "The most that a request may ask for.", **one)
+    flags.DEFINE_integer("timeout", 600, "Seconds after which a text ends.", **one)
+    flags.DEFINE_integer("grace", 30, "Seconds in which texts may end after SIGTERM or Ctrl-C.", **one)
 
 
 def main(argv: list[str]) -> None:
