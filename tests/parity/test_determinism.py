@@ -24,7 +24,8 @@ TOLERANCE = 1e-4
 
 def first_losses(workdir: Path) -> list[float]:
     config = f"--config={ROOT / 'configs' / 'shakespeare.py'}"
-    arguments = config, "--config.cpu_devices=1", "--config.log_every=1", f"--workdir={workdir}"
+    how = "--config.cpu_devices=1", "--config.dtype=float32", "--config.log_every=1"
+    arguments = config, *how, f"--workdir={workdir}"
     stopped = run_main(*arguments, cut=(signal.SIGTERM, STEPS), JAX_PLATFORMS="cpu")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     return [row["loss"] for row in rows(workdir)]
