@@ -16,7 +16,8 @@ from transformer.xla import dot_general, jit_for, target
 
 UNITS = ("amx_bf16", "avx512_bf16")  # of a processor, as Linux names them: they multiply bfloat16
 ENOUGH = 1.1  # times as fast must its products be, for then the casts around them are paid
-ROWS, NARROW, WIDE, ROUNDS = 512, 256, 1024, 7  # of what is measured: an MLP's product, of a small model
+ROWS, NARROW, WIDE = 512, 256, 1024  # of what is measured: the product of an MLP in a small model
+ROUNDS = 40  # 0.15 s; of 7, some were slow together at the start of a process, and the choice was then wrong
 
 
 class Choice(NamedTuple):
@@ -34,7 +35,7 @@ def best_here(platform: str) -> Choice:
     """
     if platform != "cpu":
         return Choice("bfloat16", "auto")
-    gain = devices.remembered("half_precision_gain", half_precision_gain) if has_unit() else 0.0
+    gain = devices.remembered("half_product_gain", half_precision_gain) if has_unit() else 0.0
     if not (gain := float(from_all(np.asarray(gain))[0])):
         return Choice("float32", "auto: no bfloat16 unit")
     dtype = "bfloat16_matmul" if gain >= ENOUGH else "float32"
