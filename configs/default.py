@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initial weights, data order and dropout
     config.dtype = "auto"  # of the arithmetic; weights are float32: float32 | bfloat16 | bfloat16_matmul (products of
     # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
-    # bfloat16_matmul where a short measurement finds it faster, else float32. A run keeps what it began with
+    # bfloat16_matmul where a short measurement finds its products twice as fast, else float32. A run keeps its own
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
