@@ -83,7 +83,7 @@ def test_the_table_holds_devices_whose_peak_is_known():
 @pytest.mark.parametrize(("module", "theirs", "millions"), [(gpt2_124m, "gpt_oss", 123.6), (llama_1b, "llama", 1076.1)])
 def test_the_large_configs_export_to_the_class_they_name(random_params, module, theirs, millions):
     config = module.get_config()
-    model = config_lib.transformer_config(config, 50_257, "bfloat16", 50_256)
+    model = config_lib.transformer_config(config, 50_257, "bfloat16", document_start=50_256)
     assert sum(parameter_counts(model).values()) / 1e6 == pytest.approx(millions, abs=0.05)
     small = replace(model, vocab_size=17, num_blocks=2, num_heads=4, num_kv_heads=2, embedding_dim=24, head_dim=6)
     small = replace(small, mlp_dim=20, dtype="float32")

@@ -162,5 +162,7 @@ def test_the_loop_runs_over_the_shortest_pattern_of_windows(changes, period):
 
 
 def test_blocks_without_a_pattern_are_refused():
-    with pytest.raises(ValueError, match=r"^scan_blocks: .*'LLG'.* 4 blocks; use False, or a multiple of 3 blocks$"):
+    with pytest.raises(
+        ValueError, match=r"^scan_blocks: .*'LLG'.* 4 blocks; use False, or a multiple of the patterns' lengths$"
+    ):
         dataclasses.replace(MODEL, window_pattern="LLG", scan_blocks=True)
