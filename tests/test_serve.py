@@ -74,6 +74,7 @@ def hold(engine):
 # --- The loop -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_text_is_that_of_sample_whatever_else_is_written(name, random_params):
     """Of different lengths, over refills of the context, joining and leaving while others are written."""
