@@ -175,7 +175,7 @@ def load_conversations(
     Raises:
         UserError: the files cannot be read, hold no rows or bad ones, a split is empty, or the tokenizer is for texts.
     """
-    vocabulary = vocabulary or new_tokenizer(tokenizer, b"" if tokenizer == "byte" else " ", data_dir, say)
+    vocabulary = vocabulary or new_tokenizer(tokenizer, data_dir, say, " ")
     answer = require_turns(vocabulary)
     sources = [Source(path) for path in find_files(dataset, data_dir, say)]
     if text := next((source.path for source in sources if not source.has_rows), None):
