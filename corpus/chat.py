@@ -5,7 +5,7 @@ No text can spell these tokens: where a message writes one out, it is text.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -131,6 +131,18 @@ def pack(conversations: Iterable[np.ndarray], context_len: int, answer_start: in
     return packed, told
 
 
+def are_answers(inputs: Any, targets: Any, start: int, end: int, eot: int, xp: Any, highest: Callable) -> Any:
+    """Whether each target is of an answer: after its start, up to its end, which is one too.
+
+    Args:
+        inputs, targets: [B, T], the latter a token further.
+        xp: numpy or jax.numpy; `highest` gives the highest of those before, along the second axis.
+    """
+    place = 2 * xp.arange(inputs.shape[1])
+    mark = xp.where(inputs == start, place + 1, xp.where((inputs == end) | (inputs == eot), place, 0))
+    return (highest(mark) % 2 == 1) & (targets != eot)  # the last mark is odd: an answer has begun
+
+
 @dataclass(frozen=True)
 class ConversationSplit(Split):
     """A split of `pack`; of its tokens the assistant's alone are predicted, and only their bytes count."""
@@ -145,12 +157,10 @@ class ConversationSplit(Split):
         return count_bytes(answers, min(num_tokens, len(answers)), tokenizer)
 
     def in_answers(self) -> np.ndarray:
-        """Whether each token but the first is predicted, as `training.answers.targets_of` has it."""
-        (start, end), eot = self.answer, self.tokens[0]
+        """Whether each token but the first is predicted."""
         inputs, targets = (np.reshape(x, (-1, self.context_len)) for x in (self.tokens[:-1], self.tokens[1:]))
-        place = 2 * np.arange(self.context_len)
-        mark = np.where(inputs == start, place + 1, np.where((inputs == end) | (inputs == eot), place, 0))
-        return ((np.maximum.accumulate(mark, axis=1) % 2 == 1) & (targets != eot)).ravel()
+        highest = partial(np.maximum.accumulate, axis=1)
+        return are_answers(inputs, targets, *self.answer, self.tokens[0], np, highest).ravel()
 
 
 def load_conversations(

@@ -72,10 +72,10 @@ def write_rows(path, rows):
     return str(path)
 
 
-def load(path, tmp_path, **changes):
+def load(path, tmp_path, tokenizer="", **changes):
     said = []
     settings = {"data_dir": tmp_path / "data", "val_fraction": 0.2, "test_fraction": 0.0, "context_len": T}
-    data = load_conversations(path, "", **{**settings, "vocabulary": own(), "say": said.append, **changes})
+    data = load_conversations(path, tokenizer, **{**settings, "vocabulary": own(), "say": said.append, **changes})
     return data, said
 
 
@@ -217,6 +217,13 @@ def test_what_cannot_be_used_is_one_line(rows, changes, words, tmp_path):
     path = write_rows(tmp_path / "talks.jsonl", rows)
     with pytest.raises(UserError, match=rf"^config\.dataset: [^\n]*{words}[^\n]*$"):
         load(path, tmp_path, **changes)
+
+
+def test_a_tokenizer_of_ones_own_needs_no_run_to_begin_from(tmp_path):
+    path = write_rows(tmp_path / "talks.jsonl", [{"messages": talk} for talk in TALKS])
+    write_json(tmp_path / "tokenizer.json", own().to_dict())
+    found, _ = load(path, tmp_path, str(tmp_path), vocabulary=None, data_dir=tmp_path / "another")
+    np.testing.assert_array_equal(found.train.tokens, load(path, tmp_path)[0].train.tokens)
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path):

@@ -3,9 +3,12 @@
 Shapes: B sequences, T tokens each; a batch is [B, T + 1].
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from corpus.chat import are_answers
 from transformer.config import TransformerConfig
 
 
@@ -14,8 +17,5 @@ def targets_of(config: TransformerConfig, batch_BT1: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = batch_BT1[:, :-1], batch_BT1[:, 1:]
     if config.answer_start < 0:
         return targets_BT
-    place_T = 2 * jnp.arange(inputs_BT.shape[1])
-    ends_BT = (inputs_BT == config.answer_end) | (inputs_BT == config.document_start)
-    mark_BT = jnp.where(inputs_BT == config.answer_start, place_T + 1, jnp.where(ends_BT, place_T, 0))
-    inside_BT = jax.lax.cummax(mark_BT, axis=1) % 2 == 1  # the last mark is odd: an answer has begun
-    return jnp.where(inside_BT & (targets_BT != config.document_start), targets_BT, -1)
+    tokens, highest = (config.answer_start, config.answer_end, config.document_start), partial(jax.lax.cummax, axis=1)
+    return jnp.where(are_answers(inputs_BT, targets_BT, *tokens, jnp, highest), targets_BT, -1)
