@@ -9,14 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 
 _COLLECTIVE = re.compile(
-    r"= (?P<type>.+?) (?P<op>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
+    r"= (?P<type>.+?) (?P<op>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
+_CHAIN = re.compile(r'chain_id="(\d+)"')  # a TPU's gather in pieces, each beside other work: all show its whole result
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# Named axes of a mesh, of which the quoted ones in braces differ within a group; devices are numbered in order, or as
+# listed. 'a':(2)3 is a part of an axis: of size 3, inside of the first 2.
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+)|=(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,20 @@ def sent_bytes(op: str, result: int, n: int) -> float:
 def collectives(text: str, num_devices: int) -> list[Collective]:
     """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
-    bodies = _computations(text)
+    bodies, chains = _computations(text), set()
     for name, (times, known) in _times(bodies).items():
         for line in bodies[name]:
             match = _COLLECTIVE.search(line)
-            if not match or len(group := _group(line, num_devices)) < 2:
+            if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
                 continue
+            if chain := _CHAIN.search(line):
+                if (key := (match["op"], chain[1])) in chains:
+                    continue
+                chains.add(key)
+            result = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
             entry = found[match["op"], group, not known]
             entry[0] += times
-            entry[1] += times * sent_bytes(match["op"], _bytes(match["type"]), len(group))
+            entry[1] += times * sent_bytes(match["op"], _bytes(result), len(group))
     rows = [Collective(op, group, int(n), sent, open_) for (op, group, open_), (n, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -106,6 +117,15 @@ def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, int, 
             yield name, int(trips[1]) if loop and trips else 1, not loop or trips is not None
 
 
+def _result(start: str) -> str:
+    """The result's type in that of an asynchronous operation's start, (operands, results, ...)."""
+    depth, parts = 0, [""]
+    for char in start[1:-1]:
+        depth += (char in "([{") - (char in ")]}")
+        parts = [*parts, ""] if char == "," and not depth else [*parts[:-1], parts[-1] + char]
+    return parts[1]
+
+
 def _bytes(text: str) -> int:
     total = 0
     for kind, bits, sizes in _ARRAY.findall(text):
@@ -117,12 +137,30 @@ def _bytes(text: str) -> int:
 def _group(line: str, num_devices: int) -> tuple[int, ...]:
     if listed := _LISTED.search(line):
         return _numbers(listed[1])
+    if mesh := _MESH.search(line):
+        return _group_of_axes(*mesh.groups(), num_devices)
     if not (iota := _IOTA.search(line)):
         return tuple(range(num_devices))
-    ids = np.arange(num_devices).reshape(_numbers(iota[2]))
-    if iota[3]:
-        ids = ids.transpose(_numbers(iota[3]))
-    return tuple(ids.reshape(_numbers(iota[1]))[0].tolist())
+    return tuple(_ordered(iota[2], iota[3], num_devices).reshape(_numbers(iota[1]))[0].tolist())
+
+
+def _ordered(shape: str, permutation: str | None, num_devices: int) -> np.ndarray:
+    ids = np.arange(num_devices).reshape(_numbers(shape))
+    return ids.transpose(_numbers(permutation)) if permutation else ids
+
+
+def _group_of_axes(mesh: str, order: str | None, differ: str, num_devices: int) -> tuple[int, ...]:
+    sizes = {name: int(size) for name, _, _, size in _AXIS.findall(mesh)}
+    if order and (iota := _ORDER.match(order)):
+        ids = _ordered(iota[1], iota[2], num_devices)
+    else:
+        ids = np.array(_numbers(order)) if order else np.arange(num_devices)
+    place = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)  # of each device, on each axis
+    for name, before, size, _ in _AXIS.findall(differ):
+        axis, whole = list(sizes).index(name), sizes[name]
+        inner = whole // (int(before) * int(size)) if size else 1
+        place[axis] -= place[axis] // inner % (int(size) if size else whole) * inner
+    return tuple(ids.ravel()[(place == place[:, :1]).all(axis=0)].tolist())
 
 
 def _numbers(text: str) -> tuple[int, ...]:
