@@ -1,32 +1,45 @@
 """What a config takes on a mesh of devices that need not be here: memory and traffic. Nothing is trained.
 
-The step is compiled for simulated devices, from shapes alone. The time of a run follows from `--mfu`, which is assumed.
+The step is compiled, from shapes alone: for simulated CPU devices, or with `--compile_for` by the compiler of TPUs or
+GPUs that are not here. The time of a run follows from `--mfu`, which is assumed.
 """
 
 import math
 import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
 from commands.flags import parse_flags
-from commands.planning.predict import Planned, plan_step
+from commands.planning.compilers import devices_of
+from commands.planning.predict import Planned, plan_step, rule_bytes, smaller
 from commands.planning.traffic import axes_of_group
 from runtime import devices
 from runtime.errors import UserError
+from runtime.files import write_json
 from runtime.screen.console import Console
 from runtime.screen.text import duration, human
 from training.cost import parameter_counts, peak_flops
+from transformer.kernels.choose import choose, obstacle
 from transformer.sharding import make_mesh, parse_mesh
+from transformer.xla import aimed_at, target_of
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
+FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+MOST_TRIES = 8  # of --fit
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
 SOURCES = (
     "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -16 % and +30 % of compiled CPU "
-    "steps. compiled: for simulated CPU devices, where what is bfloat16 may travel as float32 and attention is chunked."
-    " assumed: the share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
+    "steps. compiled: for {}; for CPUs, what is bfloat16 may travel as float32 and attention is chunked. assumed: the "
+    "share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
 )
 VOCABULARIES = {  # size and end-of-text token, so that no file has to be downloaded
     "byte": (256, None),
@@ -38,6 +51,10 @@ VOCABULARIES = {  # size and end-of-text token, so that no file has to be downlo
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("hardware", "H100", [*MEMORY], "The devices.", flag_values=values)
+    where = "Compile for these: v5e:4x4 (a TPU slice), v5e:4x4*2 (two), H100:8, cpu:8."
+    flags.DEFINE_string("compile_for", "", where, flag_values=values)
+    flags.DEFINE_bool("fit", False, "If it does not fit, find changes with which it does.", flag_values=values)
+    flags.DEFINE_string("out", "", "Write the plan to this file too, as JSON.", flag_values=values)
     flags.DEFINE_integer("devices", 0, "How many, where config.mesh leaves it open; 0: one.", flag_values=values)
     flags.DEFINE_float("mfu", 0.4, "Share of the devices' peak FLOP/s to assume, for the days.", flag_values=values)
     flags.DEFINE_float("tokens", 0.0, "Budget, for the days; 0: the config's max_steps.", flag_values=values)
@@ -53,14 +70,70 @@ def main(argv: list[str]) -> None:
         raise UserError("--tokens, --devices: must not be negative")
     if config.num_blocks > MOST_BLOCKS:
         raise UserError(f"config.num_blocks: {config.num_blocks} would take hours to plan; use at most {MOST_BLOCKS}")
-    devices.simulate_cpu_devices(num_devices(config, values.devices))
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
-    devices.set_up_compile_cache(console.warn)
-    config_lib.check_devices(config, len(devices.wake_up()))
-    with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
-    report(planned, values.hardware, values.mfu, values.tokens, console)
+    if values.fit and not values.compile_for:
+        raise UserError("--fit: needs --compile_for, whose compiler says what fits")
+    if values.compile_for:
+        there, memory = devices_of(values.compile_for)
+        hardware = values.compile_for.partition(":")[0]
+    else:
+        devices.simulate_cpu_devices(num_devices(config, values.devices))
+        there, hardware = devices.wake_up(), values.hardware
+        memory = MEMORY[hardware]
+        config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
+        config_lib.check_devices(config, len(there))
+        tokens = vocabulary(config, console)
+        planned = _planned(config, tokens, there, bool(values.compile_for), console)
+        changes: dict[str, Any] = {}
+        if values.fit and not fits(planned, memory):
+            planned, changes = fitted(planned, tokens, there, memory, console)
+        report(planned, hardware, memory, values.compile_for, values.mfu, values.tokens, console)
+        if values.fit:
+            found = "it fits with" if fits(planned, memory) else "it does not fit; the last that was tried:"
+            console.line(f"{found} {_as_flags(changes) or 'no change'}")
+        if values.out:
+            plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", memory, changes)
+            write_json(Path(values.out), plan)
+
+
+def _planned(config: ConfigDict, tokens: tuple[int, int | None], there: list, whole: bool, console: Console) -> Planned:
+    with console.busy("compiling the step" + " and the evaluation" * whole):
+        return plan_step(config, *tokens, make_mesh(config.mesh, devices=there), whole)
+
+
+def fits(planned: Planned, memory: float) -> bool:
+    """Whether it fits, by the compiler. Those of GPUs refuse nothing, so what JAX takes of the memory is the limit."""
+    return not planned.refused and (planned.needed or 0) <= memory * (FREE if _is_gpu(planned) else 1)
+
+
+def _is_gpu(planned: Planned) -> bool:
+    return planned.mesh.devices.flat[0].platform == "gpu"
+
+
+def fitted(
+    first: Planned, tokens: tuple[int, int | None], there: list, memory: float, console: Console
+) -> tuple[Planned, dict[str, Any]]:
+    """The first of at most MOST_TRIES smaller plans that fits, or the last one tried, and its changes."""
+    start, tries, planned, changes = time.monotonic(), 0, first, {}
+    longest = sum(program["compile_seconds"] for program in first.programs.values())
+    for candidate in smaller(first.config, first.mesh):
+        config = first.config.copy_and_resolve_references()
+        config.update(candidate)
+        share = rule_bytes(config, *tokens, make_mesh(config.mesh, devices=there)) / sum(first.memory.values())
+        if first.needed and share * first.needed > 1.5 * memory:
+            continue  # hopeless, even if the rule is far off
+        tries, changes, began = tries + 1, candidate, time.monotonic()
+        spent, left = duration(began - start), duration(longest * (MOST_TRIES - tries + 1))
+        console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(changes)}; {spent} so far, at most {left} left")
+        planned = _planned(config, tokens, there, True, console)
+        longest = max(longest, time.monotonic() - began)
+        if fits(planned, memory) or tries == MOST_TRIES:
+            break
+    return planned, changes
+
+
+def _as_flags(changes: dict[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
 def num_devices(config: ConfigDict, asked: int) -> int:
@@ -77,24 +150,30 @@ def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
     return tokenizer.vocab_size, tokenizer.eot
 
 
-def report(planned: Planned, hardware: str, mfu: float, budget: float, console: Console) -> None:
-    """Print the plan, and for each figure where it comes from."""
-    config, mesh, n = planned.config, planned.mesh, planned.mesh.size
+def report(
+    planned: Planned, hardware: str, memory: float, compile_for: str, mfu: float, budget: float, console: Console
+) -> None:
+    """Print the plan, and for each figure where it comes from. `compile_for` is "" for simulated devices."""
+    config, mesh, n, step = planned.config, planned.mesh, planned.mesh.size, planned.programs["step"]
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     parameters = sum(parameter_counts(planned.model).values())
-    row = lambda name, text, source: console.line(f"{name:<14}{text:<52}  {source}")
-    row("model", f"{human(parameters)} parameters, {config.dtype}", "exact")
-    row("mesh", f"{n:,} x {hardware}: {shape}", "")
+    row = lambda name, text, source="": console.line(f"{name:<14}{text:<52}  {source}".rstrip())
+    row("model", f"{human(parameters)} parameters, {planned.model.dtype}", "exact")
+    row("mesh", f"{n:,} x {hardware}: {shape}")
     row("step", f"{human(planned.tokens)} tokens, {human(planned.flops)} FLOPs in the model", "counted")
     console.line("")
     console.line("memory on each device")
+    megabytes = lambda size: f"{size / 1e6:12,.3f} MB"
     for name, size in planned.memory.items():
-        row(f"  {name}", f"{size / 1e6:12,.3f} MB", "exact" if name in ("parameters", "optimizer") else "rule")
+        row(f"  {name}", megabytes(size), "exact" if name in ("parameters", "optimizer") else "rule")
     total = sum(planned.memory.values())
-    memory = MEMORY[hardware]
-    verdict = "fits" if total < 0.9 * memory else "does NOT fit"
-    row("  together", f"{total / 1e6:12,.3f} MB of {memory / 1e6:,.0f}: {verdict}", "rule; data sheet")
-    row("  compiler", f"{planned.compiled_bytes / 1e6:12,.3f} MB", "compiled, for a CPU")
+    if not compile_for:
+        verdict = "fits" if total < 0.9 * memory else "does NOT fit"
+        row("  together", f"{megabytes(total)} of {memory / 1e6:,.0f}: {verdict}", "rule; data sheet")
+        row("  compiler", megabytes(step["argument_bytes"] + step["temp_bytes"]), "compiled, for a CPU")
+    else:
+        row("  together", megabytes(total), "rule")
+        _compiled_rows(planned, memory, row)
     console.line("")
     console.line("sent by each device, a step")
     for c in planned.traffic:
@@ -103,16 +182,78 @@ def report(planned: Planned, hardware: str, mfu: float, budget: float, console: 
         text = f"{c.sent * config.accumulation_steps / 1e6:12,.3f} MB in {times:,} among {len(c.group)} ({where})"
         row(f"  {c.op}", text, "compiled" + (", a loop counted once" if c.in_open_loop else ""))
     if not planned.traffic:
-        row("  nothing", "", "compiled")
+        row("  nothing" if not planned.refused else "  unknown", "", "compiled")
     console.line("")
-    peak = peak_flops(hardware)
-    assert peak is not None
-    step = planned.flops / (mfu * n * peak)
+    peak = peak_flops(mesh.devices.flat[0].device_kind if compile_for else hardware)
+    if peak is None:  # of a CPU
+        return
+    seconds = planned.flops / (mfu * n * peak)
     tokens = budget or config.max_steps * planned.tokens
     console.line(f"time at an MFU of {mfu:.0%}")
-    row("  step", f"{step * 1000:12,.2f} ms, {human(planned.tokens / step)} tokens/s", "assumed")
+    row("  step", f"{seconds * 1000:12,.2f} ms, {human(planned.tokens / seconds)} tokens/s", "assumed")
     if tokens:
-        row("  run", f"{human(tokens)} tokens in {duration(tokens / planned.tokens * step)}", "assumed")
+        row("  run", f"{human(tokens)} tokens in {duration(tokens / planned.tokens * seconds)}", "assumed")
     console.line("")
-    for line in textwrap.wrap(SOURCES, 100):
+    for line in textwrap.wrap(SOURCES.format(compile_for or "simulated CPU devices"), 100):
         console.line(line)
+
+
+def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
+    """What the compiler says, program by program."""
+    for name, program in planned.programs.items():
+        if "refused" in program:
+            row(f"  {name}", f"does NOT fit: {program['refused']}")
+            row(
+                "",
+                "try --fit, or a smaller batch_size with more accumulation_steps, remat, loss_chunk, fsdp in the mesh",
+            )
+            continue
+        beside = planned.memory["optimizer"] * (name == "evaluation")
+        need = program["peak_bytes"] + beside
+        share, parts = FREE if _is_gpu(planned) else 1, "with the optimizer's" if beside else ""
+        verdict = "fits" if need <= share * memory else "does NOT fit"
+        if share < 1 and share * memory < need <= 0.95 * memory:
+            verdict = "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+        limit = f" of {share * memory / 1e6:,.0f}: {verdict}" if math.isfinite(memory) else ""
+        row(f"  {name}", f"{need / 1e6:12,.3f} MB{limit}", f"compiled; {parts}".rstrip("; "))
+        sizes = ", ".join(f"{what} {program[f'{what}_bytes'] / 1e6:,.1f}" for what in ("argument", "output", "temp"))
+        kept = ", at an earlier call" if program["kept"] else ""
+        row("", f"             {sizes} MB", f"compiled in {duration(program['compile_seconds'])}{kept}")
+        if program["flops"]:
+            row("", f"             {human(program['flops'])} FLOPs", "compiled; a loop counted once")
+        if name == "step":
+            row("  donated", f"{program['donated']:,} of the state's {planned.state_arrays:,} arrays", "compiled")
+    kernels = planned.programs["step"].get("kernels")
+    if kernels is not None:
+        row("  kernels", ", ".join(f"{name} {count}" for name, count in kernels.items()) or "none", "compiled")
+    row("  attention", _attention(planned))
+
+
+def _attention(planned: Planned) -> str:
+    """Which kernel attention uses, and why not the one made for these devices."""
+    model = planned.model
+    sizes = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim, jnp.dtype(model.operand_dtype)
+    documents = model.document_start >= 0
+    chosen = choose(model.attention_kernel, *sizes, documents)
+    best = {"tpu": "splash", "cuda": "cudnn"}.get(target_of(planned.mesh.devices.flat).platform, chosen)
+    return chosen if chosen == best else f"{chosen}, because {obstacle(best, *sizes, documents) or 'it is asked for'}"
+
+
+def as_json(planned: Planned, compile_for: str, memory: float, changes: dict[str, Any]) -> dict[str, Any]:
+    """The plan as plain values; sizes are bytes on each device."""
+    return {
+        "compile_for": compile_for,
+        "device_kind": planned.mesh.devices.flat[0].device_kind,
+        "mesh": dict(planned.mesh.shape),
+        "memory_bytes": memory if math.isfinite(memory) else None,
+        "fits": fits(planned, memory),
+        "changes": changes,
+        "config": config_lib.to_dict(planned.config),
+        "parameters": sum(parameter_counts(planned.model).values()),
+        "tokens": planned.tokens,
+        "flops": planned.flops,
+        "by_rule": planned.memory,
+        "attention": _attention(planned),
+        "state_arrays": planned.state_arrays,
+        "programs": planned.programs,
+    }

@@ -61,14 +61,14 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
 
 
 def simulate_cpu_devices(count: int) -> None:
-    """Let JAX show `count` CPU devices and no others: to compile for them, not to run.
+    """Let JAX show `count` CPU devices and no others, 0 for whatever number: to compile, not to run.
 
     Raises UserError if JAX is already running with other devices.
     """
     if not _awake():
         jax.config.update("jax_platforms", "cpu")
-        _show(count)
-    elif jax.default_backend() != "cpu" or jax.device_count() != count:
+        _show(count or 1)
+    elif count and (jax.default_backend() != "cpu" or jax.device_count() != count):
         raise UserError(f"--devices: JAX is already running with {jax.device_count()}, not {count}; start anew")
 
 
@@ -240,6 +240,15 @@ def require_memory(model: int, batch: int) -> None:
             )
 
 
+_SIZE = re.compile(r"(\d[\d.,]*) ?(?:([KMGT])(?:i?B)?|bytes)\b")  # "35.16GiB", and "20.89G" as TPUs' compiler says
+
+
+def sizes_in(message: str) -> list[int]:
+    """The sizes of memory that a message names, in bytes."""
+    found = ((number.rstrip(".,").replace(",", ""), unit) for number, unit in _SIZE.findall(message))
+    return [int(float(number) * 2 ** (10 * " KMGT".index(unit or " "))) for number, unit in found]
+
+
 @contextmanager
 def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Turns running out of memory into a UserError about `key`, after `rescue` has saved what can be saved."""
@@ -248,7 +257,7 @@ def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: Non
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        size = re.search(r"\d[\d.,]* ?([KMGT]i?B|bytes)", str(error))
+        size = _SIZE.search(str(error))
         asked = f" (asked for {size[0]})" if size else ""
         rescue()
         raise UserError(f"{key}: out of memory{asked}; {advice}") from error

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -23,18 +24,23 @@ from runtime.processes import can_be_told, is_first, num_processes, process_id
 from runtime.signals import exit_at_once
 
 _SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
+DEVICES = Path("/dev")
 _LINGER = 2.0  # seconds that the first process stays after an error: when it ends, JAX aborts the others at once
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|coordination service|socket closed", re.IGNORECASE)
 
 
 def launched() -> bool | None:
-    """Whether a launcher has started several processes; None on a TPU, where only JAX can tell."""
+    """Whether a launcher has started several processes; None on a TPU, where only JAX can tell.
+
+    Its library alone makes no TPU: it is also there to compile for one.
+    """
     for present, size in _SIZES.items():
         if present in os.environ:
             return os.environ.get(size, "1") != "1"
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
         return True
-    return None if importlib.util.find_spec("libtpu") else False
+    chips = any(DEVICES.glob("accel*")) or any(DEVICES.glob("vfio/[0-9]*"))
+    return None if chips and importlib.util.find_spec("libtpu") else False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,11 @@ class Evaluator:
         limit = max(self.ROOM, need(model_config, batch_size))
         most = max(1, self.TOKENS // (batch_size * self._context_len))
         return next((n for n in range(most, 1, -1) if need(one_block, n * batch_size) <= limit), 1)
+
+    def lowered(self, params: Params) -> Any:
+        """The program for one batch, to be compiled; of `params` only shapes and shardings are read."""
+        batch_BT1 = jax.ShapeDtypeStruct((self._rows, self._context_len + 1), jnp.int32, sharding=self._place)
+        return self._step.lower(params, batch_BT1)
 
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None

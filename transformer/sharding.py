@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"  # the batch is split, everything else is whole on every device
@@ -92,9 +92,20 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str = "", *, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of these devices with all of AXES, by `parse_mesh`'s text. Raises ValueError as `mesh_sizes` does."""
-    shape = tuple(mesh_sizes(text, len(devices)).values())
-    grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)  # on a TPU, linked devices are neighbours
+    """The mesh of these devices with all of AXES, by `parse_mesh`'s text.
+
+    On a TPU, linked devices are neighbours; of several slices, between which the network is slow, only data takes more
+    than one. Raises ValueError as `mesh_sizes` does, or if the slices do not divide data.
+    """
+    sizes, slices = mesh_sizes(text, len(devices)), len({getattr(device, "slice_index", 0) for device in devices})
+    shape, split = tuple(sizes.values()), {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = create_device_mesh(shape, devices, **split)
+    elif sizes[DATA] % slices:
+        raise ValueError(f"mesh: data={sizes[DATA]} on {slices} TPU slices; make it a multiple of their number")
+    else:
+        between = (slices, *[1] * (len(AXES) - 1))
+        grid = create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), between, devices, **split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -30,7 +30,8 @@ _target = jax.make_user_context()  # JAX caches traced programs separately for e
 def target_of(devices: Iterable[jax.Device]) -> Target:
     """The kind of these devices, which are all of one kind."""
     device = next(iter(devices))
-    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    told = f"{device.client.platform_version} {device.device_kind}"  # where no GPU is, the version does not tell
+    nvidia = device.platform == "gpu" and ("cuda" in told or "NVIDIA" in told)
     return Target("cuda" if nvidia else device.platform, getattr(device, "compute_capability", ""))
 
 

@@ -1,6 +1,8 @@
-"""What a config would take on devices that are not here: its step is compiled for simulated ones, from shapes alone."""
+"""What a config would take on devices that are not here: its programs are compiled for them, from shapes alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
-from commands.planning.traffic import Collective, collectives
+from commands.planning.compilers import facts_of
+from commands.planning.traffic import Collective
 from training.cost import flops_per_token, held_bytes
-from training.step import make_step
+from training.evaluate import Evaluator
+from training.step import Step, make_step
 from transformer.config import TransformerConfig
-from transformer.sharding import batch_sharded
+from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
+from transformer.xla import aimed_at, target_of
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,25 @@ class Planned:
     config: ConfigDict
     model: TransformerConfig
     memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
-    compiled_bytes: int  # arguments and temporary arrays, as the compiler for the simulated devices reports them
-    traffic: list[Collective]
+    state_arrays: int  # of the training state, all of which should be donated
+    programs: dict[str, dict[str, Any]]  # step, and evaluation if asked for: what `facts_of` says
+
+    @property
+    def traffic(self) -> list[Collective]:
+        """What a step sends."""
+        return [Collective(**c | {"group": tuple(c["group"])}) for c in self.programs["step"].get("collectives", [])]
+
+    @property
+    def needed(self) -> int | None:
+        """The most memory that a device needs, by the compiler; while it evaluates, the optimizer's state is there."""
+        beside = {"step": 0, "evaluation": self.memory["optimizer"]}
+        sizes = [(p.get("peak_bytes") or p.get("needed_bytes"), beside[name]) for name, p in self.programs.items()]
+        return max((size + more for size, more in sizes if size), default=None)
+
+    @property
+    def refused(self) -> str:
+        """Why the compiler refuses a program, in its words, or ""."""
+        return next((p["refused"] for p in self.programs.values() if "refused" in p), "")
 
     @property
     def tokens(self) -> int:
@@ -37,19 +59,46 @@ class Planned:
         return flops_per_token(self.model) * self.tokens
 
 
-def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
-    """The config's step for a mesh; the dtype is the config's own, which names one."""
-    key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, evaluation: bool = False) -> Planned:
+    """The config's step for a mesh, and its evaluation if asked for."""
+    with aimed_at(target_of(mesh.devices.flat)):
+        model, step, memory = _built(config, vocab_size, eot, mesh)
+        shape = config.batch_size, config.context_len + 1
+        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharded(mesh))
+        programs = {"step": facts_of(step.run.lower(step.state, batch), mesh.devices)}
+        if evaluation and "refused" not in programs["step"]:
+            lowered = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
+            programs["evaluation"] = facts_of(lowered, mesh.devices)
+        return Planned(mesh, config, model, memory, len(jax.tree.leaves(step.state)), programs)
+
+
+def rule_bytes(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> int:
+    """What a device needs by `training.cost.held_bytes`; nothing is compiled."""
+    return sum(_built(config, vocab_size, eot, mesh)[2].values())
+
+
+def _built(
+    config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh
+) -> tuple[TransformerConfig, Step, dict[str, int]]:
+    model = config_lib.model_config_of(config, vocab_size, eot)
     settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
-    step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    program = step.run.lower(step.state, batch).compile()
-    held = program.memory_analysis()
-    return Planned(
-        mesh=mesh,
-        config=config,
-        model=model,
-        memory=held_bytes(settings, model, config.batch_size, step.state, mesh),
-        compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
-        traffic=collectives(program.as_text(), mesh.size),
-    )
+    step = make_step(settings, model, config.max_steps or 1000, jax.random.key(config.seed), mesh, *spikes)
+    return model, step, held_bytes(settings, model, config.batch_size, step.state, mesh)
+
+
+def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """Changes that lower the memory and not what is computed, each with those before it; the cheapest first."""
+    changes: dict[str, Any] = {}
+    if not 0 < config.loss_chunk <= 2048:
+        yield (changes := changes | {"loss_chunk": 2048})
+    if config.remat == "none":
+        yield (changes := changes | {"remat": "dots"})
+    rows, rounds, parts = config.batch_size, config.accumulation_steps, mesh.shape[DATA] * mesh.shape[FSDP]
+    for i in range(64):
+        if i == 2 and config.remat != "block":
+            yield (changes := changes | {"remat": "block"})
+        if i == 3 and mesh.size > 1 and is_data_parallel(mesh):
+            yield (changes := changes | {"mesh": f"fsdp={mesh.size}"})
+        if rows % (2 * parts) == 0:
+            rows, rounds = rows // 2, 2 * rounds
+            yield (changes := changes | {"batch_size": rows, "accumulation_steps": rounds})
