@@ -107,6 +107,7 @@ def test_data_parallel_sends_gradients_and_what_muon_made_once(found):
     parameters = found["data=8"]["held"]["parameters"]
     assert size["all-reduce", "data"] == 2 * 7 / 8 * (parameters + 2 * 4)  # with the loss and its number of targets
     assert size["all-gather", "data"] == 7 / 8 * 4 * STACKS
+    assert len(size) == 2  # what all devices have is not exchanged
 
 
 def test_fully_sharded_sends_what_theory_says(found):

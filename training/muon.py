@@ -148,10 +148,12 @@ def share_out(
     if mesh is None or mesh.size == 1:
         return [work(stack_XMN) for stack_XMN in stacks]
 
-    def on_each_device(*parts: jax.Array) -> list[jax.Array]:
+    def on_each_device(*whole: jax.Array) -> list[jax.Array]:  # cut here: XLA would exchange what all devices have
+        sizes, index = [len(x) // mesh.size for x in whole], jax.lax.axis_index(AXES)
+        parts = [jax.lax.dynamic_slice_in_dim(x, index * n, n) for x, n in zip(whole, sizes, strict=True)]
         flat, unravel = ravel_pytree([work(part_XMN) for part_XMN in parts])
-        whole = jax.vmap(unravel)(jax.lax.all_gather(flat, AXES))
-        return [x.reshape(-1, *x.shape[2:]) for x in whole]
+        done = jax.vmap(unravel)(jax.lax.all_gather(flat, AXES))
+        return [x.reshape(-1, *x.shape[2:]) for x in done]
 
     def on_each_part(*parts: jax.Array) -> list[jax.Array]:
         return [_on_whole_matrices(work, part, spec) for part, spec in zip(parts, specs, strict=True)]
@@ -161,8 +163,8 @@ def share_out(
         splits = [PartitionSpec(None, *spec) for spec in specs]
         mapped = jax.shard_map(on_each_part, mesh=mesh, in_specs=tuple(splits), out_specs=splits, check_vma=False)
     else:
-        splits = {"in_specs": PartitionSpec(AXES), "out_specs": PartitionSpec()}
-        mapped = jax.shard_map(on_each_device, mesh=mesh, **splits, check_vma=False)
+        same = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+        mapped = jax.shard_map(on_each_device, mesh=mesh, **same, check_vma=False)
     return [x[: len(stack)] for x, stack in zip(mapped(*padded), stacks, strict=True)]
 
 
