@@ -124,7 +124,7 @@ def fitted(
             continue  # hopeless, even if the rule is far off
         tries, changes, began = tries + 1, candidate, time.monotonic()
         spent, left = duration(began - start), duration(longest * (MOST_TRIES - tries + 1))
-        console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(changes)}; {spent} so far, at most {left} left")
+        console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(changes)}; {spent} so far, about {left} left")
         planned = _planned(config, tokens, there, True, console)
         longest = max(longest, time.monotonic() - began)
         if fits(planned, memory) or tries == MOST_TRIES:

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from helpers import ROOT, SOONER, tiny_config
 import config_lib
 import main
 from commands.plan import MEMORY
+from commands.planning.compilers import devices_of
 from commands.planning.traffic import axes_of_group, collectives, sent_bytes
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
@@ -62,6 +65,53 @@ def test_collectives_are_counted_with_their_loops():
         ("reduce-scatter", (0, 1), 1, 20.0, False),
         ("all-to-all", (0, 4), 1, 48 / 2, False),
         ("all-reduce", tuple(range(8)), 1, 2 * 40 * 7 / 8, False),
+    }
+
+
+ELSEWHERE = """HloModule jit_step
+
+%async_computation (x: f32[6]) -> f32[48] {
+  ROOT %wide = f32[48]{0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%piece (x: bf16[4,9]) -> bf16[8,9] {
+  %gather.1 = bf16[8,9]{1,0:T(8,128)S(1)} all-gather(%x), replica_groups={{0,1},{2,3}}, attributes={chain_id="3"}
+}
+
+%piece.2 (x: bf16[4,9]) -> bf16[8,9] {
+  %gather.2 = bf16[8,9]{1,0:T(8,128)} all-gather(%x), replica_groups={{0,1},{2,3}}, attributes={chain_id="3"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %started = ((f32[6]), f32[48], u32[]) async-start(%p), calls=%async_computation
+  %f = bf16[8,9] fusion(%p), kind=kCustom, calls=%piece
+  %g = bf16[8,9] fusion(%f), kind=kCustom, calls=%piece.2
+  %two = ((f32[2]{0}, bf16[5,7]{1}), (f32[4]{0}, bf16[10,7]{1})) all-gather-start(%p, %q), replica_groups=[4,2]<=[8]
+  %two.done = (f32[4]{0}, bf16[10,7]{1,0}) all-gather-done(%two)
+  %sum = (f32[11]{0}, f32[13]{0}) all-reduce-start(%a, %b), replica_groups={{0,3},{1,2}}, to_apply=%add
+  %sum.done = (f32[11]{0}, f32[13]{0}) all-reduce-done(%sum)
+  %swap = ((f32[8,3]{1,0}), f32[8,3]{1,0}) all-to-all-start(%c), replica_groups={{0,4},{1,5}}, dimensions={0}
+  %moved = (f32[17]{0}, f32[17]{0}, u32[], u32[]) collective-permute-start(%d), source_target_pairs={{1,0},{0,1}}
+  %cut = ((f32[38]{0}), f32[19]{0}) reduce-scatter-start(%e), replica_groups={{0,6},{1,7}}, to_apply=%add
+  %named = f32[23] all-reduce(%h), replica_groups=mesh['a'=2,'b'=4] {'b'}, use_global_device_ids=true, to_apply=%add
+  %turned = f32[29] all-reduce(%h), replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a','b'}
+  %part = f32[31] all-reduce(%h), replica_groups=mesh['a'=8] {'a':(2)2}, use_global_device_ids=true, to_apply=%add
+  %listed = f32[37] all-reduce(%h), replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,5,3,7) {'a'}, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_the_compilers_of_gpus_and_tpus_are_counted_once():
+    assert {(c.op, c.group, c.count, c.sent) for c in collectives(ELSEWHERE, 8)} == {
+        ("all-gather", tuple(range(8)), 1, 48 * 4 * 7 / 8),
+        ("all-gather", (0, 1), 2, 8 * 9 * 2 / 2 + (4 * 4 + 10 * 7 * 2) / 2),  # one in two pieces, and one of two arrays
+        ("all-reduce", (0, 3), 1, (11 + 13) * 4.0),
+        ("all-to-all", (0, 4), 1, 8 * 3 * 4 / 2),
+        ("collective-permute", (0, 1), 1, 17 * 4.0),
+        ("reduce-scatter", (0, 6), 1, 19 * 4.0),
+        ("all-reduce", (0, 1, 2, 3), 1, 2 * 23 * 4 * 3 / 4),
+        ("all-reduce", (0, 1), 2, (29 + 37) * 4.0),
+        ("all-reduce", (0, 2), 1, 31 * 4.0),
     }
 
 
@@ -125,6 +175,9 @@ def test_the_plan_of_eight_devices():
     assert f"1.0T tokens in {duration(1e12 * seconds)}" in run and "MFU of 25%" in out
 
 
+NOT_INSTALLED = "--compile_for={}: its compiler is not installed; pip install -r {}"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -132,13 +185,108 @@ def test_the_plan_of_eight_devices():
         (["--tokens=-1"], "--tokens, --devices: must not be negative"),
         (["--config.mesh=data=3", "--config.batch_size=4"], "--devices: JAX is already running with"),
         (["--config.mesh=fsdp=2,data"], "config.mesh: "),
+        (["--fit"], "--fit: needs --compile_for"),
+        (["--compile_for=H100"], "--compile_for: 'H100' names no devices; give a TPU slice (v4, v5e, "),
+        (["--compile_for=V100:8"], "--compile_for: 'V100:8' names no devices"),
+        (["--compile_for=H100:2x2"], "--compile_for: 'H100:2x2' names no devices"),
+        (["--compile_for=cpu:0"], "--compile_for: 'cpu:0' names no devices"),
+        (["--compile_for=v5e:4x4*2"], NOT_INSTALLED.format("v5e:4x4*2", "requirements-tpu-compiler.txt")),
+        (["--compile_for=A100:8"], NOT_INSTALLED.format("A100:8", "requirements-gpu-compiler.txt")),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(flags, message, capsys):
+def test_what_cannot_be_planned_is_one_line(flags, message, capsys, monkeypatch):
     jax.devices()
+    monkeypatch.setattr("commands.planning.compilers.importlib.util.find_spec", lambda name: None)
     assert main.main(["plan", "--config=configs/gpt2_124m.py", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "there"),
+    [
+        ("v5e:1x1", {"topology_name": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}, 16 * 2**30),
+        ("v5e:2x4*3", {"topology_name": "v5e:2x4", "num_slices": 3}, 16 * 2**30),
+        ("v4:2x2x2", {"topology_name": "v4:2x2x2", "chip_config_name": "megacore"}, 32 * 2**30),
+        ("tpu7x:2x2x1", {"topology_name": "tpu7x:2x2x1", "chips_per_host_bounds": [2, 2, 1]}, 96 * 2**30),
+        ("H200:8", {"topology": "1x8x1"}, 141e9),
+    ],
+)
+def test_devices_that_are_not_here_by_name(monkeypatch, name, options, there):
+    asked = {}
+    compilers = "commands.planning.compilers."
+    monkeypatch.setattr(compilers + "importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(compilers + "os.environ", {})
+    monkeypatch.setattr(
+        compilers + "topologies.get_topology_desc",
+        lambda **options: asked.update(options) or SimpleNamespace(devices=()),
+    )
+    assert devices_of(name) == ([], there)
+    assert asked.pop("platform") == ("cuda" if name == "H200:8" else "tpu")
+    assert "core_count: 132" in (config := asked.pop("target_config", "core_count: 132")) and "{{" not in config
+    assert asked == options
+
+
+def elsewhere(out: Path, *flags: str) -> int:
+    """A plan in this process, for its own kind of device."""
+    config = tiny_config(tokenizer="byte", batch_size=12, max_steps=1000)
+    keys = ("dataset", "data_dir", "tokenizer", "batch_size", "num_blocks", "num_heads", "embedding_dim", "mlp_dim")
+    changes = [f"--config.{key}={config[key]}" for key in (*keys, "context_len")]
+    command = ["plan", "--config=configs/default.py", *changes, f"--compile_for=cpu:{jax.device_count()}"]
+    return main.main([*command, f"--out={out}", *flags])
+
+
+def test_a_plan_as_json_is_compiled_once(tmp_path, capsys):
+    plans = []
+    for name in ("first", "second"):
+        assert elsewhere(tmp_path / name, "--config.mlp_dim=52") == 0
+        plans.append(json.loads((tmp_path / name).read_text()))
+    out = capsys.readouterr().out
+    first, second = plans
+    assert [p.pop("kept") for plan in plans for p in plan["programs"].values()] == [False, False, True, True]
+    assert first == second and first.keys() >= {"fits", "memory_bytes", "by_rule", "attention", "changes", "config"}
+    assert first["programs"].keys() == {"step", "evaluation"} and first["fits"] and first["memory_bytes"] is None
+    step, evaluation = first["programs"].values()
+    assert (
+        step["peak_bytes"] == step["argument_bytes"] + step["temp_bytes"] + step["output_bytes"] - step["alias_bytes"]
+    )
+    state = first["by_rule"]["parameters"] + first["by_rule"]["optimizer"]
+    assert state <= step["argument_bytes"] < state + 12 * 17 * 4 + 1000  # the state, the batch, counters
+    assert step["donated"] == first["state_arrays"] > 20 and evaluation["donated"] == 0
+    assert min(step["flops"], evaluation["flops"]) > 0 and step["collectives"] == [] == list(step["kernels"])
+    assert out.count(", at an earlier call") == 2 and " of the state's " in out
+
+
+def test_fit_takes_the_first_change_that_fits_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    def facts_of(lowered, devices):
+        compiled.append(lowered)
+        sizes = dict.fromkeys(("peak", "argument", "output", "alias", "temp"), 10)
+        words = "Used 20.00G of 15.75G hbm"
+        told = {"refused": words, "needed_bytes": 20 * 2**30} if len(compiled) < enough else {"kernels": {"k": 1}}
+        sizes = {f"{name}_bytes": size for name, size in sizes.items()} if len(compiled) >= enough else {}
+        return told | sizes | {"compile_seconds": 1.0, "kept": False, "flops": None, "donated": 3, "collectives": []}
+
+    monkeypatch.setattr("commands.planning.predict.facts_of", facts_of)
+    enough = 4
+    assert elsewhere(tmp_path / "plan", "--fit") == 0
+    out = capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan").read_text())
+    changes = {"loss_chunk": 2048, "remat": "dots", "batch_size": 6, "accumulation_steps": 2}
+    assert plan["changes"] == changes and plan["fits"] and len(compiled) == 3 + 2  # the evaluation too, once
+    assert plan["tokens"] == 12 * 16 and {key: plan["config"][key] for key in changes} == changes
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("try ")] == [
+        f"try {i} of at most 8" for i in (1, 2, 3)
+    ]
+    assert "it fits with --config.loss_chunk=2048 --config.remat=dots" in out
+    compiled.clear()
+    enough = 100
+    monkeypatch.setattr("commands.plan.MOST_TRIES", 3)
+    assert elsewhere(tmp_path / "plan", "--fit", "--config.batch_size=4096") == 0
+    assert len(compiled) == 1 + 3 and not json.loads((tmp_path / "plan").read_text())["fits"]
+    out = capsys.readouterr().out
+    assert "does NOT fit: Used 20.00G of 15.75G hbm" in out and "it does not fit; the last that was tried:" in out
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,11 +114,12 @@ def facts_of(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
     """What the compiler says of a lowered program, for JSON; sizes are bytes on each device.
 
     refused: its own words if there is not enough memory; then only needed and available bytes are known, if it says so.
-    kept: whether these are its answers of an earlier time, to the same question by the same versions. They are in the
-    user's cache folder, because JAX cannot read back a program whose devices are not here.
+    kept: whether these are its answers of an earlier time, to the same question by the same versions. They are beside
+    the compiled programs, because JAX cannot read back a program whose devices are not here.
     """
     asked = [_versions(), f"{devices.size} {devices.flat[0].device_kind}", lowered.as_text()]
-    path = user_cache() / "planned" / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
+    name = f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
+    path = Path(jax.config.jax_compilation_cache_dir or user_cache()) / "planned" / name
     with contextlib.suppress(OSError, ValueError):
         return read_object(path) | {"kept": True}
     facts = _compiled(lowered, devices)

@@ -160,6 +160,7 @@ def test_a_run_with_wandb_out_of_reach_ends_well_and_keeps_the_key_to_itself(tmp
         ("RESOURCE_EXHAUSTED: Out of memory allocating 4398046511104 bytes.", "4398046511104 bytes"),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 35.16GiB.\n[tf-allocator] ...", "35.16GiB"),
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 4.00GiB (4294967296B) on device ordinal 0", "4.00GiB"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.89G of 15.75G hbm.", "20.89G"),
     ],
 )
 def test_out_of_memory_names_the_size_and_the_key_to_lower(tmp_path, monkeypatch, capsys, text, asked):

@@ -142,3 +142,11 @@ def test_launchers_are_known_by_what_they_set(environment, expected, monkeypatch
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert distributed.launched() is expected
+
+
+def test_a_tpus_library_without_a_tpu_means_no_other_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    assert distributed.launched() is False
+    (tmp_path / "accel0").touch()
+    assert distributed.launched() is None
