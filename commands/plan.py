@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 
 
 def _planned(config: ConfigDict, tokens: tuple[int, int | None], there: list, whole: bool, console: Console) -> Planned:
-    with console.busy("compiling the step" + " and the evaluation" * whole):
+    with console.busy("compiling the step" + ", the evaluation, prefill and decode" * whole):
         return plan_step(config, *tokens, make_mesh(config.mesh, devices=there), whole)
 
 
@@ -208,9 +208,8 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
                 "try --fit, or a smaller batch_size with more accumulation_steps, remat, loss_chunk, fsdp in the mesh",
             )
             continue
-        beside = planned.memory["optimizer"] * (name == "evaluation")
-        need = program["peak_bytes"] + beside
-        share, parts = FREE if _is_gpu(planned) else 1, "with the optimizer's" if beside else ""
+        need = program["peak_bytes"] + planned.beside(name)
+        share, parts = FREE if _is_gpu(planned) else 1, "" if name == "step" else "with the state beside it"
         verdict = "fits" if need <= share * memory else "does NOT fit"
         if share < 1 and share * memory < need <= 0.95 * memory:
             verdict = "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
@@ -236,7 +235,8 @@ def _attention(planned: Planned) -> str:
     documents = model.document_start >= 0
     chosen = choose(model.attention_kernel, *sizes, documents)
     best = {"tpu": "splash", "cuda": "cudnn"}.get(target_of(planned.mesh.devices.flat).platform, chosen)
-    return chosen if chosen == best else f"{chosen}, because {obstacle(best, *sizes, documents) or 'it is asked for'}"
+    why = obstacle(best, *sizes, documents).removesuffix("; use auto") or "config.attention_kernel asks for it"
+    return chosen if chosen == best else f"{chosen}: {why}"
 
 
 def as_json(planned: Planned, compile_for: str, memory: float, changes: dict[str, Any]) -> dict[str, Any]:

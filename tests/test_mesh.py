@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, finished_run, rows
 from jax.sharding import AbstractMesh
 
-from transformer.sharding import spec_of, undivided
+from transformer.sharding import make_mesh, spec_of, undivided
 
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
 # Entries of the weights of `mesh_runs.MODEL`: width 40, 8 query heads and 4 key heads of 6, hidden width 72.
@@ -166,3 +166,20 @@ def test_one_axis_of_a_mesh_splits_one_axis_of_an_array():
         "tokens 7 (sequence 2)",
         "vocab 65 (tensor 8)",
     ]
+
+
+class Chip:
+    """A device of one of several slices, as far as a mesh asks for it."""
+
+    platform, device_kind, process_index = "cpu", "cpu", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+
+
+def test_of_several_slices_only_data_takes_more_than_one():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    grid = make_mesh("data=2,fsdp=2,tensor=2", devices=chips).devices
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"^mesh: data=1 on 2 TPU slices; make it a multiple of their number$"):
+        make_mesh("fsdp=8", devices=chips)

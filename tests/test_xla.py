@@ -1,6 +1,7 @@
 """Products in the forms that a CPU runs well: the same numbers, and each computed once."""
 
 import re
+from types import SimpleNamespace as Some
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from transformer.half import half_dot_general
-from transformer.xla import compiler_options, dot_general, settle
+from transformer.xla import Target, compiler_options, dot_general, settle, target_of
 
 CONTRACT = (((2,), (0,)), ((), ()))
 
@@ -65,3 +66,18 @@ def test_what_is_settled_is_not_computed_again_for_each_user():
     assert settled == [3, 6]
     if jax.__version_info__ < (0, 11):  # later ones store these sums by themselves
         assert not_settled[1] > 2 * not_settled[0]
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "kind", "expected"),
+    [
+        ("gpu", "cuda 12080", "Tesla V100-SXM2-16GB", Target("cuda", "9.0")),
+        ("gpu", "PJRT C API", "NVIDIA H100 80GB HBM3", Target("cuda", "9.0")),  # one that is not here
+        ("gpu", "rocm 60400", "AMD Instinct MI300X", Target("gpu", "9.0")),
+        ("tpu", "PJRT C API", "TPU v5 lite", Target("tpu", "9.0")),
+    ],
+)
+def test_the_kind_of_a_device_that_may_be_elsewhere(platform, version, kind, expected):
+    client = Some(platform_version=version)
+    device = Some(platform=platform, client=client, device_kind=kind, compute_capability="9.0")
+    assert target_of([device]) == expected

@@ -66,12 +66,15 @@ def jit_where_it_lies(function: Callable, **options: Any) -> Callable:
     """`jit_for` the devices of the first argument's arrays, as the devices are unknown while a module is imported."""
     program = cache(lambda target: jit_for(target, function, **options))
 
+    def where_it_lies(tree: Any) -> Any:
+        array = jax.tree.leaves(tree)[0]
+        return program(target_of(array.devices()) if isinstance(array, jax.Array) else target())
+
     @wraps(function)
     def call(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        array = jax.tree.leaves(tree)[0]
-        kind = target_of(array.devices()) if isinstance(array, jax.Array) else target()
-        return program(kind)(tree, *args, **kwargs)
+        return where_it_lies(tree)(tree, *args, **kwargs)
 
+    call.lower = lambda tree, *args, **kwargs: where_it_lies(tree).lower(tree, *args, **kwargs)  # type: ignore[attr-defined]
     return call
 
 

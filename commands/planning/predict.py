@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 import config_lib
@@ -15,6 +15,7 @@ from commands.planning.traffic import Collective
 from training.cost import flops_per_token, held_bytes
 from training.evaluate import Evaluator
 from training.step import Step, make_step
+from transformer import sampling
 from transformer.config import TransformerConfig
 from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
 from transformer.xla import aimed_at, target_of
@@ -29,7 +30,7 @@ class Planned:
     model: TransformerConfig
     memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
     state_arrays: int  # of the training state, all of which should be donated
-    programs: dict[str, dict[str, Any]]  # step, and evaluation if asked for: what `facts_of` says
+    programs: dict[str, dict[str, Any]]  # what `facts_of` says of the step, and of the others if asked for
 
     @property
     def traffic(self) -> list[Collective]:
@@ -38,10 +39,17 @@ class Planned:
 
     @property
     def needed(self) -> int | None:
-        """The most memory that a device needs, by the compiler; while it evaluates, the optimizer's state is there."""
-        beside = {"step": 0, "evaluation": self.memory["optimizer"]}
-        sizes = [(p.get("peak_bytes") or p.get("needed_bytes"), beside[name]) for name, p in self.programs.items()]
-        return max((size + more for size, more in sizes if size), default=None)
+        """The most memory that a device needs, by the compiler."""
+        sizes = {name: p.get("peak_bytes") or p.get("needed_bytes") for name, p in self.programs.items()}
+        return max((size + self.beside(name) for name, size in sizes.items() if size), default=None)
+
+    def beside(self, program: str) -> int:
+        """What a run holds besides while this program runs: the optimizer's state, for samples its parts of parameters too.
+
+        The first device alone writes samples, with whole parameters.
+        """
+        parts = 0 if is_data_parallel(self.mesh) else self.memory["parameters"]
+        return {"step": 0, "evaluation": self.memory["optimizer"]}.get(program, self.memory["optimizer"] + parts)
 
     @property
     def refused(self) -> str:
@@ -59,16 +67,19 @@ class Planned:
         return flops_per_token(self.model) * self.tokens
 
 
-def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, evaluation: bool = False) -> Planned:
-    """The config's step for a mesh, and its evaluation if asked for."""
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, others: bool = False) -> Planned:
+    """The config's step for a mesh; with `others` also what evaluates and what writes samples."""
     with aimed_at(target_of(mesh.devices.flat)):
         model, step, memory = _built(config, vocab_size, eot, mesh)
         shape = config.batch_size, config.context_len + 1
         batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharded(mesh))
         programs = {"step": facts_of(step.run.lower(step.state, batch), mesh.devices)}
-        if evaluation and "refused" not in programs["step"]:
-            lowered = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
-            programs["evaluation"] = facts_of(lowered, mesh.devices)
+        if others and "refused" not in programs["step"]:
+            evaluation = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
+            first = mesh.devices.ravel()[:1]
+            programs["evaluation"] = facts_of(evaluation, mesh.devices)
+            for name, program in sampling.lowered(model, step.state.params, SingleDeviceSharding(first[0])).items():
+                programs[name] = facts_of(program, first)
         return Planned(mesh, config, model, memory, len(jax.tree.leaves(step.state)), programs)
 
 

@@ -1,0 +1,71 @@
+"""The step as the compilers of TPUs and GPUs make it, which need no such device: pytest -m slow tests/test_compilers.py
+
+pip install -r requirements-tpu-compiler.txt -r requirements-gpu-compiler.txt; without, they are skipped. Minutes on two
+cores, and one process for each place, as JAX starts once.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from training.cost import parameter_counts
+from transformer.config import TransformerConfig
+
+pytestmark = pytest.mark.slow
+CONFIG = {
+    **{"tokenizer": "byte", "num_blocks": 1, "num_heads": 4, "embedding_dim": 256, "mlp_dim": 512, "context_len": 256},
+    **{"batch_size": 24, "mlp": "relu2", "mlp_bias": False, "norm": "rmsnorm", "position": "rope"},
+}
+MODEL = TransformerConfig(256, 256, 1, 4, 0, 256, 0, 512, mlp="relu2", mlp_bias=False, norm="rmsnorm", position="rope")
+PARAMETERS = 4 * sum(parameter_counts(MODEL).values())
+MATRICES = 4 * (4 * 256 * 256 + 2 * 256 * 512)  # bytes of what Muon trains
+SPLASH = {"splash_mha_fwd_residuals": 1, "splash_mha_dq_no_residuals": 1, "splash_mha_dkv_no_residuals": 1}
+CUDNN = {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
+PEAK = {}  # MB of a step, as measured with jax 0.10.2, libtpu 0.0.42 and cuDNN 9.28
+
+
+def plan(tmp_path_factory, place, *flags):
+    """What `main.py plan --compile_for` writes, without its cache."""
+    library, kind = ("jax_cuda12_plugin", "gpu") if place.startswith("H") else ("libtpu", "tpu")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"its compiler is not installed: pip install -r requirements-{kind}-compiler.txt")
+    folder = tmp_path_factory.mktemp("plan")
+    changes = [f"--config.{key}={value}" for key, value in CONFIG.items()]
+    command = [sys.executable, "main.py", "plan", "--config=configs/default.py", *changes, f"--compile_for={place}"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command += [f"--out={folder / 'plan.json'}", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("place", "mesh", "kernels"),
+    [("v5e:2x2", "data=4", SPLASH), ("v5e:2x2", "fsdp=4", SPLASH), ("H100:1", "", CUDNN), ("H100:8", "fsdp=8", CUDNN)],
+)
+def test_a_step_for_devices_that_are_not_here(tmp_path_factory, place, mesh, kernels):
+    found = plan(tmp_path_factory, place, f"--config.mesh={mesh}")
+    step, n = found["programs"]["step"], found["mesh"]["data"] * found["mesh"]["fsdp"]
+    assert step["kernels"] == kernels and found["attention"] == ("splash" if kernels is SPLASH else "cudnn")
+    assert step["donated"] == found["state_arrays"] and found["fits"]
+    sent = {}
+    for row in step["collectives"]:
+        assert len(row["group"]) == n and not row["in_open_loop"]
+        sent[row["op"]] = sent.get(row["op"], 0) + row["sent"]
+    if mesh.startswith("data"):
+        assert sent == {
+            "all-reduce": pytest.approx(2 * (n - 1) / n * (PARAMETERS + 8)),
+            "all-gather": pytest.approx((n - 1) / n * MATRICES),
+        }
+    elif mesh:
+        assert sent.keys() == {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}
+        assert sent["all-reduce"] < 2 * PARAMETERS / 100  # norms, sinks, counters
+    else:
+        assert sent == {}
+    assert step["peak_bytes"] / 1e6 == pytest.approx(PEAK[place, mesh], rel=0.1)
