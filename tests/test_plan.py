@@ -239,7 +239,7 @@ def elsewhere(out: Path, *flags: str) -> int:
 def test_a_plan_as_json_is_compiled_once(tmp_path, capsys):
     plans = []
     for name in ("first", "second"):
-        assert elsewhere(tmp_path / name, "--config.mlp_dim=52", "--config.use_muon=False") == 0
+        assert elsewhere(tmp_path / name, "--config.dtype=bfloat16", "--config.use_muon=False") == 0
         plans.append(json.loads((tmp_path / name).read_text()))
     out = capsys.readouterr().out
     first, second = plans

@@ -183,7 +183,7 @@ def lowered(config: TransformerConfig, params: Params, place: jax.sharding.Shard
     prefill = _prefill.lower(params, array(1, slots), array(1), key, None, array(), **run)  # type: ignore[attr-defined]
     token_B, cache = there(prefill.out_info)
     if config.operand_dtype != "float32":
-        params = there(jax.eval_shape(partial(round_weights, rows=1), params))
+        params = there(round_weights.lower(params, rows=1).out_info)  # type: ignore[attr-defined]
     state = token_B, array(1, dtype="bool"), array(), key, None, array()
     decode = _decode.lower(params, cache, *state, ends=(), **run)  # type: ignore[attr-defined]
     return {"prefill": prefill, "decode": decode}

@@ -44,9 +44,9 @@ class Planned:
         return max((size + self.beside(name) for name, size in sizes.items() if size), default=None)
 
     def beside(self, program: str) -> int:
-        """What a run holds besides while this program runs: the optimizer's state, for samples its parts of parameters too.
+        """What a run holds besides while this program runs: the optimizer's state, and for samples the parameters.
 
-        The first device alone writes samples, with whole parameters.
+        The first device alone writes samples, with whole parameters: where they are split, its parts of them stay.
         """
         parts = 0 if is_data_parallel(self.mesh) else self.memory["parameters"]
         return {"step": 0, "evaluation": self.memory["optimizer"]}.get(program, self.memory["optimizer"] + parts)
