@@ -23,10 +23,13 @@ CONFIG = {
 }
 MODEL = TransformerConfig(256, 256, 1, 4, 0, 256, 0, 512, mlp="relu2", mlp_bias=False, norm="rmsnorm", position="rope")
 PARAMETERS = 4 * sum(parameter_counts(MODEL).values())
-MATRICES = 4 * (4 * 256 * 256 + 2 * 256 * 512)  # bytes of what Muon trains
+STACKS = 4 * 4 * (256 * 256 + 256 * 512 + 512 * 256)  # bytes of the matrices by shape, filled up to four devices
 SPLASH = {"splash_mha_fwd_residuals": 1, "splash_mha_dq_no_residuals": 1, "splash_mha_dkv_no_residuals": 1}
 CUDNN = {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
-PEAK = {}  # MB of a step, as measured with jax 0.10.2, libtpu 0.0.42 and cuDNN 9.28
+PEAK = {  # MB of a step on each device, as jax 0.10.2, libtpu 0.0.42 and XLA for GPUs gave it
+    **{("v5e:2x2", "data=4"): 25.6, ("v5e:2x2", "fsdp=4"): 27.1},
+    **{("H100:1", ""): 60.2, ("H100:8", "fsdp=8"): 16.6},
+}
 
 
 def plan(tmp_path_factory, place, *flags):
@@ -61,11 +64,11 @@ def test_a_step_for_devices_that_are_not_here(tmp_path_factory, place, mesh, ker
     if mesh.startswith("data"):
         assert sent == {
             "all-reduce": pytest.approx(2 * (n - 1) / n * (PARAMETERS + 8)),
-            "all-gather": pytest.approx((n - 1) / n * MATRICES),
+            "all-gather": pytest.approx((n - 1) / n * STACKS),
         }
     elif mesh:
         assert sent.keys() == {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}
-        assert sent["all-reduce"] < 2 * PARAMETERS / 100  # norms, sinks, counters
+        assert sent["all-reduce"] < PARAMETERS / 5  # norms, sinks, counters; on TPUs the embedding's gradient too
     else:
         assert sent == {}
     assert step["peak_bytes"] / 1e6 == pytest.approx(PEAK[place, mesh], rel=0.1)
