@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
     config.sink_pattern = "S"  # S sink, N none, repeated over the layers: with window_pattern "LG", "SN" is local ones'
     config.attention_gate = "none"  # a sigmoid of the token on attention's output: none | head | channel
     config.exclusive_attention = False  # attention's output loses its component along the token's own value
+    config.value_embeddings = False  # every other layer adds a second, gated embedding of each token to its values
+    config.residual_scalars = False  # each block scales the residual stream, and adds some of what entered the first
     config.sliding_window = 0  # keys a query of a local layer sees, itself included; 0: all
     config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates
     config.qkv_bias = False  # bias of the query, key and value projections

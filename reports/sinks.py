@@ -70,7 +70,7 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
 
     def watch(attention: Attention):
         def attend(x_BTD, where, place):
-            q_BTNH, k_BTKH, _, sink = attention.project(x_BTD, where.turn)
+            q_BTNH, k_BTKH, _, sink = attention.project(x_BTD, where)
             seen.append(_log_probabilities(q_BTNH, k_BTKH, sink, attention.window, where.document_BT))
             return attention(x_BTD, where, place)
 

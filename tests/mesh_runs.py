@@ -66,6 +66,8 @@ MORE = {  # what else a step can be asked for, all at once
     "attention_sink": "key",
     "attention_gate": "head",
     "exclusive_attention": True,
+    "value_embeddings": True,
+    "residual_scalars": True,
 }
 
 
