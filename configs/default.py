@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     config.sample_prompt = "\n"  # what the samples go on from
     config.sample_tokens = 256  # length of a sample
     config.temperature = 0.8  # of the samples; 0 is greedy
-    config.report = True  # measure the sinks' shares of attention at each evaluation; at the end, write report.html
+    config.report = True  # at each evaluation, measure what heads attend to; at the end, write report.html
     config.print_per_layer_params = False  # list every parameter at the start
     config.trackers = ""  # services that take the numbers too: some of wandb,tensorboard,trackio
     config.wandb_enabled = False  # as trackers="wandb": Weights & Biases, whose settings are in the environment or .env
