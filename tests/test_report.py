@@ -12,7 +12,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
@@ -24,7 +23,7 @@ import run_lib
 import train_lib
 from configs import default
 from reports import run_page, sinks
-from reports.sinks import sink_shares
+from reports.sinks import as_json, measure, scalars_of, separators_of
 from transformer.model import model_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,7 +48,7 @@ def page_of(workdir: Path) -> tuple[str, str]:
 # --- On the way ---------------------------------------------------------------------------------------------------
 
 
-def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
+def test_attention_is_measured_at_each_evaluation_and_nothing_else_changes():
     run, without, config = reported_run(), finished_run(), tiny_config()
     assert losses(run.workdir) == losses(without.workdir)
     assert_same_state(run.workdir, without, config, run.step)
@@ -58,9 +57,14 @@ def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
     evaluated = [(row["step"], row["tokens"]) for row in run.history if row.get("val_loss") is not None]
     assert [(row["step"], row["tokens"]) for row in rows] == evaluated
     data = run_lib.load_data(config, lambda text: None)
-    want_LN = sink_shares(run.model, jnp.asarray(sinks.stretch(data.val, config.context_len)))
-    np.testing.assert_allclose(rows[-1]["shares"], want_LN, rtol=0, atol=5.1e-8)
+    tokens_BT = sinks.stretch(data.val, config.context_len)
+    want = measure(run.model, tokens_BT, separators_of(run.tokenizer))
+    assert rows[-1] == {"step": 30, "tokens": rows[-1]["tokens"], **as_json(want)} and want.separators.any()
+    np.testing.assert_allclose(rows[-1]["shares"], want.shares, rtol=1e-6)
     assert rows[0]["shares"] != rows[-1]["shares"]
+    scalars = scalars_of(want)
+    assert {key: run.history[-1][key] for key in scalars} == scalars  # and only where there is an evaluation
+    assert all((key in row) == (row.get("val_loss") is not None) for key in scalars for row in run.history)
 
 
 def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
@@ -109,7 +113,7 @@ def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
     source, text = page_of(workdir)
     page = Page(source)
     assert not {"script", "link", "iframe", "i"} & set(page.tags) and "http" not in source and "url(" not in source
-    assert len(page.links) == page.tags.count("img") == first.count("<img") == 4 + 2 + 3
+    assert len(page.links) == page.tags.count("img") == first.count("<img") == 4 + 4 + 3
     for link in page.links:
         kind, data = link.split(",")
         assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
@@ -188,7 +192,7 @@ def test_the_page_in_a_browser(tmp_path):
     shutil.copy(reported_run().workdir / "report.html", page)
     for width in (390, 1280):
         found, console = seen_in_chromium(page, width)
-        assert console == [] and found["wide"] <= width and found["images"] == 9 and not found["broken"], found
+        assert console == [] and found["wide"] <= width and found["images"] == 11 and not found["broken"], found
         assert found["paper"] == "rgb(255, 255, 255)"
     found, console = seen_in_chromium(page, 390, "--blink-settings=preferredColorScheme=0")
     assert console == [] and found["paper"] == "rgb(22, 24, 28)"

@@ -9,7 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_one_line, finished_run
 
+import main
+import run_lib
 from corpus.dataset import Split
 from corpus.tokenizer import CharTokenizer
 from reports import sinks
@@ -126,8 +129,9 @@ def test_every_number_is_its_definition(config, sinks, random_params):
     for layer, x_BTD in enumerate(want.x):
         near(have.largest[layer], np.abs(x_BTD).max())
         near(have.kurtosis[layer], kurtosis(x_BTD))
-        [[b, t, channel]] = np.argwhere(np.abs(x_BTD) == np.abs(x_BTD).max())
-        assert have.where[layer].tolist() == [TOKENS_BT[b, t], t, channel]
+        tops = np.argwhere(np.abs(x_BTD) > 0.9999 * np.abs(x_BTD).max())  # documents that begin alike have the same
+        assert have.where[layer].tolist() in [[TOKENS_BT[b, t], t, channel] for b, t, channel in tops]
+        assert len(set(tops[:, 2])) == 1
     assert have.shares.any() == sinks and np.ptp(have.first) > 0.05  # the heads differ, so a mix-up would show
     maps_LNTS = attention_maps(model_of(config, params), jnp.asarray(TOKENS_BT[1]))
     np.testing.assert_allclose(maps_LNTS, want.probs[:, 1], rtol=1e-4, atol=1e-7)
@@ -135,7 +139,7 @@ def test_every_number_is_its_definition(config, sinks, random_params):
 
 @pytest.mark.parametrize("sink, rate", [("none", 1.0), ("logit", 0.0)])
 def test_a_planted_first_token_sink_is_found(sink, rate, random_params):
-    """The first position's key is the only one along every query, unless a sink logit of 40 beats it."""
+    """The first position's key is the only one along every query, unless a sink of 400 beats it."""
     config = dataclasses.replace(PLAIN, attention_sink=sink)
     params = random_params(config)
     D = config.embedding_dim
@@ -190,3 +194,31 @@ def test_the_stretch_is_whole_windows_from_the_start(num_tokens, context_len, sh
     stretch_BT = sinks.stretch(Split(tokens, None), context_len)
     assert stretch_BT.shape == shape and stretch_BT.dtype == np.int32
     np.testing.assert_array_equal(stretch_BT.ravel(), tokens[: stretch_BT.size])
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_a_run_on_its_validation_text_or_another(tmp_path, capsys):
+    run, out = finished_run(), tmp_path / "measured.json"
+    capsys.readouterr()
+    assert main.main(["sinks", f"--workdir={run.workdir}", f"--out={out}"]) == 0
+    *table, seen = capsys.readouterr().out.rstrip().splitlines()
+    found, config = json.loads(out.read_text()), run_lib.read_config(run.workdir)
+    data = run_lib.load_data(config, print)
+    model = run_lib.load_model(run.workdir)[0]
+    want = measure(model, sinks.stretch(data.val, config.context_len), separators_of(run.tokenizer))
+    about = {"workdir": str(run.workdir), "dataset": config.dataset, "tokens": 1024, "context_len": 16}
+    assert about | sinks.scalars_of(want) | sinks.as_json(want) == {
+        k: found[k] for k in found if k not in ("seen", "step")
+    }
+    assert seen == " ".join(found["seen"]) and seen.count(". ") == 1 and f"{want.largest.max():.1f}" in seen
+    assert f"{want.shares.mean():.1%} goes to sinks" in seen and f"{want.first.mean():.1%}" in table[2].split()
+    other = tmp_path / "other.txt"
+    other.write_text("My aunt paints it at 3.\n" * 9)
+    assert main.main(["sinks", f"--workdir={run.workdir}", "--step=28", f"--dataset={other}"]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] != seen
+    for flag, said in ((f"--out={out}", "is there already"), (f"--workdir={tmp_path / 'none'}", "no such directory")):
+        assert main.main(["sinks", f"--workdir={run.workdir}", flag]) == 2
+        assert_one_line(capsys.readouterr().err, said)
+    assert json.loads(out.read_text()) == found
