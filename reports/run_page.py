@@ -135,34 +135,24 @@ def _sinks(model_config: TransformerConfig, measured: dict[int, Measured], token
     if not measured:
         return [*blocks, "No shares were measured in this run: it has no evaluation with report = True."]
     steps, last = list(measured), list(measured.values())[-1]
-    pictures = []
-    for of, shares_ELN, shown in (
-        ("the sinks", np.array([each.shares for each in measured.values()]), model_config.has_sinks),
-        ("the first token", np.array([each.first for each in measured.values()]), np.isfinite(last.first).all()),
-    ):
-        if shown:
-            said = _said(of, steps[-1], shares_ELN[-1])
-            blocks.append(said)
-            grid = plot_shares(shares_ELN[-1], of)
-            pictures.append(Picture(grid, f"Share of attention to {of} by layer and head: {said}", clear=True))
-            if len(steps) > 1:
-                over = plot_shares_over_training(steps, shares_ELN, of)
-                pictures.append(Picture(over, f"The shares of {of} by layer and head over training", clear=True))
-    if np.isfinite(last.where).all():
+    pictures, shown = [], {"the sinks": "shares"} if model_config.has_sinks else {}
+    if np.isfinite(last.where).all():  # an older build measured shares alone
         table, sentences = described(last, tokenizer)
-        blocks += [*sentences, table]
+        blocks, shown = [*blocks, *sentences, table], {**shown, "the first token": "first"}
+    for of, name in shown.items():
+        shares_ELN = np.array([getattr(each, name) for each in measured.values()])
+        most, least = (
+            f"{word} in head {head + 1} of layer {layer + 1} ({shares_ELN[-1, layer, head]:.1%})"
+            for word, (layer, head) in _extremes(shares_ELN[-1]).items()
+        )
+        said = f"At step {steps[-1]:,} {shares_ELN[-1].mean():.1%} of all attention goes to {of}; {most}, {least}."
+        blocks.append(said)
+        pictures.append(Picture(plot_shares(shares_ELN[-1], of), f"Attention to {of} by head: {said}", clear=True))
+        if len(steps) > 1:
+            over = plot_shares_over_training(steps, shares_ELN, of)
+            pictures.append(Picture(over, f"Attention to {of} by layer and head over training", clear=True))
     about = f"Means over up to {TOKENS:,} tokens of the validation text, always the same."
     return [*blocks, f"What a head gives to its sink, it gives to no token. {about}", pictures]
-
-
-def _said(of: str, step: int, shares_LN: np.ndarray) -> str:
-    most, least = _extremes(shares_LN).values()
-    name = lambda at: f"head {at[1] + 1} of layer {at[0] + 1} ({shares_LN[at]:.1%})"
-    takes = "take" if of.endswith("s") else "takes"
-    return (
-        f"At step {step:,} {of} {takes} {shares_LN.mean():.1%} of all attention; most in {name(most)}, least in "
-        f"{name(least)}."
-    )
 
 
 def _extremes(shares_LN: np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the residual stream, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from flax import nnx
 from corpus.dataset import Split
 from corpus.tokenizer import Tokenizer
 from runtime.files import MetricsFile
-from runtime.screen.text import Table
+from runtime.screen.text import Table, printable
 from transformer.attention import MASKED, sink_rows, visible
 from transformer.config import Execution, TransformerConfig
 from transformer.model import Params, Transformer, model_of, params_of
@@ -213,7 +213,11 @@ class SinkLog:
     """A run's file of what is measured: one JSON object on each line with `step`, `tokens`, and `Measured`'s arrays."""
 
     def __init__(self, path: Path, split: Split, tokenizer: Tokenizer) -> None:
-        self._file, self._split, self._separator_V = MetricsFile(path), split, separators_of(tokenizer)
+        self._file, self._split, self._tokenizer = MetricsFile(path), split, tokenizer
+
+    @cached_property
+    def _separator_V(self) -> np.ndarray:
+        return separators_of(self._tokenizer)
 
     def append(self, model: Transformer, row: dict[str, Any]) -> None:
         """Measure `model`, on one device, at the step and tokens of the metrics' `row`, which gets `scalars_of` it.
@@ -233,13 +237,9 @@ RATE = 0.3  # a head that gives more than this to the first token has made a sin
 def scalars_of(measured: Measured) -> dict[str, float]:
     """A model in a few numbers: means over layers and heads, the sink rate, and the largest over the layers."""
     m = measured
-    means = {
-        "sink_share": m.shares,
-        "first_share": m.first,
-        "separator_share": m.separators,
-        "sink_rate": m.first > RATE,
-    }
-    means |= {"attention_entropy": m.entropy, "first_key_norm": m.key_norms, "first_value_norm": m.value_norms}
+    means = {"sink_share": m.shares, "first_share": m.first, "separator_share": m.separators}
+    means |= {"sink_rate": m.first > RATE, "attention_entropy": m.entropy}
+    means |= {"first_key_norm": m.key_norms, "first_value_norm": m.value_norms}
     most = {"largest_activation": m.largest, "kurtosis": m.kurtosis}
     return {name: float(x.mean()) for name, x in means.items()} | {name: float(x.max()) for name, x in most.items()}
 
@@ -254,10 +254,8 @@ def described(measured: Measured, tokenizer: Tokenizer) -> tuple[Table, list[str
     for layer in range(len(many)):
         shares = [percent(x[layer].mean()) for x in (m.shares, m.first, m.separators)]
         stream = f"{m.largest[layer]:.1f}", f"{at(layer)}, channel {int(m.where[layer, 2])}", f"{m.kurtosis[layer]:.1f}"
-        norms = [f"{x[layer].mean():.2f}" for x in (m.key_norms, m.value_norms)]
-        rows.append(
-            [str(layer + 1), *shares, f"{many[layer]} of {N}", f"{m.entropy[layer].mean():.2f}", *stream, *norms]
-        )
+        entropy, *norms = (f"{x[layer].mean():.2f}" for x in (m.entropy, m.key_norms, m.value_norms))
+        rows.append([str(layer + 1), *shares, f"{many[layer]} of {N}", entropy, *stream, *norms])
     columns = ["layer", "to sink", "to first", "to separators", f"heads with first > {RATE:.0%}", "entropy"]
     columns += ["largest", "where", "kurtosis", "key norm, first", "value norm, first"]
     top, (layer, head) = int(m.largest.argmax()), np.unravel_index(m.first.argmax(), m.first.shape)
@@ -281,4 +279,4 @@ _VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token as people can see it."""
-    return tokenizer.pieces[token].decode("utf-8", "replace").translate(_VISIBLE) or f"token {token}"
+    return printable(tokenizer.pieces[token].decode("utf-8", "replace").translate(_VISIBLE)) or f"token {token}"

@@ -121,7 +121,7 @@ def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
         assert expected in text
     last_LN = np.array(shares_of(workdir)[-1]["shares"])
     most, least = (np.unravel_index(at, last_LN.shape) for at in (last_LN.argmax(), last_LN.argmin()))
-    assert f"the sinks take {last_LN.mean():.1%} of all attention" in text
+    assert f"{last_LN.mean():.1%} of all attention goes to the sinks; " in text
     assert f"most in head {most[1] + 1} of layer {most[0] + 1} ({last_LN.max():.1%})" in text
     assert f"least in head {least[1] + 1} of layer {least[0] + 1} ({last_LN.min():.1%})" in text
     assert "My aunt paints" in text and "on a text of 14 tokens" in text
@@ -139,7 +139,9 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     config = dataclasses.replace(run.model.config, attention_sink=False)
     run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
     _, text = page_of(workdir)
-    assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
+    assert (
+        "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "to the sinks" not in text
+    )
 
 
 def test_what_is_missing_or_odd(tmp_path, capsys):
