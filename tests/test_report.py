@@ -23,6 +23,7 @@ import run_lib
 import train_lib
 from configs import default
 from reports import run_page, sinks
+from reports.compare import read_runs, tables_of
 from reports.sinks import as_json, measure, scalars_of, separators_of
 from transformer.model import model_of
 
@@ -137,11 +138,28 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
-    _, text = page_of(workdir)
+    model = model_of(config, random_params(config))
+    run_page.write_report(workdir, model, run.tokenizer, "step 30", pytest.fail)
+    source, text = page_of(workdir)
+    measured = measure(model, np.arange(32).reshape(2, 16), separators_of(run.tokenizer))
+    (workdir / "sinks.jsonl").write_text(json.dumps({"step": 30, "tokens": 9, **as_json(measured)}) + "\n")
+    run_page.write_report(workdir, model, run.tokenizer, "step 30", pytest.fail)
+    more, told = page_of(workdir)
+    assert f"{measured.first.mean():.1%} of all attention goes to the first token; " in told
+    assert "No shares were measured" in text and more.count("<img") == source.count("<img") + 1
     assert (
         "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "to the sinks" not in text
     )
+
+
+def test_a_comparison_shows_what_was_measured():
+    last, shown = reported_run().history[-1], lambda *runs: tables_of(read_runs([*runs], pytest.fail), None)[0]
+    [table] = [t for t in shown(reported_run().workdir, finished_run().workdir) if "Attention" in t.title]
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows[reported_run().workdir.name]["to first token"] == f"{last['first_share']:.1%}"
+    assert rows[reported_run().workdir.name]["kurtosis"] == f"{last['kurtosis']:.1f}"
+    assert rows["finished"]["to first token"] == "-"
+    assert not any("Attention" in t.title for t in shown(finished_run().workdir))
 
 
 def test_what_is_missing_or_odd(tmp_path, capsys):
