@@ -325,7 +325,7 @@ def load_model(
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = model_config_for(config, tokenizer)
-    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.start_jax()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)

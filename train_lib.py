@@ -66,7 +66,7 @@ def train(
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
         devices.set_up_compile_cache(console.warn)
-        num_devices = len(devices.wake_up())
+        num_devices = len(devices.start_jax())
         config_lib.check_devices(config, num_devices)
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
@@ -118,7 +118,7 @@ class Trainer:
         how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
         self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
-        self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
+        self.mesh = make_mesh(config.mesh, devices=devices.start_jax())
         of_model, of_batch = most_parts(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
     devices.set_up_compile_cache(console.warn)
-    [device, *_] = devices.wake_up()
+    [device, *_] = devices.start_jax()
     workdir = Path(values.workdir)
     model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     meta = run_lib.meta_of(workdir, number)

@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
     if config.dtype == "auto":
         config.dtype = "bfloat16"
     devices.set_up_compile_cache(console.warn)
-    config_lib.check_devices(config, len(devices.wake_up()))
+    config_lib.check_devices(config, len(devices.start_jax()))
     with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
+        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.start_jax()))
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 

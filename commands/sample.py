@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise UserError(f"--{error}") from error
     devices.set_up_compile_cache(Console().warn)
-    devices.wake_up()
+    devices.start_jax()
     model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes

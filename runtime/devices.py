@@ -204,7 +204,7 @@ def _seal(name: str, value: bytes) -> bytes:
     return hashlib.sha256(name.encode() + value).digest()
 
 
-def wake_up() -> list[jax.Device]:
+def start_jax() -> list[jax.Device]:
     """Starts JAX and returns its devices.
 
     Raises UserError if the platform in JAX_PLATFORMS is not there, or if JAX_ENABLE_X64 is set.

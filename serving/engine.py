@@ -24,7 +24,7 @@ from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sampling import CHUNK, NOTHING, Sampling, pick_each, power_of_two
-from transformer.xla import jit_where_it_lies
+from transformer.xla import jit_for_inputs
 
 ALTERNATIVES = 20  # the most that the chat endpoint of OpenAI gives
 _SHORTEST = 32  # padded prompt: fewer shapes
@@ -104,7 +104,7 @@ def _draw(model: Transformer, hidden_BD: jax.Array, rows: Rows, banned_V: jax.Ar
     return token_B, jnp.take_along_axis(log_probs_BV, token_B[:, None], 1)[:, 0], ids_BK, best_BK
 
 
-@partial(jit_where_it_lies, static_argnames="config", donate_argnames="layers")
+@partial(jit_for_inputs, static_argnames="config", donate_argnames="layers")
 def _prefill(
     params: Params, layers: list[LayerCache], row, tokens_1P, rows: Rows, banned_V, *, config: TransformerConfig
 ):
@@ -120,7 +120,7 @@ def _prefill(
     return jax.tree.map(put, layers, own.layers), _draw(model, hidden_1PD[:, rows.length[0]], rows, banned_V)
 
 
-@partial(jit_where_it_lies, static_argnames=("config", "ends"), donate_argnames="layers")
+@partial(jit_for_inputs, static_argnames=("config", "ends"), donate_argnames="layers")
 def _decode(
     params: Params, layers: list[LayerCache], rows: Rows, banned_V, *, config: TransformerConfig, ends: tuple[int, ...]
 ):

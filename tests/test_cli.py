@@ -463,4 +463,4 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(jax, "devices", missing)
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     with pytest.raises(UserError, match=r"^JAX_PLATFORMS=abacus: [^\n]*$"):
-        devices.wake_up()
+        devices.start_jax()

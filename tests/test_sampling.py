@@ -175,7 +175,7 @@ def test_logits_with_the_cache_equal_those_without(models):
 
 
 def test_a_token_writes_into_the_cache_and_copies_none_of_it(random_params):
-    """For each of its users XLA would write a cache of its own, and copy the whole (`settle`, in `attention.write`)."""
+    """For each user XLA would write a cache of its own, a copy of the whole (`materialize` in `attention.write`)."""
     config = TransformerConfig(V, context_len=64, num_blocks=2, num_heads=4, embedding_dim=128, mlp_dim=512)
     model = model_of(config, random_params(config))
     start_B, done_B, token_B = jnp.zeros(1, int), jnp.zeros(1, bool), jnp.zeros(1, int)
