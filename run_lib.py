@@ -225,7 +225,7 @@ def real_step_of(meta: dict[str, Any]) -> int:
     return micro_step_of(meta) // meta["config"].get("accumulation_steps", 1)
 
 
-_ODD_META = "this program did not write it so; put a copy of the run back, or begin anew with --fresh"
+_ODD_META = "this program did not write it so; put a copy of the run back, or start again from step 0 with --fresh"
 
 
 def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
@@ -372,7 +372,7 @@ def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None
     if (rows := metrics.read()) and not checkpoints.never_saved():
         raise NoCheckpointError(
             f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
-            "directory back (is its disk mounted?), or begin anew with --fresh, which moves the rest aside"
+            "directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the rest aside"
         )
     checkpoints.begin()
 

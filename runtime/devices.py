@@ -69,7 +69,9 @@ def simulate_cpu_devices(count: int) -> None:
         jax.config.update("jax_platforms", "cpu")
         _show(count)
     elif jax.default_backend() != "cpu" or jax.device_count() != count:
-        raise UserError(f"--devices: JAX is already running with {jax.device_count()}, not {count}; start anew")
+        raise UserError(
+            f"--devices: JAX is already running with {jax.device_count()}, not {count}; start a new process"
+        )
 
 
 def _awake() -> bool:

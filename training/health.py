@@ -138,6 +138,6 @@ class Divergence:
         elif self._zero_since > 0:
             self._warn(
                 f"step {step}: the gradient is exactly 0, as at step {self._zero_since}: nothing is learned any more; "
-                f"begin anew with a lower {_RATES}"
+                f"start a new run with a lower {_RATES}"
             )
             self._zero_since = -1  # warned
