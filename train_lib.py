@@ -169,8 +169,7 @@ class Trainer:
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
-            kept = {"name": workdir.name, "config": settings, "workdir": workdir, "step": logged}
-            self.trackers = Trackers(enabled, **kept, warn=console.warn)
+            self.trackers = Trackers(enabled, workdir.name, settings, workdir, console.warn, logged)
         for name, where in self.trackers.where.items():
             console.line(f"{name:<12}{where}")
 
@@ -267,7 +266,7 @@ class Trainer:
         try:
             if not self.reported:  # the last session stopped between the step and its report
                 self._report(self.state.metrics)
-            with self.console.progress(self.total, self.step, "compiling the step") as bar:
+            with self.console.progress(self.total, self.step, "compiling the step") as update:
                 for span, batch in prefetch(make_batch, dispatches):
                     self.stop.raise_if_set()
                     if profile:
@@ -282,7 +281,7 @@ class Trainer:
                     if self.micro_step % k == 0:
                         self.reported = False
                         self._report(step_metrics)
-                        bar.update(self.step)
+                        update(self.step)
             if profile:
                 self._profile(*profile)
         except Interrupted:

@@ -112,8 +112,8 @@ def _score(
                     raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
     if not questions:
         raise UserError(f"--tasks={path}: has no question; write a JSON object on each line")
-    with console.progress(len(requests), 0) as bar:
-        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
+    with console.progress(len(requests), 0) as update:
+        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, update))
     return told | ({"skipped": skipped} if skip else {})
 
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
         def texts() -> Iterator[str]:
             left, bad = SAMPLE_BYTES, []
-            with console.progress(files.size, 0) as bar:
+            with console.progress(files.size, 0) as update:
                 for task in tasks_of(files, settings, 0):
                     for piece in task.pieces:
                         text = decode_text(*piece)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
                             left -= len(piece.data)
                         yield text
                     bad += task.bad
-                    bar.update(task.stop)
+                    update(task.stop)
             if bad:
                 console.warn(f"{len(bad):,} bad rows are left out; the first is {bad[0]}")
             console.doing("merging")

@@ -82,12 +82,12 @@ def prepare(
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
         tasks = tasks_of(files, settings, place)
         results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
-        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as bar:
+        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as update:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
                     console.warn(f"{problem}; left out")
                 output.add(task, result if state["documents"] else without_mark(tokenizer, result))
-                bar.update(task.stop)
+                update(task.stop)
             output.finish_shard()
         if not state["splits"]["train"]["tokens"]:
             raise UserError(f"config.dataset: {dataset} leaves nothing to train on; give more text or other fractions")
@@ -140,10 +140,10 @@ def _alphabet(
         say("collecting the characters, once")
         found: set[str] = set()
         passes = contextlib.closing(work(None, tasks_of(files, settings, 0), processes))
-        with passes as results, console.progress(files.size, 0) as bar:
+        with passes as results, console.progress(files.size, 0) as update:
             for task, some in results:
                 found |= some
-                bar.update(task.stop)
+                update(task.stop)
         if len(files.identity) - files.empty > 1 or files.unit == "rows":
             found.add("\n")  # it separates documents
         state["symbols"] = sorted(found)

@@ -225,9 +225,7 @@ def start_jax() -> list[jax.Device]:
 def require_memory(model: int, batch: int) -> None:
     """Raises UserError for what cannot fit, before work begins that would take minutes or bring the machine down.
 
-    Args:
-      model: bytes that each device needs at least for weights and optimizer.
-      batch: bytes that each device needs at least for its part of a micro-batch.
+    Both are bytes that each device needs at least, for weights and optimizer, and for its part of a micro-batch.
     """
     there, of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), 1
     if not there:  # CPU devices share the machine's memory

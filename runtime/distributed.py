@@ -84,7 +84,12 @@ def _connect(
     if number in (0, None):
         where = f" at {coordinator}" if coordinator else ""
         say(f"waiting for the other processes{where}, {seconds} s at most")
-    patience = threading.Timer(seconds, exit_at_once, [_nobody_came(coordinator, count, number, seconds)])
+    who = "the others" if number in (0, None) else f"process 0 or others of the {count}"
+    nobody_came = LostPeerError(
+        f"--coordinator: {coordinator or 'from the launcher'}: {who} did not come within {seconds} s; look at their "
+        "output, start all with the same address, and config.peer_seconds says how long to wait"
+    )
+    patience = threading.Timer(seconds, exit_at_once, [nobody_came])
     patience.daemon = True
     patience.start()  # JAX itself would abort, with a stack trace
     try:
@@ -103,14 +108,6 @@ def _connect(
             ) from error
     finally:
         patience.cancel()
-
-
-def _nobody_came(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> LostPeerError:
-    who = "the others" if number in (0, None) else f"process 0 or others of the {count}"
-    return LostPeerError(
-        f"--coordinator: {coordinator or 'from the launcher'}: {who} did not come within {seconds} s; look at their "
-        "output, start all with the same address, and config.peer_seconds says how long to wait"
-    )
 
 
 @contextmanager

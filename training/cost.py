@@ -89,10 +89,7 @@ def held_bytes(
     a CPU: there the sum was within -16 % and +30 % of what a dozen compiled steps, of 12 MB to 6 GB, reported.
 
     gradients: with the updates made from them, and copies for communication. gathered: weights that fsdp splits, whole
-    where they are used, those of two blocks at a time.
-
-    Args:
-      batch_size: sequences in a micro-batch, over all devices.
+    where they are used, those of two blocks at a time. `batch_size`: sequences in a micro-batch, over all devices.
     """
     rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     forward, parameters = activation_bytes(model_config, batch_size // rows, tensor), _bytes_of(state.params)

@@ -41,7 +41,6 @@ BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
 AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
 LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
 NEVER = 100 * 365 * 86400  # seconds
-BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last, with times that nobody reads
 Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a function: tree -> tree of shardings
 
 
@@ -265,7 +264,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Orbax calls this from its own thread, when all is written and not yet committed."""
         if is_first():
             with contextlib.suppress(OSError):  # the list is an extra; the save itself reports a full disk
-                integrity.write_file_list(self.directory / f"{self._saving}{retention.UNFINISHED}", BOOKKEEPING)
+                integrity.write_file_list(self.directory / f"{self._saving}{retention.UNFINISHED}")
 
     def require_room(self, count: int, state: Any) -> None:
         """Raises StorageError unless the disk has room for `count` more checkpoints of a state."""
@@ -349,7 +348,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The wanted trees, of each item whole, or what is `below` a path of it."""
         stored = self.meta(step)["arrays"]
         self._require_regular(step, stored)
-        if seen_by_first(lambda: integrity.changed_files(self.directory / str(step), BOOKKEEPING)):
+        if seen_by_first(lambda: integrity.changed_files(self.directory / str(step))):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait in Orbax for ever
         for item, tree in wanted.items():
             there = stored[item].items()
@@ -425,7 +424,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         for bad, reason in damaged:
             place = self._set_aside(bad)
             warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
-        self._prune()
+        for step_to_delete in self._retention.superfluous(self._known()):  # what an interrupted save did not delete
+            self._manager.delete(step_to_delete)
+        self._empty_trash()
         return step, *found
 
     def restore_best_params(
@@ -467,13 +468,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._manager.reload()
         return place
 
-    def _prune(self) -> None:
-        """Delete what an interrupted save did not get to delete; call it after a sound checkpoint was found."""
-        for step in self._retention.superfluous(self._known()):
-            self._manager.delete(step)
-        self._empty_trash()
-
-    def examine(self, step: int) -> "Finding":
+    def examine(self, step: int) -> Finding:
         """Check every file and every array of a checkpoint, on one device."""
         path, val_loss, changed = self.directory / str(step), None, None
         wrong: list[str] = []
@@ -481,7 +476,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             meta = self.meta(step)
             val_loss = meta["checkpoint_val_loss"]
             self._require_regular(step, meta["arrays"])
-            changed = integrity.changed_files(path, BOOKKEEPING)
+            changed = integrity.changed_files(path)
             wrong = [f"{name} has changed" for name in changed or ()]
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             for item in ITEMS:

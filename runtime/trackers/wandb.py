@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from runtime.errors import one_line
 from runtime.files import read_text, write_text
+from runtime.signals import attempt
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
@@ -129,8 +130,5 @@ def _answers(url: str) -> bool:
             return
         answered.set()
 
-    # In a thread, because looking up a name has no time-out.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS)
+    attempt(ask, _PROBE_SECONDS)  # in a thread, because looking up a name has no time-out
     return answered.is_set()
