@@ -47,10 +47,6 @@ FILES = *GROWING_FILES, CONFIG_FILE, TOKENIZER_FILE, REPORT_FILE, CURVES_FILE, W
 EXPORT_FORMAT = "transformer-jax 1"  # of a safetensors file with our names
 IMPORTED_FROM = "imported_from"  # a key of a checkpoint's meta that holds only weights
 
-_DATA_KEYS = (  # that `load_dataset` takes under their names
-    *("val_fraction", "test_fraction", "context_len", "train_shards", "unknown_characters"),
-    *("text_column", "skip_bad_rows", "chat"),
-)
 _SAMPLE = re.compile(r"^--- step ([0-9]{1,18}) ---\n", re.MULTILINE)
 
 
@@ -150,10 +146,17 @@ def load_data(
         config.dataset,
         config.tokenizer,
         data_dir=data_dir_of(config),
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        context_len=config.context_len,
+        train_shards=config.train_shards,
         whole=whole,
+        unknown_characters=config.unknown_characters,
+        text_column=config.text_column,
+        skip_bad_rows=config.skip_bad_rows,
+        chat=config.chat,
         say=say,
         vocabulary=vocabulary,
-        **{key: config[key] for key in _DATA_KEYS},
     )
 
 

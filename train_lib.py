@@ -70,7 +70,7 @@ def train(
         config_lib.check_devices(config, num_devices)
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
-                move_aside(workdir, console.line)
+                by_first(partial(move_aside, workdir, console.line))
             trainer = None
             try:
                 with (

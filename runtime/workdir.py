@@ -9,12 +9,11 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 from runtime.errors import UserError, one_line
-from runtime.processes import by_first, is_first, wait_for_all
+from runtime.processes import is_first, wait_for_all
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
@@ -137,10 +136,6 @@ def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     If the directory is a mount point, the target is `workdir/old-N`. Checkpoints are moved first and the log of steps
     last, so an interrupted move leaves steps without checkpoints, which is recognised later.
     """
-    by_first(partial(_move_aside, workdir, say))
-
-
-def _move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     left = [entry for entry in workdir.iterdir() if entry.name != LOCK and not _OLD.fullmatch(entry.name)]
     left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == LAST_MOVED))
     if not left:

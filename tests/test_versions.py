@@ -49,11 +49,6 @@ def test_barriers_compile_in_a_loop_that_is_small():
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
 
 
-def test_where_jax_does_not_tell_whether_it_is_awake_it_counts_as_asleep(monkeypatch):
-    monkeypatch.delattr("jax._src.xla_bridge.backends_are_initialized")
-    assert not devices._awake()
-
-
 def test_where_jax_does_not_tell_processes_apart_a_single_one_runs_and_several_are_refused(monkeypatch):
     monkeypatch.delattr("jax._src.distributed.global_state")
     assert (processes.process_id(), processes.num_processes()) == (0, 1)

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from runtime.errors import one_line
 from runtime.files import read_text, write_text
-from runtime.signals import attempt
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
@@ -130,5 +129,8 @@ def _answers(url: str) -> bool:
             return
         answered.set()
 
-    attempt(ask, _PROBE_SECONDS)  # in a thread, because looking up a name has no time-out
+    # In a thread, because looking up a name has no time-out.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
     return answered.is_set()
