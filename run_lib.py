@@ -433,14 +433,10 @@ def resume(
 ) -> Resumed | None:
     """The newest sound checkpoint, converted for `config`; None if there is no checkpoint.
 
-    Args:
-      build: makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
-      allow: raises if `config` cannot go on from a checkpoint (`require_same_run`).
-      warn: is told of damaged checkpoints, which are set aside.
-
-    Raises:
-      UserError: this config, text or tokenizer cannot go on from it.
-      NoCheckpointError: all are damaged.
+    `build` makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
+    `allow` raises if `config` cannot go on from a checkpoint (`require_same_run`). `warn` is told of damaged
+    checkpoints, which are set aside. Raises UserError if this config, text or tokenizer cannot go on from it,
+    NoCheckpointError if all are damaged.
     """
     new = config.accumulation_steps
     made: dict[int, Step] = {}  # by checkpoint

@@ -50,10 +50,8 @@ def joined(
       coordinator, count, number: HOST:PORT of the first process, the number of processes, and which one this is; all
         None if a launcher says so.
       seconds: how long to wait for the others to start, and later for a heartbeat of each.
-      say: takes a line about what this process waits for.
 
-    Raises:
-      UserError: the three values, or the launcher's variables, are incomplete or impossible.
+    Raises UserError if the three values, or the launcher's variables, are incomplete or impossible.
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": number}
     if missing := [flag for flag, value in given.items() if value is None]:

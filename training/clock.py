@@ -105,10 +105,7 @@ def side_work(
     """The work of a run besides its steps, with its likely cost until it was timed.
 
     A forward pass is a third of a step's arithmetic. The shares of compilation are those of a small model on a CPU.
-
-    Args:
-      step_tokens: tokens of a real step; `*_every` count such steps.
-      val_tokens, eval_tokens: tokens of the validation split, and of the part for evaluations in training (0: all).
+    `*_every` count real steps, of `step_tokens`. Evaluations in training are on `eval_tokens` of the split (0: all).
     """
     some = min(eval_tokens, val_tokens) if eval_tokens else val_tokens
     last = val_tokens + some % val_tokens  # after the last step both are evaluated

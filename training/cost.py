@@ -57,9 +57,8 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated.
     logits: with their gradient.
 
-    Args:
-      rows: sequences of context_len tokens on each device.
-      tensor: into how many parts heads and hidden units are split; the residual stream is whole on each device.
+    `rows` are the sequences on each device; heads and hidden units are split into `tensor` parts, the residual stream
+    is whole on each device.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim

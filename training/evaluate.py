@@ -51,11 +51,9 @@ class Evaluator:
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
     ) -> tuple[float, int]:
-        """Mean loss in nats per token, and the number of these tokens.
+        """Mean loss in nats per token, and the number of these tokens: a fixed prefix of about `max_tokens`; 0: all.
 
-        Args:
-          max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
-          check: called between batches; may raise to stop.
+        `check` is called between batches, and may raise to stop.
         """
         sums: list[tuple[float, int]] = []  # loss and tokens of each batch, on this process's devices
         in_flight: deque[tuple[jax.Array, jax.Array]] = deque()

@@ -76,13 +76,9 @@ def first_not_finite(params: Params) -> str | None:
 
 
 class Divergence:
-    """Checks the metrics of steps, and warns of each problem once.
+    """Checks the metrics of steps, and warns of each problem once, in one line.
 
-    Args:
-      parameters: names of the arrays that are trained.
-      before: the metrics of the last step before this session.
-      warn: takes one line.
-      vocab_size: its logarithm is the loss of a uniform guess.
+    `parameters` are the names of the trained arrays, `before` the metrics of the last step before this session.
     """
 
     def __init__(
