@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if values.prompt is None and values.prompts is None and values.out is None and watched:
         say = lambda line: print(line, flush=True)
-        person = (Conversation if config.chat else Talk)(
+        person = (Conversation if config.chat else Session)(
             *(model, tokenizer, sampling, values.num_tokens, say, write_text),
             replace_unknown=values.replace_unknown,
             stops=values.stop,
@@ -174,7 +174,7 @@ def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[
     return prompt, len(prompt_tokens(tokenizer, prompt))
 
 
-class Talk:
+class Session:
     """The settings and the last text of somebody who types to a model.
 
     Args:
@@ -262,7 +262,7 @@ class Talk:
             self.num_tokens = int(value)
 
 
-class Conversation(Talk):
+class Conversation(Session):
     """The same with a model that answers; it remembers what was said."""
 
     GREETING = "say something; /help says more"

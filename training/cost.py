@@ -152,11 +152,3 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
-
-
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
-    """A loss in nats per token as bits per byte of text, which is comparable across tokenizers.
-
-    `num_tokens` and `num_bytes` (UTF-8) are those of the same text. None if the tokens stand for no text.
-    """
-    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None
