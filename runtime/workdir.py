@@ -130,6 +130,11 @@ def _remove_unused(workdir: Path) -> None:
             workdir.rmdir()
 
 
+def first_free(prefix: str) -> Path:
+    """The first of prefix1, prefix2, ... that does not exist."""
+    return next(path for number in itertools.count(1) if not (path := Path(f"{prefix}{number}")).exists())
+
+
 def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     """Move what an earlier run left in `workdir` to `workdir.old-N` beside it, except its lock, which we hold.
 
@@ -140,8 +145,8 @@ def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == LAST_MOVED))
     if not left:
         return
-    for free in (f"{workdir}.old-", f"{workdir}/old-"):
-        target = next(path for number in itertools.count(1) if not (path := Path(f"{free}{number}")).exists())
+    for prefix in (f"{workdir}.old-", f"{workdir}/old-"):
+        target = first_free(prefix)
         try:
             target.mkdir()
             for entry in left:

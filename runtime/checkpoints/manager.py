@@ -29,7 +29,7 @@ from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
-from runtime.workdir import CHECKPOINTS, UNSAVED
+from runtime.workdir import CHECKPOINTS, UNSAVED, first_free
 
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
 ITEMS = ("params", "rest")
@@ -461,7 +461,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _set_aside(self, step: int) -> Path:
         path = self.directory / str(step)
-        place = retention.place_aside(path)
+        place = first_free(f"{path}{retention.DAMAGED}")
         by_first(lambda: path.rename(place))
         self._marks.pop(step, None)
         self._damaged.pop(step, None)
