@@ -27,6 +27,7 @@ from runtime.errors import StorageError, UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, read_object, user_cache, write_json
 from runtime.processes import num_processes
 
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"  # for a device's matrix products: each core is a device
 MEASURED = "measured.json"  # in the folder of compiled programs: what was measured of this processor
 
 
@@ -56,8 +57,8 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     if not _show_cpu_devices(count):
         if jax.default_backend() == "cpu" and jax.device_count() != count:
             warn(f"JAX is already running with {jax.device_count()} CPU device(s), not {count}; using what is there")
-    elif count > 1:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    elif count > 1 and _ONE_THREAD not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD}".strip()
 
 
 def simulate_cpu_devices(count: int) -> None:
