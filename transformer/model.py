@@ -27,7 +27,7 @@ CacheAccess = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's, t
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 
-class Positions(NamedTuple):
+class TokenInfo(NamedTuple):
     """Rotary cosines and sines, and each token's document number. Document 0 may lack its beginning."""
 
     turn: Rotation | None
@@ -107,12 +107,12 @@ class Attention(nnx.Module):
         return None
 
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions, access: CacheAccess | None
+        self, x_BTD: jax.Array, info: TokenInfo, access: CacheAccess | None
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, positions.turn)
+        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, info.turn)
         if access is None:
-            how = self.window, c.attention_kernel, positions.document_BT
+            how = self.window, c.attention_kernel, info.document_BT
             cache, y_BTNH = None, causal_attention(q_BTNH, k_BTKH, v_BTKH, sink, *how)
         else:
             before, slot, masks = access
@@ -164,9 +164,9 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions, rngs: nnx.Rngs | None, access: CacheAccess | None = None
+        self, x_BTD: jax.Array, info: TokenInfo, rngs: nnx.Rngs | None, access: CacheAccess | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions, access)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), info, access)
         x_BTD = materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
@@ -211,13 +211,13 @@ class Transformer(nnx.Module):
         if cache is None:
             period = c.period if c.scan_blocks else 0
             document_BT = None if c.document_start < 0 else jnp.cumsum(tokens_BT == c.document_start, axis=1)
-            positions = Positions(turn, document_BT)
-            return self.final_norm(run_blocks(self.blocks, x_BTD, positions, rngs, c.remat, period)), None
+            info = TokenInfo(turn, document_BT)
+            return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None
         windows = {block.attention.window for block in self.blocks}
         masks = {window: visible_slots(cache, T, window) for window in windows}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, after = block(x_BTD, Positions(turn, None), rngs, (before, cache.length, masks))
+            x_BTD, after = block(x_BTD, TokenInfo(turn, None), rngs, (before, cache.length, masks))
             layers.append(after)
         return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
 
