@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from helpers import assert_one_line, finished_run
 from test_report import CHROMIUM
-from test_sampling import ANYTHING, CONFIGS
+from test_sampling import ANYTHING, CONFIGS, C, prompts, recompute
 
 import main
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
@@ -63,6 +64,11 @@ class Asked:
         return [token.id for token in self.tokens]
 
 
+def alone(model, prompt, count, how):
+    """The tokens that `sample` writes."""
+    return np.concatenate(list(generate_tokens(model, [prompt], count, how, (), [5])))[:, 0].tolist()
+
+
 def hold(engine):
     """Keeps the engine's thread in the delivery of a token, until the event that this returns is set."""
     reached, held = threading.Event(), threading.Event()
@@ -74,29 +80,26 @@ def hold(engine):
 # --- The loop -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
+def assert_written(engine, wanted):
+    """`wanted`: of each text its prompt, settings, and tokens. They join and leave while others are written."""
+    for seed in range(2):
+        asked = [Asked(prompt, len(t), how, alternatives=i % 3) for i, (prompt, how, t) in enumerate(wanted)]
+        random.Random(seed).shuffle(order := list(range(len(asked))))
+        for i in order:
+            engine.submit(asked[i].request)
+            time.sleep(0.002 * (i % 4))
+        assert [one.wait() for one in asked] == [tokens for _, _, tokens in wanted]
+        assert {one.finish for one in asked} == {"length"}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_text_is_that_of_sample_whatever_else_is_written(name, random_params):
-    """Of different lengths, over refills of the context, joining and leaving while others are written."""
+def test_a_text_equals_recomputation_whatever_else_is_written(name, random_params):
+    """Of different lengths, over refills of the context."""
     model = model_of(CONFIGS[name], random_params(CONFIGS[name]))
-    rng, how = np.random.default_rng(0), [(0.0, 1.0), (ANYTHING, 1.0), (1.0, 0.8)]
-    C, V = model.config.context_len, model.config.vocab_size
-    cases = [
-        (rng.integers(0, V, length), count, Sampling(*how[i % 3][:1], top_p=how[i % 3][1], seed=i))
-        for i, (length, count) in enumerate(
-            zip((1, 9, C, 17, C - 1, 5, 2, 20), (70, 3, 40, 25, 1, 33, 70, 16), strict=True)
-        )
-    ]
-    alone = [np.concatenate(list(generate_tokens(model, [p], n, s)))[:, 0].tolist() for p, n, s in cases]
+    ids, counts = prompts(1, 9, C, 17, C - 1, 5, 2, 20), (70, 3, 40, 25, 1, 33, 70, 16)
+    texts = zip(ids, recompute(model, ids, 70).tolist(), counts, strict=True)
     with Engine(model, rows=3) as engine:
-        for seed in range(2):
-            asked = [Asked(*case, alternatives=i % 3) for i, case in enumerate(cases)]
-            random.Random(seed).shuffle(order := list(range(len(cases))))
-            for i in order:
-                engine.submit(asked[i].request)
-                time.sleep(0.002 * (i % 4))
-            assert [one.wait() for one in asked] == alone
-            assert {one.finish for one in asked} == {"length"}
+        assert_written(engine, [(prompt, Sampling(0), tokens[:count]) for prompt, tokens, count in texts])
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,16 @@ def model(random_params):
 def engine(model):
     with Engine(model, unsampled=[5], rows=3, queue=220) as engine:
         yield engine
+
+
+def test_a_drawn_text_is_that_of_sample_whatever_else_is_written(engine, model):
+    cases = [
+        (prompt, dataclasses.replace(how, seed=seed), count)
+        for seed, (prompt, how, count) in enumerate(
+            zip(prompts(5, 8, 6, 7), [Sampling(ANYTHING), Sampling(0.9, top_p=0.95)] * 2, (30, 30, 9, 1), strict=True)
+        )
+    ]
+    assert_written(engine, [(prompt, how, alone(model, prompt, count, how)) for prompt, how, count in cases])
 
 
 def test_log_probabilities_are_the_models_own(engine, model):
@@ -125,19 +138,19 @@ def test_log_probabilities_are_the_models_own(engine, model):
         assert token.log_prob == token.alternatives[0][1]
 
 
-def test_an_end_is_delivered_and_ends_the_text(model):
-    free = [np.concatenate(list(generate_tokens(model, [[7]], 20, Sampling(0))))[:, 0].tolist()]
-    end = free[0][6]
-    with Engine(model, ends=(end,), rows=2) as engine:
+def test_an_end_is_delivered_and_ends_the_text(engine, model):
+    engine.submit((free := Asked([7], 20, Sampling(0))).request)
+    end = free.wait()[6]
+    with Engine(model, ends=(end,), unsampled=[5], rows=3) as engine:
         engine.submit((asked := Asked([7], 20, Sampling(0))).request)
-        assert asked.wait() == free[0][: free[0].index(end) + 1] and asked.finish == "stop"
+        assert asked.wait() == free.wait()[: free.wait().index(end) + 1] and asked.finish == "stop"
 
 
 def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
     warned = []
-    with Engine(model, rows=2, queue=3, warn=warned.append) as engine:
+    with Engine(model, rows=3, queue=3, warn=warned.append) as engine:
         held = hold(engine)
-        asked = [Asked([1], 30, Sampling(0)) for _ in range(5)]
+        asked = [Asked([1], 30, Sampling(0)) for _ in range(6)]
         engine.submit(*(one.request for one in asked))
         with pytest.raises(Full):
             engine.submit(Asked([1], 1, Sampling(0)).request)
@@ -151,8 +164,8 @@ def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
         monkeypatch.setattr(engine_module, "_decode", fail)
         held.set()
         texts = [one.wait() for one in asked[1:]]
-        assert [one.finish for one in asked] == [None, "error", "error", "length", "length"] and not asked[0].tokens
-        assert texts[2] == texts[3] and len(texts[2]) == 30
+        assert [one.finish for one in asked] == [None, *["error"] * 3, "length", "length"] and not asked[0].tokens
+        assert texts[3] == texts[4] and len(texts[3]) == 30
         assert warned == ["a chunk of text failed: RuntimeError: no memory"]
 
 
@@ -161,7 +174,7 @@ def test_a_failure_without_a_new_cache_ends_the_engine(model, monkeypatch):
         raise RuntimeError("no memory")
 
     asked = [Asked([1], 30, Sampling(0)) for _ in range(3)]
-    with pytest.raises(RuntimeError, match="no memory"), Engine(model, rows=2) as engine:
+    with pytest.raises(RuntimeError, match="no memory"), Engine(model, rows=3) as engine:
         monkeypatch.setattr(engine_module, "_decode", fail)
         monkeypatch.setattr(engine, "_clear", fail)
         engine.submit(*(one.request for one in asked))
