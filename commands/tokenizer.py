@@ -27,7 +27,8 @@ def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     flags.DEFINE_string("dataset", None, "What to learn from: as prepare's.", **define)
     flags.DEFINE_string("out", None, "The directory to make; then --config.tokenizer=DIRECTORY uses it.", **define)
-    flags.DEFINE_integer("vocab_size", 4096, "Tokens, with the 256 bytes and 5 special ones.", **define)
+    size = {"lower_bound": FEWEST, "upper_bound": MAX_VOCAB_SIZE, **define}
+    flags.DEFINE_integer("vocab_size", 4096, "Tokens, with the 256 bytes and 5 special ones.", **size)
     flags.DEFINE_enum("split", "gpt4", sorted(PATTERNS), "Whose pattern cuts a text before merging.", **define)
     flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
     flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
@@ -38,8 +39,6 @@ def main(argv: list[str]) -> None:
     for name in ("dataset", "out"):
         if not getattr(values, name):
             raise UserError(f"--{name}: must be given; see python main.py tokenizer --help")
-    if not FEWEST <= values.vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab_size: must be from {FEWEST} to {MAX_VOCAB_SIZE}, got {values.vocab_size}")
     path = Path(values.out).expanduser() / "tokenizer.json"
     if path.exists():
         raise UserError(f"--out={values.out}: holds a tokenizer; name another directory")

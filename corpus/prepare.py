@@ -11,7 +11,6 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE
 from corpus.load_text import new_tokenizer
 from corpus.shards import header
 from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name, tokenizer_names
-from runtime.errors import StorageError, UserError
-from runtime.files import read_json, write_json
+from runtime.errors import UserError
+from runtime.files import read_json, storing, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 
@@ -182,11 +181,11 @@ class Output:
             name = f"{task.split}_{len(state['splits'][task.split]['shards']):06}.bin"
             before = {key: state[key] for key in ("place", "documents", "empty", "bad")}
             state["part"] = {"file": name, "split": task.split, "tokens": 0, "bytes": 0, "crc32": 0, "before": before}
-            with self._storing():
+            with storing(self._part_path):
                 self._file = self._part_path.open("w+b")
                 self._file.write(header(0, self._dtype))
         part, data = state["part"], result.tokens.astype(self._dtype).tobytes()
-        with self._storing():
+        with storing(self._part_path):
             self._file.write(data)
         part["tokens"] += len(result.tokens)
         part["bytes"] += result.num_bytes
@@ -202,7 +201,7 @@ class Output:
     def save(self) -> None:
         """Write the state, after the tokens that it counts."""
         if self._file:
-            with self._storing():
+            with storing(self._part_path):
                 self._file.flush()
         write_json(self._out / PROGRESS_FILE, self._state)
         self._saved = time.monotonic()
@@ -214,7 +213,7 @@ class Output:
             return
         path, tokens = self._out / part["file"], part["tokens"]
         if tokens:
-            with self._storing():
+            with storing(self._part_path):
                 self._file.seek(0)
                 self._file.write(header(tokens, self._dtype))
                 self._file.flush()
@@ -247,7 +246,7 @@ class Output:
         """Go on with the unfinished shard, cut back to what the state counts; start it again if those bytes differ."""
         part = self._state["part"]
         left, crc32 = part["tokens"] * self._dtype.itemsize, 0
-        with self._storing():
+        with storing(self._part_path):
             if self._part_path.exists():
                 self._file = self._part_path.open("r+b")
                 self._file.seek(len(header(0, self._dtype)))
@@ -259,11 +258,3 @@ class Output:
         self._say(f"warning: {self._part_path} is damaged or gone; that shard is written again")
         self.close()
         self._state |= part["before"] | {"part": None}
-
-    @contextlib.contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Turns an OSError into a StorageError."""
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(f"{self._out}: {error.strerror}; make room, then run the same command again") from error

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from corpus import fetch
+from corpus.dataset import Wanted
 from corpus.fetch import ShardSet, Source
 from corpus.load_shards import holds_shards, load_shards
 from corpus.rebuild import FetchError
@@ -259,10 +260,6 @@ def test_obstacles_on_the_disk_are_one_line(server, tmp_path, obstacle):
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_names():
-    assert fetch.is_named("enwik8") and fetch.is_named("tiny_shakespeare") and not fetch.is_named("data/enwik8")
-
-
 @pytest.fixture
 def shard_set(server, monkeypatch):
     monkeypatch.setitem(fetch.SHARD_SETS, "fineweb", ShardSet(server.url(""), "val.bin", "shard_{:06}.bin", 4))
@@ -276,7 +273,7 @@ def test_shards_are_fetched_one_by_one_and_no_more_than_asked_for(shard_set, tmp
     settings = {"data_dir": tmp_path, "val_fraction": 0.1, "test_fraction": 0.0, "context_len": 9, "say": said.append}
     assert holds_shards("fineweb", "gpt2")
     for _ in range(2):  # the second time all are there
-        data = load_shards("fineweb", "byte", train_shards=2, **settings)
+        data = load_shards(Wanted("fineweb", "byte", train_shards=2, **settings))
         assert data.train.num_tokens == 100 and data.val.num_tokens == 50
     assert [line.rpartition("/")[2] for line in said] == ["val.bin", "shard_000002.bin"]
     assert names(tmp_path / "fineweb") == {"val.bin", "shard_000001.bin", "shard_000002.bin"}
