@@ -61,9 +61,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({one_line(error)}); fetch or export it again, as safetensors"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again, as safetensors") from error
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:

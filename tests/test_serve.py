@@ -17,12 +17,11 @@ import time
 from types import SimpleNamespace
 
 import httpx
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_one_line, finished_run
 from test_report import CHROMIUM
-from test_sampling import ANYTHING, CONFIGS, C, prompts, recompute
+from test_sampling import ANYTHING, CONFIGS, C, all_logits, prompts, recompute
 
 import main
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
@@ -30,7 +29,7 @@ from reports.sinks import sink_shares, sink_shares_by_position
 from serving import engine as engine_module
 from serving.engine import Engine, Full, Request, Token
 from transformer.config import TransformerConfig
-from transformer.model import model_of
+from transformer.model import model_of, params_of
 from transformer.sampling import Sampling, generate, generate_tokens
 
 openai = pytest.importorskip("openai")
@@ -92,6 +91,7 @@ def assert_written(engine, wanted):
         assert {one.finish for one in asked} == {"length"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_text_equals_recomputation_whatever_else_is_written(name, random_params):
     """Of different lengths, over refills of the context."""
@@ -113,6 +113,7 @@ def engine(model):
         yield engine
 
 
+@pytest.mark.once
 def test_a_drawn_text_is_that_of_sample_whatever_else_is_written(engine, model):
     cases = [
         (prompt, dataclasses.replace(how, seed=seed), count)
@@ -129,8 +130,9 @@ def test_log_probabilities_are_the_models_own(engine, model):
     engine.submit(told.request, untold.request)
     ids = told.wait()
     assert untold.wait() == ids and all(token.alternatives == [] for token in untold.tokens)
-    logits_TV = model(jnp.array([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].at[:, 5].set(-jnp.inf)
-    want_TV = np.asarray(logits_TV - jnp.log(jnp.exp(logits_TV).sum(-1, keepdims=True)))
+    logits_TV = np.array(all_logits(CONFIG, params_of(model), np.array([[*prompt, *ids]])))[0, len(prompt) - 1 : -1]
+    logits_TV[:, 5] = -np.inf
+    want_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     for token, want_V in zip(told.tokens, want_TV, strict=True):
         best = np.argsort(-want_V)[:4]
         assert [other for other, _ in token.alternatives] == best.tolist() and token.id == best[0]
@@ -262,18 +264,16 @@ def client(url):
 
 def text_of(model, prompt, count, **settings):
     """What `sample` writes."""
-    tokenizer = SimpleNamespace(
-        encode=LETTERS.encode, text_stream=LETTERS.text_stream, ends=(), unsampled=(5,), eot=None
-    )
-    return generate(model, tokenizer, [prompt], count, Sampling(**settings))[0]
+    return LETTERS.decode(alone(model, LETTERS.encode(prompt), count, Sampling(**settings)))
 
 
-def test_two_hundred_requests_at_once_none_lost_or_mixed(url, model):
+def test_two_hundred_requests_at_once_none_lost_or_mixed(url, engine):
     rng = random.Random(1)
     prompts = sorted({"".join(rng.choices(LETTERS.symbols, k=rng.randrange(1, 30))) for _ in range(260)})[:200]
     counts = [rng.randrange(1, 30) for _ in prompts]
-    together = generate_tokens(model, [LETTERS.encode(prompt) for prompt in prompts], 30, Sampling(0), (), [5])
-    want = [LETTERS.decode(row[:count]) for row, count in zip(np.concatenate(list(together)).T, counts, strict=True)]
+    asked = [Asked(LETTERS.encode(prompt), count, Sampling(0)) for prompt, count in zip(prompts, counts, strict=True)]
+    engine.submit(*(one.request for one in asked))
+    want = [LETTERS.decode(one.wait()) for one in asked]
     assert len(set(want)) > 100
 
     async def one(client, prompt, count, stream):
@@ -284,30 +284,18 @@ def test_two_hundred_requests_at_once_none_lost_or_mixed(url, model):
         return "".join([part.choices[0].text async for part in answer])
 
     async def all_of_them():
-        limits = httpx.Limits(max_connections=None)
-        async with openai.AsyncOpenAI(
-            base_url=f"{url}/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
-        ) as client:
-            asked = zip(prompts, counts, strict=True)
-            return await asyncio.gather(*(one(client, *case, i % 2 == 0) for i, case in enumerate(asked)))
+        many = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120)
+        settings = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+        async with openai.AsyncOpenAI(**settings, http_client=many) as client:
+            cases = zip(prompts, counts, strict=True)
+            return await asyncio.gather(*(one(client, *case, i % 2 == 0) for i, case in enumerate(cases)))
 
     assert asyncio.run(all_of_them()) == want
 
 
 def test_a_completion_in_each_form(client, model):
-    ask = {
-        "model": "any",
-        "prompt": "the cat",
-        "max_tokens": 20,
-        "temperature": 0.9,
-        "top_p": 0.95,
-        "seed": 6,
-        "user": "me",
-    }
     settings = {"temperature": 0.9, "top_p": 0.95}
+    ask = {"model": "any", "prompt": "the cat", "max_tokens": 20, "seed": 6, "user": "me", **settings}
     want = [text_of(model, "the cat", 20, seed=seed, **settings) for seed in (6, 7)]
     whole = client.completions.create(**ask, n=2, logprobs=2)
     assert [choice.text for choice in whole.choices] == want and whole.model == "letters"
@@ -339,11 +327,8 @@ def test_a_conversation_in_each_form(client, model):
     assert whole.choices[0].message.content == want and whole.object == "chat.completion"
     assert [entry.token for entry in whole.choices[0].logprobs.content] == list(want)
     first = whole.choices[0].logprobs.content[0]
-    assert (
-        first.bytes == [*want[0].encode()]
-        and first.top_logprobs[0].token == first.token
-        and len(first.top_logprobs) == 7
-    )
+    assert first.bytes == [*want[0].encode()]
+    assert first.top_logprobs[0].token == first.token and len(first.top_logprobs) == 7
     parts = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(part.choices[0].delta.content for part in parts) == want
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
@@ -454,9 +439,8 @@ def test_a_queue_that_is_full_and_a_time_that_is_over(engine, client):
             for stream in (False, True):
                 late = httpx.post(url + COMPLETIONS, json={"prompt": "a", "stream": stream}, timeout=60)
                 assert "no place became free in time" in late.text and late.status_code == (200 if stream else 503)
-            engine.submit(
-                *(Asked([1], 1, Sampling(0)).request for _ in range(engine._queue + 3 - len(engine._waiting)))
-            )
+            more = engine._queue + 3 - len(engine._waiting)
+            engine.submit(*(Asked([1], 1, Sampling(0)).request for _ in range(more)))
             full = httpx.post(url + COMPLETIONS, json={"prompt": "a"}, timeout=60)
             assert full.status_code == 429 and full.headers["Retry-After"] == "1"
             assert full.json()["error"]["code"] == "queue_full"
