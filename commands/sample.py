@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from absl import flags
 
@@ -295,11 +294,7 @@ class Conversation(Talk):
 def heard_interrupts() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises nothing, as JAX may be compiling; the function that it gives says whether Ctrl-C came."""
     came: list[int] = []
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        came.append(signum)
-
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))
     try:
         yield lambda: bool(came)
     finally:
