@@ -142,9 +142,8 @@ def load_data(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    keys = {field.name for field in dataclasses.fields(Wanted)} & set(config) - {"data_dir"}
     own = {"data_dir": data_dir_of(config), "whole": whole, "vocabulary": vocabulary, "say": say}
-    return load_dataset(Wanted(**{key: config[key] for key in keys}, **own))
+    return load_dataset(Wanted.of(config, **own))
 
 
 def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:

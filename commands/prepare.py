@@ -1,6 +1,5 @@
 """Tokenise a corpus into memory-mapped shards; the same command again goes on where it was stopped."""
 
-import dataclasses
 import os
 import re
 
@@ -8,7 +7,7 @@ from absl import flags
 
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
-from corpus.files import Settings
+from corpus.dataset import Wanted
 from corpus.prepare import MAX_SHARD_TOKENS, prepare
 from runtime.errors import UserError
 from runtime.files import data_folder
@@ -41,11 +40,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name}: must be at least 0 and below 1, got {getattr(values, name)}")
     if values.val_fraction + values.test_fraction >= 1:
         raise UserError("--val_fraction: with --test_fraction it leaves no text to train on; their sum must be below 1")
-    settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
     processes = values.processes or len(os.sched_getaffinity(0))
-    data_dir = data_folder(default.get_config().data_dir)
+    data_dir, console = data_folder(default.get_config().data_dir), Console()
     try:
         with spoken_in_flags():
-            prepare(values.dataset, values.out, settings, data_dir, processes, Console())
+            wanted = Wanted.of(values, data_dir=data_dir, unknown_characters="", say=console.line)
+            prepare(wanted, values.out, processes, console)
     except UserError as error:  # the code below calls it the workdir
         raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

@@ -8,8 +8,9 @@ from absl import flags
 import run_lib
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
+from corpus.dataset import Wanted
 from corpus.fetch import has_vocabulary
-from corpus.files import Settings, open_corpus, tasks_of
+from corpus.files import open_corpus, tasks_of
 from corpus.load_text import decode_text, new_tokenizer
 from corpus.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from corpus.train_tokenizer import FEWEST, PATTERNS, train_tokenizer
@@ -43,16 +44,17 @@ def main(argv: list[str]) -> None:
     if path.exists():
         raise UserError(f"--out={values.out}: holds a tokenizer; name another directory")
     data_dir = run_lib.data_dir_of(default.get_config())
-    settings = Settings("gpt2", 0.0, 0.0, 0, values.text_column, values.skip_bad_rows)
+    all_of_it = {"tokenizer": "gpt2", "val_fraction": 0.0, "test_fraction": 0.0, "data_dir": data_dir}
     sample: list[str] = []
     with spoken_in_flags(), Console() as console:
         with console.busy("reading the files"):
-            files = open_corpus(values.dataset, settings, data_dir, console.line)
+            wanted = Wanted.of(values, **all_of_it, say=console.line)
+            files = open_corpus(wanted)
 
         def texts() -> Iterator[str]:
             left, bad = SAMPLE_BYTES, []
             with console.progress(files.size, 0) as bar:
-                for task in tasks_of(files, settings, 0):
+                for task in tasks_of(files, wanted, 0):
                     for piece in task.pieces:
                         text = decode_text(*piece)
                         if left > 0:

@@ -15,7 +15,7 @@ import numpy as np
 
 from corpus.cache import cached
 from corpus.dataset import SPLITS, Dataset, Split, Wanted, count_bytes
-from corpus.files import RowFiles, Settings
+from corpus.files import RowFiles
 from corpus.formats import Bad, Source
 from corpus.load_text import find_files, new_tokenizer
 from corpus.tokenizer import END_OF_TURN, ROLES, Tokenizer
@@ -92,8 +92,8 @@ class ConversationFiles(RowFiles):
     """Files of rows, whose pieces hold lists of messages."""
 
     @staticmethod
-    def contents(source: Source, settings: Settings, start: int) -> Iterator[Any]:
-        return map(messages_of, source.values(settings.text_column, start))
+    def contents(source: Source, wanted: Wanted, start: int) -> Iterator[Any]:
+        return map(messages_of, source.values(wanted.text_column, start))
 
 
 def pack(conversations: Iterable[np.ndarray], context_len: int, answer_start: int, eot: int) -> tuple[np.ndarray, str]:
@@ -176,9 +176,7 @@ def load_conversations(wanted: Wanted) -> Dataset:
     sources = [Source(path) for path in find_files(wanted.dataset, wanted.data_dir, say)]
     if text := next((source.path for source in sources if not source.has_rows), None):
         raise UserError(f"config.dataset: {text} has no rows; give conversations as a .jsonl, a line each")
-    fractions, rows = (wanted.val_fraction, wanted.test_fraction), (wanted.text_column, wanted.skip_bad_rows)
-    settings = Settings(vocabulary.name, *fractions, 0, *rows)
-    files = ConversationFiles(sources, settings, say)
+    files = ConversationFiles(sources, wanted)
     digest = hashlib.sha256()
     for source in sources:
         for chunk in source.chunks():
@@ -205,11 +203,12 @@ def load_conversations(wanted: Wanted) -> Dataset:
         return packed.astype(vocabulary.dtype)
 
     splits = {}
-    ends = [files.size] if wanted.whole else files.ends(*fractions)
+    ends = [files.size] if wanted.whole else files.ends(wanted.val_fraction, wanted.test_fraction)
     for (name, word), (start, stop) in zip(SPLITS.items(), pairwise([0, *ends]), strict=False):
         if name == "test" and start == stop:
             continue
-        key = digest.hexdigest(), vocabulary.fingerprint, context_len, *rows, start, stop
+        rows = wanted.text_column, wanted.skip_bad_rows, start, stop
+        key = digest.hexdigest(), vocabulary.fingerprint, context_len, *rows
         path = wanted.cache / f"{hashlib.sha256(str(key).encode()).hexdigest()[:32]}-chat.npy"
         make = partial(tokens_of, "whole text" if wanted.whole else word, start, stop)
         tokens = cached(path, vocabulary.dtype, make, say)

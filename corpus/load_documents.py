@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from corpus.chat import load_conversations
 from corpus.dataset import Dataset, Wanted
 from corpus.fetch import DATASETS
-from corpus.files import Settings
 from corpus.formats import Source
 from corpus.load_shards import INDEX_FILE, holds_shards, load_shards, read_index
 from corpus.load_text import find_files, load_text, new_tokenizer
-from corpus.prepare import prepare
+from corpus.prepare import SHARDS_DEPEND_ON, prepare
 from corpus.tokenizer import check_tokenizer_name
 from runtime.errors import StorageError, UserError
 from runtime.files import replacing
@@ -21,7 +20,6 @@ from runtime.processes import num_processes
 from runtime.screen import live
 from runtime.screen.console import Console
 
-SHARD_TOKENS = 2**27
 SMALL = 2**24  # bytes of files that are read sooner than worker processes start
 
 
@@ -50,20 +48,18 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
     if vocabulary is None and wanted.tokenizer != "char":
         vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, wanted.say)
     name = vocabulary.name if vocabulary else "char"
-    chosen = Settings(
-        name, wanted.val_fraction, wanted.test_fraction, SHARD_TOKENS, wanted.text_column, wanted.skip_bad_rows
-    )
+    wanted = replace(wanted, tokenizer=name, vocabulary=vocabulary)
+    chosen = {key: getattr(wanted, key) for key in (*SHARDS_DEPEND_ON, "skip_bad_rows")}
     stats = [path.stat() for path in paths]
     files = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
-    key = [files, asdict(chosen), vocabulary and vocabulary.fingerprint, wanted.unknown_characters]
+    key = [files, chosen, vocabulary and vocabulary.fingerprint, wanted.unknown_characters]
     out = wanted.cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}-shards"
     if not (out / INDEX_FILE).exists():
         processes = 1 if sum(stat.st_size for stat in stats) < SMALL else len(os.sched_getaffinity(0))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as unfinished, live.set_aside():
-                how = wanted.data_dir, processes, Console(), vocabulary, wanted.unknown_characters
-                prepare(dataset, unfinished, chosen, *how, say=lambda line: None)
+                prepare(replace(wanted, say=lambda line: None), unfinished, processes, Console())
         except OSError as error:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"
@@ -71,6 +67,6 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
     if bad := read_index(out)["bad_rows"]:
         wanted.say(f"warning: {dataset} has {bad:,} bad rows, which are left out")
     try:
-        return load_shards(replace(wanted, dataset=str(out), tokenizer=name, vocabulary=vocabulary))
+        return load_shards(replace(wanted, dataset=str(out)))
     except UserError as error:
         raise UserError(str(error).replace(str(out), dataset)) from error

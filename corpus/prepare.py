@@ -11,15 +11,14 @@ import json
 import os
 import time
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS, Say
+from corpus.dataset import SPLITS, Say, Wanted
 from corpus.encode import Encoded, without_mark, work
-from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks_of
+from corpus.files import RowFiles, Task, TextFiles, open_corpus, tasks_of
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
 from corpus.load_text import new_tokenizer
 from corpus.shards import header
@@ -29,42 +28,33 @@ from runtime.files import read_json, storing, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 
+# Besides the files themselves, and `skip_bad_rows`, which makes no difference up to the first bad row.
+SHARDS_DEPEND_ON = ("tokenizer", "val_fraction", "test_fraction", "shard_tokens", "text_column")
 SAVE_EVERY = 1.0  # seconds: how much work a kill may cost
 BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
-def prepare(
-    dataset: str,
-    out: str | Path,
-    settings: Settings,
-    data_dir: Path,
-    processes: int,
-    console: Console,
-    vocabulary: Tokenizer | None = None,
-    unknown_characters: str = "",
-    say: Say | None = None,
-) -> None:
+def prepare(wanted: Wanted, out: str | Path, processes: int, console: Console) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `settings.shard_tokens` or more, or with the last task of its split. Where the tokenizer is there already as
-    `vocabulary`, what of a text it lacks becomes as `unknown_characters` says.
+    `shard_tokens` or more, or with the last task of its split.
 
     Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
     fails; another call goes on from there.
     """
-    say = say or console.line
+    vocabulary, say = wanted.vocabulary, wanted.say
     if vocabulary is None:
-        check_tokenizer_name(settings.tokenizer)
-        if settings.tokenizer not in tokenizer_names():  # a directory, whose content may change
-            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
+        check_tokenizer_name(wanted.tokenizer)
+        if wanted.tokenizer not in tokenizer_names():  # a directory, whose content may change
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
         with console.busy("reading the files"):
-            files = open_corpus(dataset, settings, data_dir, say)
-        source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
-        del source["skip_bad_rows"]  # up to the first bad row it makes no difference
+            files = open_corpus(wanted)
+        source = {key: getattr(wanted, key) for key in SHARDS_DEPEND_ON}
+        source["files"] = hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()
         if vocabulary:
             source["tokenizer"] = f"{vocabulary.name} {vocabulary.fingerprint[:12]}"
         if (out / INDEX_FILE).exists():
@@ -73,14 +63,14 @@ def prepare(
             say(_summary(out, index))
             return
         state = _state(out, source, files)
-        if vocabulary is None and settings.tokenizer != "char":
-            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
-        tokenizer = vocabulary or _alphabet(settings, state, files, processes, console, say)
-        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
+        if vocabulary is None and wanted.tokenizer != "char":
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
+        tokenizer = vocabulary or _alphabet(wanted, state, files, processes, console)
+        output = Output(out, state, wanted.shard_tokens, tokenizer.dtype, say)
         if place := state["place"]:
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
-        tasks = tasks_of(files, settings, place)
-        results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
+        tasks = tasks_of(files, wanted, place)
+        results = contextlib.closing(work(tokenizer, tasks, processes, wanted.unknown_characters))
         with contextlib.closing(output), results as encoded, console.progress(files.size, place) as bar:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
@@ -89,7 +79,9 @@ def prepare(
                 bar.update(task.stop)
             output.finish_shard()
         if not state["splits"]["train"]["tokens"]:
-            raise UserError(f"config.dataset: {dataset} leaves nothing to train on; give more text or other fractions")
+            raise UserError(
+                f"config.dataset: {wanted.dataset} leaves nothing to train on; give more text or other fractions"
+            )
         index = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
@@ -133,12 +125,12 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
 
 
 def _alphabet(
-    settings: Settings, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console, say: Say
+    wanted: Wanted, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console
 ) -> Tokenizer:
     if state["symbols"] is None:
-        say("collecting the characters, once")
+        wanted.say("collecting the characters, once")
         found: set[str] = set()
-        passes = contextlib.closing(work(None, tasks_of(files, settings, 0), processes))
+        passes = contextlib.closing(work(None, tasks_of(files, wanted, 0), processes))
         with passes as results, console.progress(files.size, 0) as bar:
             for task, some in results:
                 found |= some

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_prepare import pattern, run, whole
 
 from corpus import files as corpus_files
+from corpus.dataset import Wanted
 from corpus.fetch import dataset_path
-from corpus.files import Settings
 
 FRAGMENTS = [*"aZ \n.!/'7ёд中。\u3000\xa0é_", "  ", "\r\n", "\n\n", "!\n", "\n/", "'s", "x y"]
 
@@ -31,7 +31,7 @@ def test_a_cut_leaves_every_piece_of_the_patterns_alone(name, text):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_enwik8_by_bytes(tmp_path, processes):
     path = dataset_path("enwik8", ROOT / "data")
-    chosen = Settings("byte", 0.05, 0.05, 30_000_000, "text")
+    chosen = Wanted("", "byte", data_dir=tmp_path, val_fraction=0.05, test_fraction=0.05, shard_tokens=30_000_000)
     index = run(path, tmp_path / "out", chosen, processes)
     assert {name: part["tokens"] for name, part in index["splits"].items()} == {
         "train": 90_000_000,

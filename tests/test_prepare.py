@@ -19,7 +19,8 @@ from tiktoken_ext import openai_public
 import main
 from corpus import files as corpus_files
 from corpus import prepare as prepare_module
-from corpus.files import Settings, TextFiles, tasks_of
+from corpus.dataset import Wanted
+from corpus.files import TextFiles, tasks_of
 from corpus.formats import Source
 from corpus.prepare import Output, prepare
 from corpus.shards import read_shard
@@ -71,11 +72,13 @@ def corpus(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-SETTINGS = Settings("gpt2", val_fraction=0.2, test_fraction=0.1, shard_tokens=900, text_column="text")
+SETTINGS = Wanted(
+    *("", "gpt2"), data_dir=Path(), val_fraction=0.2, test_fraction=0.1, shard_tokens=900, unknown_characters=""
+)
 
 
-def run(dataset: Path | str, out: Path, settings: Settings = SETTINGS, processes: int = 1) -> dict:
-    prepare(str(dataset), out, settings, out.parent / "data", processes, Console())
+def run(dataset: Path | str, out: Path, wanted: Wanted = SETTINGS, processes: int = 1) -> dict:
+    prepare(replace(wanted, dataset=str(dataset), data_dir=out.parent / "data"), out, processes, Console())
     return read_json(out / "index.json")
 
 
