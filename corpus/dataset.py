@@ -35,7 +35,8 @@ class Wanted:
         val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
         context_len: each split must hold context_len + 1 tokens; with `whole` each is the whole text, of two or more.
         shard_tokens: where shards are made, from how many tokens on one is full.
-        unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
+        unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop"; "" where
+            it can lack none, as it is made of the text.
         train_shards: how many shards of a named set are fetched to train on.
         text_column, skip_bad_rows: of rows, which column is read, and whether those without a text are left out.
         chat: whether that column holds conversations.
