@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import config_lib
 from configs import default
 from corpus.chat import chat_tokens
-from corpus.dataset import Dataset
+from corpus.dataset import Dataset, Wanted
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices
@@ -142,22 +142,8 @@ def load_data(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    return load_dataset(
-        config.dataset,
-        config.tokenizer,
-        data_dir=data_dir_of(config),
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        context_len=config.context_len,
-        train_shards=config.train_shards,
-        whole=whole,
-        unknown_characters=config.unknown_characters,
-        text_column=config.text_column,
-        skip_bad_rows=config.skip_bad_rows,
-        chat=config.chat,
-        say=say,
-        vocabulary=vocabulary,
-    )
+    own = {"data_dir": data_dir_of(config), "whole": whole, "vocabulary": vocabulary, "say": say}
+    return load_dataset(Wanted.of(config, **own))
 
 
 def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:

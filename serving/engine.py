@@ -86,7 +86,7 @@ _FREE = Request([0], 0, Sampling(0), lambda tokens, finish: None)
 def _rows(texts: Sequence[Request | None]) -> Rows:
     rows = [
         (text.tokens[-1], len(text.tokens) - 1, text.made, text.max_tokens - text.made)
-        + (text.sampling.temperature, text.sampling.top_p, text.key, text.alternatives > 0)
+        + (float(text.sampling.temperature), float(text.sampling.top_p), text.key, text.alternatives > 0)
         for text in (text or _FREE for text in texts)
     ]
     return Rows(*map(np.array, zip(*rows, strict=True)))

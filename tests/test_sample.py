@@ -259,7 +259,7 @@ def test_long_prompts_of_a_file_are_told_in_one_line(tmp_path, capsys):
         ('{"prompt": "A"}\n{"prompt": "A µ"}', [], ["prompts.jsonl: line 2: ", "'µ' at 2", "--replace_unknown"]),
         (None, [], ["--prompts=", "cannot be read"]),
         ('{"prompt": "A"}', ["--prompt=A"], ["--prompts: ", "leave out that or --prompt"]),
-        ('{"prompt": "A"}', ["--num_samples=0"], ["--num_samples: must be at least 1, got 0"]),
+        ('{"prompt": "A"}', ["--num_samples=0"], ["--num_samples=0: 0 is not a positive integer"]),
         ('{"prompt": "A"}', ["--stop="], ["--stop: must not be empty"]),
         ('{"prompt": "A"}', ["--out=/gone/out.jsonl"], ["--out=/gone/out.jsonl: cannot be made"]),
     ],
