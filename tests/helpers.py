@@ -173,7 +173,7 @@ def assert_possible_or_refused(key: str, value: Any) -> None:
         # Two keys can be impossible together, and then the message may name the other one.
         assert re.match(r"config\.\w+: [^\n]+$", str(error)) and key in str(error)
     else:
-        old_name = key == "attention_sink" and value is True
+        old_name = key == "attention_sink" and isinstance(value, bool)
         assert type(config[key]) is type(usual[key]) or old_name
 
 
