@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("sinks", __doc__, argv, _define)
     console = Console()
     devices.set_up_compile_cache(console.warn)
-    devices.wake_up()
+    devices.start_jax()
     source, dataset, of_run = values["from"].value, values.dataset, ("workdir", "step", "weights")
     if wrong := [name for name in of_run if values[name].present] if source else ["tokenizer"] * bool(values.tokenizer):
         raise UserError(f"--{wrong[0]}: {'a run has it' if source else 'a run has its own'}; leave it out")

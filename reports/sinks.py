@@ -124,17 +124,17 @@ class _Shown(nnx.Module):
     def __init__(self, block: nnx.Module, see: Callable[[_Seen], None]):
         self.block, self.see = block, see
 
-    def __call__(self, x_BTD, where, rngs):
+    def __call__(self, x_BTD, info, rngs):
         attention, inside = self.block.attention, []
 
-        def attend(x_BTD, where, place):
-            q_BTNH, k_BTKH, v_BTKH, sink = attention.project(x_BTD, where)
-            found = _log_probabilities(q_BTNH, k_BTKH, sink, attention.window, where.document_BT)
-            inside.append((*found, k_BTKH, v_BTKH, where.document_BT))
-            return attention(x_BTD, where, place)
+        def attend(x_BTD, info, access):
+            q_BTNH, k_BTKH, v_BTKH, sink = attention.project(x_BTD, info)
+            found = _log_probabilities(q_BTNH, k_BTKH, sink, attention.window, info.document_BT)
+            inside.append((*found, k_BTKH, v_BTKH, info.document_BT))
+            return attention(x_BTD, info, access)
 
         self.block.attention = attend
-        x_BTD, cache = self.block(x_BTD, where, rngs)
+        x_BTD, cache = self.block(x_BTD, info, rngs)
         self.see(_Seen(*inside[0], x_BTD))
         return x_BTD, cache
 

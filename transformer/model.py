@@ -20,14 +20,14 @@ from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
 from transformer.sharding import constrain, part_shape
 from transformer.stack import run_blocks
-from transformer.xla import dot_general, settle
+from transformer.xla import dot_general, materialize
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
-Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
+CacheAccess = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's, the first slot to write, masks by window
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 
-class Where(NamedTuple):
+class TokenInfo(NamedTuple):
     """What the blocks know of the tokens besides the residual stream. Document 0 may lack its beginning."""
 
     turn: Rotation | None  # rotary cosines and sines
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
             self.value_embedding = _embed(c.vocab_size, c.num_kv_heads * c.head_dim, c, rngs)
             self.value_gate = _linear(min(forms.VALUE_GATE_CHANNELS, c.embedding_dim), c.num_kv_heads, False, c, rngs)
 
-    def project(self, x_BTD: jax.Array, where: Where) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    def project(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands; and the
         sinks' logits, as `attend` takes them."""
         c, B, T = self.config, *x_BTD.shape[:2]
@@ -103,20 +103,22 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.embeds_values:
             gate_BTK = self.value_gate(x_BTD[..., : forms.VALUE_GATE_CHANNELS])
-            v_BTKH = forms.with_value_embedding(v_BTKH, self.value_embedding(where.tokens_BT), gate_BTK)
+            v_BTKH = forms.with_value_embedding(v_BTKH, self.value_embedding(info.tokens_BT), gate_BTK)
         sink = forms.sink_logits(self.sinks, q_BTNH, getattr(self, "sink", None), getattr(self, "sink_key", None))
-        if where.turn is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, where.turn), rotate(k_BTKH, where.turn)
+        if info.turn is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, info.turn), rotate(k_BTKH, info.turn)
         return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype), sink
 
-    def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, access: CacheAccess | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, where)
-        if place is None:
-            how = self.window, c.attention_kernel, where.document_BT
+        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, info)
+        if access is None:
+            how = self.window, c.attention_kernel, info.document_BT
             cache, y_BTNH = None, causal_attention(q_BTNH, k_BTKH, v_BTKH, sink, *how)
         else:
-            before, slot, masks = place
+            before, slot, masks = access
             cache = write(before, k_BTKH, v_BTKH, slot)
             y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink)
         if c.exclusive_attention:
@@ -167,14 +169,14 @@ class Block(nnx.Module):
             self.residual_scalars = nnx.Param(forms.first_residual_scalars(layer, config.num_blocks))
 
     def __call__(
-        self, x_BTD: jax.Array, where: Where, rngs: nnx.Rngs | None, place: Place | None = None
+        self, x_BTD: jax.Array, info: TokenInfo, rngs: nnx.Rngs | None, access: CacheAccess | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         if hasattr(self, "residual_scalars"):
-            x_BTD = forms.scaled_residual(x_BTD, where.first_BTD, self.residual_scalars[...])
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), where, place)
-        x_BTD = settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
+            x_BTD = forms.scaled_residual(x_BTD, info.first_BTD, self.residual_scalars[...])
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), info, access)
+        x_BTD = materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
+        return materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
 
 
 class Transformer(nnx.Module):
@@ -214,15 +216,15 @@ class Transformer(nnx.Module):
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
         documents = cache is None and c.document_start >= 0
         document_BT = jnp.cumsum(tokens_BT == c.document_start, axis=1) if documents else None
-        where = Where(turn, document_BT, tokens_BT, x_BTD)
+        info = TokenInfo(turn, document_BT, tokens_BT, x_BTD)
         if cache is None:
             period = c.period if c.scan_blocks else 0
-            return self.final_norm(run_blocks(self.blocks, x_BTD, where, rngs, c.remat, period)), None
+            return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None
         windows = {block.attention.window for block in self.blocks}
         masks = {window: visible_slots(cache, T, window) for window in windows}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, after = block(x_BTD, where, rngs, (before, cache.length, masks))
+            x_BTD, after = block(x_BTD, info, rngs, (before, cache.length, masks))
             layers.append(after)
         return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
 
