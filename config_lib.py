@@ -240,14 +240,14 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
     if differs:
         raise UserError(
             f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "
-            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start anew with "
+            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start a new run with "
             f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
     if new.epochs and sequences(old) != sequences(new):
         raise UserError(
             f"config.batch_size: schedule {new.schedule!r} was laid out in steps of {sequences(old)} sequences, which "
-            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start anew with "
+            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
             f"--config.init_from={workdir}"
         )
 

@@ -8,28 +8,34 @@ import math
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
 from commands.flags import parse_flags
-from commands.planning.compilers import devices_of
-from commands.planning.predict import Planned, plan_step, rule_bytes, smaller
-from commands.planning.traffic import axes_of_group
 from runtime import devices
 from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.screen.console import Console
 from runtime.screen.text import duration, human
-from training.cost import parameter_counts, peak_flops
+from training.compilers import devices_of, facts_of
+from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
+from training.evaluate import Evaluator
+from training.step import Step, make_step
+from training.traffic import Collective, axes_of_group
+from transformer import sampling
+from transformer.config import TransformerConfig
 from transformer.kernels.choose import choose, obstacle
-from transformer.sharding import make_mesh, parse_mesh
+from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel, make_mesh, parse_mesh
 from transformer.xla import aimed_at, target_of
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
@@ -77,7 +83,7 @@ def main(argv: list[str]) -> None:
         hardware = values.compile_for.partition(":")[0]
     else:
         devices.simulate_cpu_devices(num_devices(config, values.devices))
-        there, hardware = devices.wake_up(), values.hardware
+        there, hardware = devices.start_jax(), values.hardware
         memory = MEMORY[hardware]
         config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
@@ -94,6 +100,114 @@ def main(argv: list[str]) -> None:
         if values.out:
             plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", memory, changes)
             write_json(Path(values.out), plan)
+
+
+def num_devices(config: ConfigDict, asked: int) -> int:
+    """The number of devices: what the mesh names, or what was asked for."""
+    sizes = parse_mesh(config.mesh).values()
+    return asked or (1 if -1 in sizes else math.prod(sizes))
+
+
+def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
+    """The vocabulary's size and end-of-text token; from the data if the tokenizer's name does not determine them."""
+    if config.tokenizer in VOCABULARIES:
+        return VOCABULARIES[config.tokenizer]
+    tokenizer = run_lib.load_data(config, console.line).tokenizer
+    return tokenizer.vocab_size, tokenizer.eot
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training step for a mesh, compiled and not run. Sizes are bytes on each device."""
+
+    mesh: Mesh
+    config: ConfigDict
+    model: TransformerConfig
+    memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
+    state_arrays: int  # of the training state, all of which should be donated
+    programs: dict[str, dict[str, Any]]  # what `facts_of` says of the step, and of the others if asked for
+
+    @property
+    def traffic(self) -> list[Collective]:
+        """What a step sends."""
+        return [Collective(**c | {"group": tuple(c["group"])}) for c in self.programs["step"].get("collectives", [])]
+
+    @property
+    def needed(self) -> int | None:
+        """The most memory that a device needs, by the compiler."""
+        sizes = {name: p.get("peak_bytes") or p.get("needed_bytes") for name, p in self.programs.items()}
+        return max((size + self.beside(name) for name, size in sizes.items() if size), default=None)
+
+    def beside(self, program: str) -> int:
+        """What a run holds besides while this program runs: the optimizer's state, and for samples the parameters.
+
+        The first device alone writes samples, with whole parameters: where they are split, its parts of them stay.
+        """
+        parts = 0 if is_data_parallel(self.mesh) else self.memory["parameters"]
+        return {"step": 0, "evaluation": self.memory["optimizer"]}.get(program, self.memory["optimizer"] + parts)
+
+    @property
+    def refused(self) -> str:
+        """Why the compiler refuses a program, in its words, or ""."""
+        return next((p["refused"] for p in self.programs.values() if "refused" in p), "")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a real step."""
+        return self.config.batch_size * self.config.context_len * self.config.accumulation_steps
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the model in a real step, over all devices (PaLM's count, without what remat computes again)."""
+        return flops_per_token(self.model) * self.tokens
+
+
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, others: bool = False) -> Planned:
+    """The config's step for a mesh; with `others` also what evaluates and what writes samples."""
+    with aimed_at(target_of(mesh.devices.flat)):
+        model, step, memory = _built(config, vocab_size, eot, mesh)
+        shape = config.batch_size, config.context_len + 1
+        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharded(mesh))
+        programs = {"step": facts_of(step.run.lower(step.state, batch), mesh.devices)}
+        if others and "refused" not in programs["step"]:
+            evaluation = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
+            first = mesh.devices.ravel()[:1]
+            programs["evaluation"] = facts_of(evaluation, mesh.devices)
+            for name, program in sampling.lowered(model, step.state.params, SingleDeviceSharding(first[0])).items():
+                programs[name] = facts_of(program, first)
+        return Planned(mesh, config, model, memory, len(jax.tree.leaves(step.state)), programs)
+
+
+def rule_bytes(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> int:
+    """What a device needs by `training.cost.held_bytes`; nothing is compiled."""
+    return sum(_built(config, vocab_size, eot, mesh)[2].values())
+
+
+def _built(
+    config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh
+) -> tuple[TransformerConfig, Step, dict[str, int]]:
+    model = config_lib.model_config_of(config, vocab_size, eot)
+    settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+    step = make_step(settings, model, config.max_steps or 1000, jax.random.key(config.seed), mesh, *spikes)
+    return model, step, held_bytes(settings, model, config.batch_size, step.state, mesh)
+
+
+def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """Changes that lower the memory and not what is computed, each with those before it; the cheapest first."""
+    changes: dict[str, Any] = {}
+    if not 0 < config.loss_chunk <= 2048:
+        yield (changes := changes | {"loss_chunk": 2048})
+    if config.remat == "none":
+        yield (changes := changes | {"remat": "dots"})
+    rows, rounds, parts = config.batch_size, config.accumulation_steps, mesh.shape[DATA] * mesh.shape[FSDP]
+    for i in range(64):
+        if i == 2 and config.remat != "block":
+            yield (changes := changes | {"remat": "block"})
+        if i == 3 and mesh.size > 1 and is_data_parallel(mesh):
+            yield (changes := changes | {"mesh": f"fsdp={mesh.size}"})
+        if rows % (2 * parts) == 0:
+            rows, rounds = rows // 2, 2 * rounds
+            yield (changes := changes | {"batch_size": rows, "accumulation_steps": rounds})
 
 
 def _planned(config: ConfigDict, tokens: tuple[int, int | None], there: list, whole: bool, console: Console) -> Planned:
@@ -134,20 +248,6 @@ def fitted(
 
 def _as_flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
-
-
-def num_devices(config: ConfigDict, asked: int) -> int:
-    """The number of devices: what the mesh names, or what was asked for."""
-    sizes = parse_mesh(config.mesh).values()
-    return asked or (1 if -1 in sizes else math.prod(sizes))
-
-
-def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
-    """The vocabulary's size and end-of-text token; from the data if the tokenizer's name does not determine them."""
-    if config.tokenizer in VOCABULARIES:
-        return VOCABULARIES[config.tokenizer]
-    tokenizer = run_lib.load_data(config, console.line).tokenizer
-    return tokenizer.vocab_size, tokenizer.eot
 
 
 def report(

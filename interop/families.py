@@ -6,6 +6,7 @@ Each family is one table for both directions, import and export.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,13 +40,12 @@ class Rule(NamedTuple):
     layout: Layout
 
 
-def _both(theirs: str, ours: str, weight: Layout = TRANSPOSED) -> list[Rule]:
-    """The weight and the bias of a linear map."""
-    return [Rule(f"{theirs}.weight", (f"{ours}.kernel",), weight), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+def _both(theirs: str, ours: str, layout: Layout = TRANSPOSED, weight: str = "kernel") -> list[Rule]:
+    """The weight and the bias of a linear map, or of a norm, whose `weight` is called scale here."""
+    return [Rule(f"{theirs}.weight", (f"{ours}.{weight}",), layout), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
 
 
-def _layer_norm(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.weight", (f"{ours}.scale",), SAME), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+_layer_norm = partial(_both, layout=SAME, weight="scale")
 
 
 # --- Families -----------------------------------------------------------------------------------------------------
@@ -77,7 +77,10 @@ class Family:
     constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
 
 
-_PLAIN_ATTENTION = {"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False}
+_PLAIN_BLOCKS = {
+    **{"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False},
+    **{"value_embeddings": False, "residual_scalars": False},
+}
 
 GPT2 = Family(
     "gpt2",
@@ -113,7 +116,7 @@ GPT2 = Family(
     },
     fixed={
         **{"norm": "layernorm", "norm_bias": True, "position": "learned", "qk_norm": "none", "attention_sink": "none"},
-        **_PLAIN_ATTENTION,
+        **_PLAIN_BLOCKS,
         **{"sliding_window": 0, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "logit_softcap": 0.0},
     },
     activations={"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"},
@@ -164,7 +167,7 @@ _LLAMA_SETTINGS = {
 }
 _LLAMA_FIXED = {
     **{"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": "none", "logit_softcap": 0.0},
-    **_PLAIN_ATTENTION,
+    **_PLAIN_BLOCKS,
 }
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
 

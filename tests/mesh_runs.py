@@ -14,17 +14,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from helpers import SOONER, tiny_config, train_until
+from helpers import tiny_config, train_until
 from jax.sharding import PartitionSpec
+from xla_flags import SOONER
 
 import config_lib
 import train_lib
-from commands.planning.traffic import axes_of_group, collectives
 from runtime.checkpoints.manager import Checkpoints
 from training.cost import held_bytes
 from training.ema import average_of
 from training.muon import share_out
 from training.step import make_step
+from training.traffic import axes_of_group, collectives
 from transformer.sharding import batch_sharded, make_mesh, parse_mesh, shardings_of, undivided
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false {SOONER}"
@@ -66,6 +67,9 @@ MORE = {  # what else a step can be asked for, all at once
     "attention_sink": "key",
     "attention_gate": "head",
     "exclusive_attention": True,
+    "num_blocks": 4,
+    "value_embeddings": True,
+    "residual_scalars": True,
 }
 
 

@@ -12,17 +12,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, SOONER, tiny_config
+from helpers import ROOT, tiny_config
+from xla_flags import SOONER
 
 import config_lib
 import main
 from commands.plan import MEMORY
-from commands.planning.compilers import devices_of
-from commands.planning.traffic import axes_of_group, collectives, sent_bytes
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
 from runtime.screen.text import duration, human
+from training.compilers import devices_of
 from training.cost import flops_per_token, parameter_counts, peak_flops
+from training.traffic import axes_of_group, collectives, sent_bytes
 from transformer.config import TransformerConfig
 
 HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -196,7 +197,7 @@ NOT_INSTALLED = "--compile_for={}: its compiler is not installed; pip install -r
 )
 def test_what_cannot_be_planned_is_one_line(flags, message, capsys, monkeypatch):
     jax.devices()
-    monkeypatch.setattr("commands.planning.compilers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("training.compilers.importlib.util.find_spec", lambda name: None)
     assert main.main(["plan", "--config=configs/gpt2_124m.py", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
@@ -214,7 +215,7 @@ def test_what_cannot_be_planned_is_one_line(flags, message, capsys, monkeypatch)
 )
 def test_devices_that_are_not_here_by_name(monkeypatch, name, options, there):
     asked = {}
-    compilers = "commands.planning.compilers."
+    compilers = "training.compilers."
     monkeypatch.setattr(compilers + "importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(compilers + "os.environ", {})
     monkeypatch.setattr(
@@ -272,7 +273,7 @@ def test_fit_takes_the_first_change_that_fits_and_stops_in_time(tmp_path, monkey
         sizes = {f"{name}_bytes": size for name, size in sizes.items()} if len(compiled) >= enough else {}
         return told | sizes | {"compile_seconds": 1.0, "kept": False, "flops": None, "donated": 3, "collectives": []}
 
-    monkeypatch.setattr("commands.planning.predict.facts_of", facts_of)
+    monkeypatch.setattr("commands.plan.facts_of", facts_of)
     enough = 4
     assert elsewhere(tmp_path / "plan", "--fit") == 0
     out = capsys.readouterr().out

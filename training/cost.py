@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from training.optimizer import OptimizerConfig
 from training.step import TrainState
 from transformer.config import TransformerConfig
+from transformer.forms import VALUE_GATE_CHANNELS
 from transformer.kernels.choose import choose
 from transformer.sharding import DATA, FSDP, SEQUENCE, TENSOR
 
@@ -25,10 +26,12 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     return {
         "embedding": c.vocab_size * D,
         "positions": c.context_len * D if c.position == "learned" else 0,
-        "attention": L * attention,
+        "attention": L * attention + _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * K,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
         "sinks": sum({"logit": N, "key": K * H}.get(c.sink(layer), 0) for layer in range(L)),
+        "value embeddings": _value_embeddings(c) * c.vocab_size * K * H,
+        "residual scalars": 2 * L * c.residual_scalars,
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
     }
 
@@ -36,6 +39,11 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
 def _gate(config: TransformerConfig) -> int:
     """Numbers in a token's gate, in one layer."""
     return config.num_heads * {"none": 0, "head": 1, "channel": config.head_dim}[config.attention_gate]
+
+
+def _value_embeddings(config: TransformerConfig) -> int:
+    """How many layers have one."""
+    return sum(config.has_value_embedding(layer) for layer in range(config.num_blocks))
 
 
 def flops_per_token(config: TransformerConfig) -> float:
@@ -48,7 +56,9 @@ def flops_per_token(config: TransformerConfig) -> float:
     keys = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
     attention = 2 * c.head_dim * (c.num_heads + c.num_kv_heads) + _gate(c)
     mlp = (3 if c.mlp.startswith("swiglu") else 2) * c.mlp_dim
-    return 6 * D * (c.num_blocks * (attention + mlp) + c.vocab_size) + 12 * keys * c.num_heads * c.head_dim
+    matrices = D * (c.num_blocks * (attention + mlp) + c.vocab_size)
+    matrices += _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * c.num_kv_heads
+    return 6 * matrices + 12 * keys * c.num_heads * c.head_dim
 
 
 def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> dict[str, int]:
@@ -57,20 +67,19 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated.
     logits: with their gradient.
 
-    Args:
-      rows: sequences of context_len tokens on each device.
-      tensor: into how many parts heads and hidden units are split; the residual stream is whole on each device.
+    `rows` are the sequences on each device; heads and hidden units are split into `tensor` parts, the residual stream
+    is whole on each device.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
     tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
-    qkv = (N + 2 * K) * H
+    qkv = (N + 2 * K) * H + K * H * c.value_embeddings
     attended = 2 * N * H + (N * H + 2 * _gate(c) if _gate(c) else 0)
     inner = qkv + attended + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
     probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
-    whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
+    whole = size * ((6 + c.residual_scalars) * D + inner // tensor) + 4 * probs // tensor
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)
@@ -89,10 +98,7 @@ def held_bytes(
     a CPU: there the sum was within -16 % and +30 % of what a dozen compiled steps, of 12 MB to 6 GB, reported.
 
     gradients: with the updates made from them, and copies for communication. gathered: weights that fsdp splits, whole
-    where they are used, those of two blocks at a time.
-
-    Args:
-      batch_size: sequences in a micro-batch, over all devices.
+    where they are used, those of two blocks at a time. `batch_size`: sequences in a micro-batch, over all devices.
     """
     rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     forward, parameters = activation_bytes(model_config, batch_size // rows, tensor), _bytes_of(state.params)
@@ -156,11 +162,3 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
-
-
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
-    """A loss in nats per token as bits per byte of text, which is comparable across tokenizers.
-
-    `num_tokens` and `num_bytes` (UTF-8) are those of the same text. None if the tokens stand for no text.
-    """
-    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -19,7 +18,7 @@ from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_o
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params, shapes_of
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
-from transformer.xla import jit_for, settle, target_of, traced_for
+from transformer.xla import jit_for, materialize, target_of, traced_for
 
 
 class TrainState(NamedTuple):
@@ -146,7 +145,7 @@ def make_train_step(
         params = state.params
         loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
         good, seen = see_gradients(state.health, loss, grads)
-        good = settle(good)  # otherwise a CPU program would repeat the whole test for each gradient
+        good = materialize(good)  # otherwise a CPU program would repeat the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         window_loss = state.window_loss + jnp.where(good, loss, 0.0)
         window_tokens = state.window_tokens + jnp.where(good, tokens, 0)
@@ -189,17 +188,6 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
         total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # vdot would gather a split array
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
     return result
-
-
-def regroup(state: TrainState, old: int, new: int) -> TrainState:
-    """Converts the state of a run, between two real steps, from accumulation over `old` micro-batches to `new`.
-
-    With more than one, optax's MultiSteps wraps the inner optimizer's state. The number of real steps stays the same.
-    """
-    opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
-    if new > 1:
-        opt_state = optax.MultiSteps(optax.identity(), new).init(state.params)._replace(inner_opt_state=opt_state)
-    return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
 # --- The step of a run --------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from commands.planning.traffic import collectives
-from runtime.devices import simulate_cpu_devices, sizes_in, wake_up
+from runtime.devices import simulate_cpu_devices, sizes_in, start_jax
 from runtime.errors import StorageError, UserError, one_line
 from runtime.files import read_object, user_cache, write_json
+from training.traffic import collectives
 
 GIB = 2**30
 TPUS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a device: a chip, of a tpu7x half a chip
@@ -63,7 +63,7 @@ def devices_of(text: str) -> tuple[list[jax.Device], float]:
         os.environ.setdefault(name, value)
     simulate_cpu_devices(sizes[0] if kind == "cpu" else 0)
     if kind == "cpu":
-        return wake_up(), math.inf
+        return start_jax(), math.inf
     options: dict[str, Any] = {}
     if kind in TPUS:
         libraries, memory, file = ["libtpu"], TPUS[kind] * GIB, "requirements-tpu-compiler.txt"
