@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("plan", __doc__, argv, _define, config=True)
     config, console = values.config, Console()
     config_lib.check(config)
+    config = config_lib.in_parts(config)
     if not 0 < values.mfu <= 1:
         raise UserError("--mfu: must be above 0 and at most 1")
     if values.tokens < 0 or values.devices < 0:
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> None:
     devices.set_up_compile_cache(console.warn)
     config_lib.check_devices(config, len(devices.wake_up()))
     with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
+        mesh = make_mesh(config.mesh, devices=devices.wake_up())
+        planned = plan_step(config, *vocabulary(config, console), mesh, MEMORY[values.hardware])
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 
@@ -86,6 +88,7 @@ def report(planned: Planned, hardware: str, mfu: float, budget: float, console: 
     row("model", f"{human(parameters)} parameters, {config.dtype}", "exact")
     row("mesh", f"{n:,} x {hardware}: {shape}", "")
     row("step", f"{human(planned.tokens)} tokens, {human(planned.flops)} FLOPs in the model", "counted")
+    row("micro-batch", f"{config.batch_size:,} sequences, {config.accumulation_steps:,} a step", "")
     console.line("")
     console.line("memory on each device")
     for name, size in planned.memory.items():

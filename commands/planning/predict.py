@@ -1,18 +1,18 @@
 """What a config would take on devices that are not here: its step is compiled for simulated ones, from shapes alone."""
 
+import math
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
 from commands.planning.traffic import Collective, collectives
 from training.cost import flops_per_token, held_bytes
+from training.micro_batch import compiled, program_bytes
 from training.step import make_step
 from transformer.config import TransformerConfig
-from transformer.sharding import batch_sharded
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Planned:
         return flops_per_token(self.model) * self.tokens
 
 
-def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
-    """The config's step for a mesh; the dtype is the config's own, which names one."""
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, memory: float = math.inf) -> Planned:
+    """The config's step for a mesh of devices of `memory` bytes; the dtype is the config's own, which names one."""
     key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
+    if config.micro_batch:
+        config = config_lib.in_largest_parts(config, model, mesh, key, memory, compiles=False)
     settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
     step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    program = step.run.lower(step.state, batch).compile()
-    held = program.memory_analysis()
+    program = compiled(step, config.batch_size, config.context_len, mesh)
     return Planned(
         mesh=mesh,
         config=config,
         model=model,
         memory=held_bytes(settings, model, config.batch_size, step.state, mesh),
-        compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
+        compiled_bytes=program_bytes(program) or 0,
         traffic=collectives(program.as_text(), mesh.size),
     )
