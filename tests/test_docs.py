@@ -10,11 +10,15 @@ Commands of the README, which train for minutes and read corpora, are parsed alo
 """
 
 import argparse
+import gzip
 import importlib
+import importlib.util
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,7 +100,7 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             check_benchmark(words[2], words[3:], monkeypatch)
         elif words[0].endswith("pytest"):
             assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests"))
-        else:
+        elif not (words[0] == "python" and Path(words[1]).exists()):  # a file of the page
             assert re.match(OTHER, " ".join(words)), f"not known to the test: {line}"
 
 
@@ -132,6 +136,8 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "data" / "text.txt").write_text(make_text(), encoding="utf-8")
     talk = [{"role": "user", "content": "A lamp?"}, {"role": "assistant", "content": "It."}]
     (tmp_path / "talks.jsonl").write_text(4 * (json.dumps({"messages": talk}) + "\n"))
+    stories = [json.dumps({"text": line}) for line in make_text().splitlines()]
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress("\n".join(stories).encode()))
     for name in "shakespeare", "imported":
         shutil.copytree(finished_run().workdir, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
@@ -173,6 +179,8 @@ def test_the_commands_of_a_page_run(page, place):
             elif argv is not None and argv[0].startswith("-"):  # two steps, by bytes: the next line may give any text
                 short = ["--config.max_steps=2", "--config.tokenizer=byte"]
                 run([word for word in argv if not word.startswith("--config.max_steps")] + short)
+            elif words[0] == "python" and importlib.util.find_spec("torch"):  # a file of the page, for transformers
+                subprocess.run([sys.executable, *words[1:]], check=True)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
