@@ -336,6 +336,16 @@ def test_a_conversation_in_each_form(client, model):
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
 
 
+def test_a_prompt_as_what_a_user_says(client, url, model):
+    """As the page asks for it."""
+    assert client.models.retrieve("letters").chat is True
+    ask = {"model": "letters", "max_tokens": 12, "temperature": 0}
+    said = client.completions.create(**ask, prompt="hi", extra_body={"chat": True}).choices[0].text
+    assert said == text_of(model, "user hi\n", 12, temperature=0)
+    sinks = lambda **ask: httpx.post(f"{url}/sinks", json={"token_ids": [1, 2], **ask}, timeout=60).json()["shares"]
+    assert sinks(prompt="hi", chat=True) == sinks(prompt="user hi\n") != sinks(prompt="hi")
+
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TALK = {"messages": [{"role": "user", "content": "a"}]}
 
