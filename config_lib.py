@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
+from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
@@ -216,12 +217,13 @@ def in_parts(config: ConfigDict, size: int | None = None) -> ConfigDict:
 
 
 def in_largest_parts(
-    config: ConfigDict, model: TransformerConfig, mesh: Mesh, key: jax.Array, memory: float, compiles: bool = True
+    config: ConfigDict, model: TransformerConfig, mesh: Mesh, key: jax.Array, memory: float | None = None
 ) -> ConfigDict:
-    """The config in the largest micro-batches that fit devices of `memory` bytes (`training.micro_batch`)."""
+    """The config in the largest micro-batches that fit the devices, or by the rule alone others of `memory` bytes."""
     health = config.spike_sigmas, config.skip_spikes
     build = lambda settings: make_step(settings, model, config.max_steps or 1000, key, mesh, *health)
-    found = largest_part(optimizer_config(config), model, config.batch_size, build, mesh, memory, compiles)
+    there = memory or devices.memory_available()
+    found = largest_part(optimizer_config(config), model, config.batch_size, build, mesh, there, memory is None)
     return in_parts(config, found)
 
 
@@ -274,14 +276,14 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
     if differs:
         raise UserError(
             f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "
-            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start anew with "
+            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start a new run with "
             f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
     if new.epochs and sequences(old) != sequences(new):
         raise UserError(
             f"config.batch_size: schedule {new.schedule!r} was laid out in steps of {sequences(old)} sequences, which "
-            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start anew with "
+            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
             f"--config.init_from={workdir}"
         )
 

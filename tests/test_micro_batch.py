@@ -9,7 +9,7 @@ from helpers import assert_same_state, losses, tiny_config, train_until
 import config_lib
 import run_lib
 import train_lib
-from commands.planning.predict import plan_step
+from commands.plan import plan_step
 from runtime import devices
 from runtime.errors import UserError
 from training import micro_batch
