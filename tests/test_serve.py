@@ -579,7 +579,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
             while not (said := re.search(r" at (http://\S+) and ", capsys.readouterr().out)):
                 time.sleep(0.05)
             url = said[1]
-            ask = {"prompt": "A heron", "max_tokens": 400, "temperature": 0, "stream": True}
+            # long enough for the server, which looks for a signal ten times a second, to close before the text ends
+            ask = {"prompt": "A heron", "max_tokens": 2000, "temperature": 0, "stream": True}
             with httpx.stream("POST", url + COMPLETIONS, json=ask, timeout=60) as answer:
                 lines = answer.iter_lines()
                 found["first"] = next(lines)
@@ -597,8 +598,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
     assert found["rest"][-1] == "data: [DONE]" and "late" not in found
     events = [json.loads(line.removeprefix("data: ")) for line in [found["first"], *found["rest"][:-1]]]
     run = finished_run()
-    want = generate(run.model, run.tokenizer, ["A heron"], 400, Sampling(0))[0]
-    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 400
+    want = generate(run.model, run.tokenizer, ["A heron"], 2000, Sampling(0))[0]
+    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 2000
 
 
 def test_what_cannot_be_served_is_one_line(capsys, monkeypatch, tmp_path):
