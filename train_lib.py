@@ -146,8 +146,8 @@ class Trainer:
         several = config.steps_per_dispatch > 1
         self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
-        measured = config.report and self.model_config.has_sinks
-        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
+        to_measure = workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer
+        self.sinks = SinkLog(*to_measure) if config.report else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))

@@ -66,6 +66,9 @@ MORE = {  # what else a step can be asked for, all at once
     "attention_sink": "key",
     "attention_gate": "head",
     "exclusive_attention": True,
+    "num_blocks": 4,
+    "value_embeddings": True,
+    "residual_scalars": True,
 }
 
 

@@ -32,7 +32,7 @@ def test_it_is_stored_without_outputs():
 @pytest.fixture
 def executed(tmp_path, monkeypatch) -> dict[str, nbformat.NotebookNode]:
     """The cells by the heading that they stand under, those of code alone; each heading has one."""
-    steps = {"max_steps": 200, "eval_every": 100, "save_every": 100, "sample_every": 0}
+    steps = {"max_steps": 200, "eval_every": 100, "save_every": 100, "sample_every": 0, "report": True}
     changes = {**TINY, "dataset": tiny_config().dataset, "data_dir": tiny_config().data_dir, **steps}
     monkeypatch.setenv("NOTEBOOK_CONFIG", json.dumps(changes))
     monkeypatch.setenv("NOTEBOOK_RUNS", str(tmp_path))
@@ -58,7 +58,12 @@ def test_it_runs_from_top_to_bottom(executed, tmp_path):
     compared = executed["With and without sinks"]
     assert "attention_sink" in printed(compared) and pictures(compared) == 2
     assert (tmp_path / "compare" / "compare.html").exists()
-    assert pictures(executed["Look at the sinks"]) == 2
+    looked = executed["Look at the sinks"]
+    assert (
+        pictures(looked) == 2
+        and printed(looked).count("goes to sinks") == 2
+        and "Of all attention 0.0%" in printed(looked)
+    )
     stopped = printed(executed["Stop, and go on"])
     assert "saved step" in stopped and "resuming at step" in stopped and "bit for bit" in stopped
     assert [row["loss"] for row in rows(tmp_path / "stopped")] == [row["loss"] for row in rows(tmp_path / "sinks")]

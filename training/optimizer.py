@@ -23,9 +23,9 @@ from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positi
 
 Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
 
-HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|gate)|mlp\.(gate|up|down))\.kernel")
-EMBEDDING = re.compile(r"(embedding|positions)\.embedding")
-VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key)")
+HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|(value_)?gate)|mlp\.(gate|up|down))\.kernel")
+EMBEDDING = re.compile(r"(embedding|positions|blocks\.\d+\.attention\.value_embedding)\.embedding")
+VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key|residual_scalars)")
 HEAD = "head.kernel"
 
 CHOICES = {
