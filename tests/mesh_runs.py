@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from helpers import SOONER, tiny_config, train_until
+from helpers import tiny_config, train_until
 from jax.sharding import PartitionSpec
+from xla_flags import SOONER
 
 import config_lib
 import train_lib
