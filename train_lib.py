@@ -101,7 +101,7 @@ class Trainer:
         rebatch: bool,
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-        self.console, self.stop, self.watchdog = console, stop, watchdog
+        self.console, self.stop, self.watchdog, self.tracing = console, stop, watchdog, False
         latest = checkpoints.latest()
         allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # checked before anything is loaded
@@ -167,7 +167,6 @@ class Trainer:
         watched = config.max_bad_steps, config.skip_spikes, step.state.params, jax.device_get(self.state.metrics)
         self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
-        self.tracing = False
         settings = config_lib.to_dict(config)
         record = {"config": settings, "timed_steps": self.timed, **devices.environment()}
         write_json(workdir / run_lib.CONFIG_FILE, record)
