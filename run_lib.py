@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -238,6 +239,17 @@ def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
     if kept not in MODEL_CHOICES["dtype"]:
         raise NoCheckpointError(f"a checkpoint's dtype: {kept!r}; {_ODD_META}")
     return Choice(kept, "auto: as the run began")
+
+
+def in_parts_as_began(config: ConfigDict, meta: dict[str, Any], workdir: Path) -> ConfigDict:
+    """A config of micro_batch="auto" with a checkpoint's micro-batches, or parts of them if they divide no batch_size.
+
+    Raises UserError if there are now more devices than these can be divided among.
+    """
+    if config.micro_batch and IMPORTED_FROM not in meta:
+        config = config_lib.in_parts(config, math.gcd(config.batch_size, config_of(meta, workdir).batch_size))
+        config_lib.check_devices(config, len(devices.start_jax()))
+    return config
 
 
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:

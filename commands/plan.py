@@ -30,12 +30,13 @@ from runtime.screen.text import duration, human
 from training.compilers import devices_of, facts_of
 from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
 from training.evaluate import Evaluator
+from training.micro_batch import lowered
 from training.step import Step, make_step
 from training.traffic import Collective, axes_of_group
 from transformer import sampling
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import choose, obstacle
-from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel, make_mesh, parse_mesh
+from transformer.sharding import DATA, FSDP, is_data_parallel, make_mesh, parse_mesh
 from transformer.xla import aimed_at, target_of
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("plan", __doc__, argv, _define, config=True)
     config, console = values.config, Console()
     config_lib.check(config)
+    config = config_lib.in_parts(config)
     if not 0 < values.mfu <= 1:
         raise UserError("--mfu: must be above 0 and at most 1")
     if values.tokens < 0 or values.devices < 0:
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> None:
     with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
         config_lib.check_devices(config, len(there))
         tokens = vocabulary(config, console)
-        planned = _planned(config, tokens, there, bool(values.compile_for), console)
+        planned = _planned(config, tokens, there, memory, bool(values.compile_for), console)
         changes: dict[str, Any] = {}
         if values.fit and not fits(planned, memory):
             planned, changes = fitted(planned, tokens, there, memory, console)
@@ -162,20 +164,23 @@ class Planned:
         return flops_per_token(self.model) * self.tokens
 
 
-def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, others: bool = False) -> Planned:
-    """The config's step for a mesh; with `others` also what evaluates and what writes samples."""
+def plan_step(
+    config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, memory: float = math.inf, others: bool = False
+) -> Planned:
+    """The config's step for a mesh of devices of `memory` bytes. `others`: also what evaluates and samples."""
     with aimed_at(target_of(mesh.devices.flat)):
-        model, step, memory = _built(config, vocab_size, eot, mesh)
-        shape = config.batch_size, config.context_len + 1
-        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharded(mesh))
-        programs = {"step": facts_of(step.run.lower(step.state, batch), mesh.devices)}
+        if config.micro_batch:
+            model = config_lib.model_config_of(config, vocab_size, eot)
+            config = config_lib.in_largest_parts(config, model, mesh, jax.random.key(config.seed), memory)
+        model, step, held = _built(config, vocab_size, eot, mesh)
+        programs = {"step": facts_of(lowered(step, config.batch_size, config.context_len, mesh), mesh.devices)}
         if others and "refused" not in programs["step"]:
             evaluation = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
             first = mesh.devices.ravel()[:1]
             programs["evaluation"] = facts_of(evaluation, mesh.devices)
             for name, program in sampling.lowered(model, step.state.params, SingleDeviceSharding(first[0])).items():
                 programs[name] = facts_of(program, first)
-        return Planned(mesh, config, model, memory, len(jax.tree.leaves(step.state)), programs)
+        return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), programs)
 
 
 def rule_bytes(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> int:
@@ -210,9 +215,11 @@ def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
             yield (changes := changes | {"batch_size": rows, "accumulation_steps": rounds})
 
 
-def _planned(config: ConfigDict, tokens: tuple[int, int | None], there: list, whole: bool, console: Console) -> Planned:
+def _planned(
+    config: ConfigDict, tokens: tuple[int, int | None], there: list, memory: float, whole: bool, console: Console
+) -> Planned:
     with console.busy("compiling the step" + ", the evaluation, prefill and decode" * whole):
-        return plan_step(config, *tokens, make_mesh(config.mesh, devices=there), whole)
+        return plan_step(config, *tokens, make_mesh(config.mesh, devices=there), memory, whole)
 
 
 def fits(planned: Planned, memory: float) -> bool:
@@ -239,7 +246,7 @@ def fitted(
         tries, changes, began = tries + 1, candidate, time.monotonic()
         spent, left = duration(began - start), duration(longest * (MOST_TRIES - tries + 1))
         console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(changes)}; {spent} so far, about {left} left")
-        planned = _planned(config, tokens, there, True, console)
+        planned = _planned(config, tokens, there, memory, True, console)
         longest = max(longest, time.monotonic() - began)
         if fits(planned, memory) or tries == MOST_TRIES:
             break
@@ -261,6 +268,7 @@ def report(
     row("model", f"{human(parameters)} parameters, {planned.model.dtype}", "exact")
     row("mesh", f"{n:,} x {hardware}: {shape}")
     row("step", f"{human(planned.tokens)} tokens, {human(planned.flops)} FLOPs in the model", "counted")
+    row("micro-batch", f"{config.batch_size:,} sequences, {config.accumulation_steps:,} a step", "")
     console.line("")
     console.line("memory on each device")
     megabytes = lambda size: f"{size / 1e6:12,.3f} MB"

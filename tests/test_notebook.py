@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -64,3 +67,23 @@ def test_it_runs_from_top_to_bottom(executed, tmp_path):
     stopped = printed(executed["Stop, and go on"])
     assert "saved step" in stopped and "resuming at step" in stopped and "bit for bit" in stopped
     assert [row["loss"] for row in rows(tmp_path / "stopped")] == [row["loss"] for row in rows(tmp_path / "sinks")]
+
+
+def test_where_no_clone_is_it_asks_for_the_address_and_needs_no_edit(tmp_path, monkeypatch):
+    source = next(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    asked, ran = [], []
+
+    def run(words, check):
+        ran.append([str(word) for word in words])
+        (tmp_path / "transformer-jax").mkdir(exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(source, {"input": lambda text: asked.append(text) or "https://example.org/mine.git"})
+    assert asked == ["address of the repository: "] and Path.cwd() == tmp_path / "transformer-jax"
+    assert [words[:2] for words in ran] == [["git", "clone"], [sys.executable, "-m"]]
+    assert ran[0][-2:] == ["https://example.org/mine.git", str(tmp_path / "transformer-jax")]
+    monkeypatch.chdir(tmp_path)
+    exec(source, {"input": None})  # the clone is there now
+    assert [words[0] for words in ran[2:]] == [sys.executable]

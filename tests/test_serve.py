@@ -335,6 +335,16 @@ def test_a_conversation_in_each_form(client, model):
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
 
 
+def test_a_prompt_as_what_a_user_says(client, url, model):
+    """As the page asks for it."""
+    assert client.models.retrieve("letters").chat is True
+    ask = {"model": "letters", "max_tokens": 12, "temperature": 0}
+    said = client.completions.create(**ask, prompt="hi", extra_body={"chat": True}).choices[0].text
+    assert said == text_of(model, "user hi\n", 12, temperature=0)
+    sinks = lambda **ask: httpx.post(f"{url}/sinks", json={"token_ids": [1, 2], **ask}, timeout=60).json()["shares"]
+    assert sinks(prompt="hi", chat=True) == sinks(prompt="user hi\n") != sinks(prompt="hi")
+
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TALK = {"messages": [{"role": "user", "content": "a"}]}
 
@@ -568,7 +578,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
             while not (said := re.search(r" at (http://\S+) and ", capsys.readouterr().out)):
                 time.sleep(0.05)
             url = said[1]
-            ask = {"prompt": "A heron", "max_tokens": 400, "temperature": 0, "stream": True}
+            # long enough for the server, which looks for a signal ten times a second, to close before the text ends
+            ask = {"prompt": "A heron", "max_tokens": 2000, "temperature": 0, "stream": True}
             with httpx.stream("POST", url + COMPLETIONS, json=ask, timeout=60) as answer:
                 lines = answer.iter_lines()
                 found["first"] = next(lines)
@@ -586,8 +597,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
     assert found["rest"][-1] == "data: [DONE]" and "late" not in found
     events = [json.loads(line.removeprefix("data: ")) for line in [found["first"], *found["rest"][:-1]]]
     run = finished_run()
-    want = generate(run.model, run.tokenizer, ["A heron"], 400, Sampling(0))[0]
-    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 400
+    want = generate(run.model, run.tokenizer, ["A heron"], 2000, Sampling(0))[0]
+    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 2000
 
 
 def test_what_cannot_be_served_is_one_line(capsys, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Services that take a run's numbers beside its own files, if they are switched on. None can stop a run.
 
-A new tracker is a class in a file of its own, as `WandbTracker` is one, and a line in `TRACKERS`.
+A new tracker is a class in a file of its own, as `WandbTracker` is one, a line in `TRACKERS`, and the name of its
+directory in `runtime.workdir.DIRECTORIES`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
