@@ -27,6 +27,11 @@ def lowered(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
     return step.run.lower(step.state, batch)
 
 
+def compiled(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
+    """The same, compiled and not run."""
+    return lowered(step, batch_size, context_len, mesh).compile()
+
+
 def program_bytes(program: Any) -> int | None:
     """The program's arguments and temporary arrays on each device; None where the compiler does not tell."""
     held = program.memory_analysis()
@@ -64,7 +69,7 @@ def largest_part(
         if not compiles or rule > MOST_OVER * memory:
             return rule
         try:
-            return program_bytes(lowered(step, size, model_config.context_len, mesh).compile()) or rule
+            return program_bytes(compiled(step, size, model_config.context_len, mesh)) or rule
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
