@@ -145,7 +145,7 @@ def shared_out() -> dict[str, Any]:
     for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", None), PartitionSpec(None, None)):
         done: list[tuple[int, ...]] = []
         work = lambda x_XMN, done=done: done.append(x_XMN.shape) or x_XMN.sum(axis=(1, 2), keepdims=True) - x_XMN
-        results = jax.jit(lambda stacks, spec=spec, work=work: share_out(work, stacks, [spec] * 2, mesh))(stacks)
+        results = jax.jit(lambda stacks, spec=spec, work=work: share_out([work] * 2, stacks, [spec] * 2, mesh))(stacks)
         right = [np.array_equal(y, x.sum(axis=(1, 2), keepdims=True) - x) for x, y in zip(stacks, results, strict=True)]
         found[str(tuple(spec))] = {"shapes": done, "right": all(right)}
     return found
