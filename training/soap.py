@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from training.muon import share_out
+from transformer.sharding import replicated
 
 
 class SoapState(NamedTuple):
@@ -67,6 +68,8 @@ def scale_by_soap(
 def _decompose(work: Callable[[jax.Array], jax.Array], tree: Any, mesh: Mesh | None) -> Any:
     """`work` on stacks [X, M, M] of the square matrices of a tree, one of each size."""
     leaves, treedef = jax.tree.flatten(tree)
+    if mesh is not None:  # they are split as weights of their shape are, from which XLA finds no way to whole matrices
+        leaves = jax.lax.with_sharding_constraint(leaves, replicated(mesh))
     alike = {size: [i for i, x in enumerate(leaves) if len(x) == size] for size in map(len, leaves)}
     stacks = [jnp.stack([leaves[i] for i in members]) for members in alike.values()]
     done = share_out([work] * len(stacks), stacks, [PartitionSpec(None, None)] * len(stacks), mesh)
