@@ -209,5 +209,5 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
 
 def test_a_run_whose_decay_falls_to_its_end_gets_no_longer(tmp_path):
     old, new = (tiny_config(max_steps=steps, decay_schedule="cosine") for steps in (3, 5))
-    with pytest.raises(UserError, match="^config.max_steps: decay_schedule 'cosine' was laid out for 3"):
+    with pytest.raises(UserError, match=r"^config\.max_steps: decay_schedule 'cosine' was laid out for 3"):
         config_lib.check_resume(old, new, tmp_path)
