@@ -245,13 +245,14 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
     if differs:
         raise UserError(
             f"config.{differs[0]}: {laid_out} {new[laid_out]!r} was laid out for {old[differs[0]]}, so it cannot "
-            f"become {new[differs[0]]} now; a constant one could, or start anew with --config.init_from={workdir}"
+            f"become {new[differs[0]]} now; a constant one could, or start a new run with "
+            f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
     if new.epochs and sequences(old) != sequences(new):
         raise UserError(
             f"config.batch_size: {laid_out} {new[laid_out]!r} was laid out in steps of {sequences(old)} sequences, "
-            f"which would become {sequences(new)}; keep batch_size * accumulation_steps, or start anew with "
+            f"which would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
             f"--config.init_from={workdir}"
         )
 

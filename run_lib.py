@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import config_lib
 from configs import default
 from corpus.chat import chat_tokens
-from corpus.dataset import Dataset
+from corpus.dataset import Dataset, Wanted
 from corpus.tokenizer import Tokenizer, is_called, tokenizer_from_dict
 from input_pipeline import load_dataset
 from runtime import devices
@@ -142,22 +142,8 @@ def load_data(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    return load_dataset(
-        config.dataset,
-        config.tokenizer,
-        data_dir=data_dir_of(config),
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        context_len=config.context_len,
-        train_shards=config.train_shards,
-        whole=whole,
-        unknown_characters=config.unknown_characters,
-        text_column=config.text_column,
-        skip_bad_rows=config.skip_bad_rows,
-        chat=config.chat,
-        say=say,
-        vocabulary=vocabulary,
-    )
+    own = {"data_dir": data_dir_of(config), "whole": whole, "vocabulary": vocabulary, "say": say}
+    return load_dataset(Wanted.of(config, **own))
 
 
 def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
@@ -225,7 +211,7 @@ def real_step_of(meta: dict[str, Any]) -> int:
     return micro_step_of(meta) // meta["config"].get("accumulation_steps", 1)
 
 
-_ODD_META = "this program did not write it so; put a copy of the run back, or begin anew with --fresh"
+_ODD_META = "this program did not write it so; put a copy of the run back, or start again from step 0 with --fresh"
 
 
 def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
@@ -239,11 +225,8 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
 def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
     """The arithmetic of a run: its config's, where that is "auto" the one that it began with, else the best one here.
 
-    Args:
-      meta: of a checkpoint; None where there is none yet. Older builds, which kept none, took float32 on a CPU.
-
-    Raises:
-      NoCheckpointError: it names none that there is.
+    `meta` is that of a checkpoint, or None. Older builds, which kept no dtype in it, took float32 on a CPU. Raises
+    NoCheckpointError if it names none that there is.
     """
     if config.dtype != "auto":
         return Choice(config.dtype)
@@ -325,7 +308,7 @@ def load_model(
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = model_config_for(config, tokenizer)
-    place = jax.sharding.SingleDeviceSharding(devices.wake_up()[0])
+    place = jax.sharding.SingleDeviceSharding(devices.start_jax()[0])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)
@@ -372,7 +355,7 @@ def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None
     if (rows := metrics.read()) and not checkpoints.never_saved():
         raise NoCheckpointError(
             f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
-            "directory back (is its disk mounted?), or begin anew with --fresh, which moves the rest aside"
+            "directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the rest aside"
         )
     checkpoints.begin()
 
@@ -436,14 +419,10 @@ def resume(
 ) -> Resumed | None:
     """The newest sound checkpoint, converted for `config`; None if there is no checkpoint.
 
-    Args:
-      build: makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
-      allow: raises if `config` cannot go on from a checkpoint (`require_same_run`).
-      warn: is told of damaged checkpoints, which are set aside.
-
-    Raises:
-      UserError: this config, text or tokenizer cannot go on from it.
-      NoCheckpointError: all are damaged.
+    `build` makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
+    `allow` raises if `config` cannot go on from a checkpoint (`require_same_run`). `warn` is told of damaged
+    checkpoints, which are set aside. Raises UserError if this config, text or tokenizer cannot go on from it,
+    NoCheckpointError if all are damaged.
     """
     new = config.accumulation_steps
     made: dict[int, Step] = {}  # by checkpoint

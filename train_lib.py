@@ -66,11 +66,11 @@ def train(
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
         devices.set_up_compile_cache(console.warn)
-        num_devices = len(devices.wake_up())
+        num_devices = len(devices.start_jax())
         config_lib.check_devices(config, num_devices)
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
-                move_aside(workdir, console.line)
+                by_first(partial(move_aside, workdir, console.line))
             trainer = None
             try:
                 with (
@@ -118,7 +118,7 @@ class Trainer:
         how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
         self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
-        self.mesh = make_mesh(config.mesh, devices=devices.wake_up())
+        self.mesh = make_mesh(config.mesh, devices=devices.start_jax())
         of_model, of_batch = most_parts(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
@@ -168,8 +168,7 @@ class Trainer:
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
-            kept = {"name": workdir.name, "config": settings, "workdir": workdir, "step": logged}
-            self.trackers = Trackers(enabled, **kept, warn=console.warn)
+            self.trackers = Trackers(enabled, workdir.name, settings, workdir, console.warn, logged)
         for name, where in self.trackers.where.items():
             console.line(f"{name:<12}{where}")
 
@@ -266,7 +265,7 @@ class Trainer:
         try:
             if not self.reported:  # the last session stopped between the step and its report
                 self._report(self.state.metrics)
-            with self.console.progress(self.total, self.step, "compiling the step") as bar:
+            with self.console.progress(self.total, self.step, "compiling the step") as update:
                 for span, batch in prefetch(make_batch, dispatches):
                     self.stop.raise_if_set()
                     if profile:
@@ -281,7 +280,7 @@ class Trainer:
                     if self.micro_step % k == 0:
                         self.reported = False
                         self._report(step_metrics)
-                        bar.update(self.step)
+                        update(self.step)
             if profile:
                 self._profile(*profile)
         except Interrupted:

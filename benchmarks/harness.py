@@ -61,7 +61,7 @@ def wake_devices(config: ConfigDict) -> None:
     """The devices and the compile cache, as the trainer sets them up for this config."""
     devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr))
     devices.set_up_compile_cache(print)
-    devices.wake_up()
+    devices.start_jax()
 
 
 def flags_of(

@@ -3,7 +3,7 @@
     python -m benchmarks.scale
 
 At a fixed model and batch each device gets a smaller share of it; at fixed work per device the batch grows with the
-devices. Nothing is run or held: steps are compiled from shapes (`commands.planning.predict`), so that a laptop does.
+devices. Nothing is run or held: steps are compiled from shapes (`commands.plan`), so that a laptop does.
 Memory: parameters and optimizer are exact, the rest is the rule of `training.cost`. Sent: the collectives of the
 compiled program, by the rings that send least.
 """
@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks.harness import about, flags_of, override, report
-from commands.plan import vocabulary
-from commands.planning.predict import plan_step
+from commands.plan import plan_step, vocabulary
 from configs import gpt2_124m
 from reports.plots import save_figure
 from runtime import devices

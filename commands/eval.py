@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
     devices.set_up_compile_cache(console.warn)
-    [device, *_] = devices.wake_up()
+    [device, *_] = devices.start_jax()
     workdir = Path(values.workdir)
     model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     meta = run_lib.meta_of(workdir, number)
@@ -112,8 +112,8 @@ def _score(
                     raise UserError(f"--tasks={path}: line {number}: {one_line(error)}") from error
     if not questions:
         raise UserError(f"--tasks={path}: has no question; write a JSON object on each line")
-    with console.progress(len(requests), 0) as bar:
-        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, bar.update))
+    with console.progress(len(requests), 0) as update:
+        told = tasks.scores(questions, tasks.log_likelihoods(model, requests, update))
     return told | ({"skipped": skipped} if skip else {})
 
 

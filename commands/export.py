@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     if not values.out:
         raise UserError("--out: missing; name a new directory for the files")
     console = Console()
-    devices.wake_up()
+    devices.start_jax()
     model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, console.warn, values.weights)
     params = {name: np.asarray(value) for name, value in params_of(model).items()}
     with new_directory(Path(values.out)) as out:

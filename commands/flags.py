@@ -36,13 +36,10 @@ def parse_flags(
 ) -> flags.FlagValues:
     """Parses the flags of one command; `argv` starts after the command's name. `--help` prints them and exits.
 
-    Args:
-      define: adds the command's own flags to the FlagValues that it gets.
-      config: whether the command takes --config and --config.KEY.
-      words: for a command that takes words besides its flags: their name in `--help`, and the list that receives them.
+    `define` adds the command's own flags, `config` those of its config. `words` is for a command that takes words
+    besides its flags: their name in `--help`, and the list that receives them.
 
-    Raises:
-      UserError: an unknown flag or key, a value of the wrong type, a word that is no flag, a broken config file.
+    Raises UserError for an unknown flag or key, a wrong type of value, a word that is no flag, a broken config file.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(words is not None)  # flags may stand after words

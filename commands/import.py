@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     if not source or not values.workdir:
         raise UserError("--from and --workdir: both are needed: where the model lies, and where the run shall be")
     console = Console()
-    devices.wake_up()
+    devices.start_jax()
     config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
     if values.context_len is not None:
         config, params = shorten(config, params, values.context_len)

@@ -5,21 +5,26 @@ The step is compiled for simulated devices, from shapes alone. The time of a run
 
 import math
 import textwrap
+from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
 from commands.flags import parse_flags
-from commands.planning.predict import Planned, plan_step
-from commands.planning.traffic import axes_of_group
 from runtime import devices
 from runtime.errors import UserError
 from runtime.screen.console import Console
 from runtime.screen.text import duration, human
-from training.cost import parameter_counts, peak_flops
-from transformer.sharding import make_mesh, parse_mesh
+from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
+from training.step import make_step
+from training.traffic import Collective, axes_of_group, collectives
+from transformer.config import TransformerConfig
+from transformer.sharding import batch_sharded, make_mesh, parse_mesh
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
@@ -57,9 +62,9 @@ def main(argv: list[str]) -> None:
     if config.dtype == "auto":
         config.dtype = "bfloat16"
     devices.set_up_compile_cache(console.warn)
-    config_lib.check_devices(config, len(devices.wake_up()))
+    config_lib.check_devices(config, len(devices.start_jax()))
     with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.wake_up()))
+        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.start_jax()))
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 
@@ -75,6 +80,46 @@ def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
         return VOCABULARIES[config.tokenizer]
     tokenizer = run_lib.load_data(config, console.line).tokenizer
     return tokenizer.vocab_size, tokenizer.eot
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training step for a mesh, compiled and not run. Sizes are bytes on each device."""
+
+    mesh: Mesh
+    config: ConfigDict
+    model: TransformerConfig
+    memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
+    compiled_bytes: int  # arguments and temporary arrays, as the compiler for the simulated devices reports them
+    traffic: list[Collective]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a real step."""
+        return self.config.batch_size * self.config.context_len * self.config.accumulation_steps
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the model in a real step, over all devices (PaLM's count, without what remat computes again)."""
+        return flops_per_token(self.model) * self.tokens
+
+
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
+    """The config's step for a mesh; the dtype is the config's own, which names one."""
+    key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
+    settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
+    step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)
+    batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
+    program = step.run.lower(step.state, batch).compile()
+    held = program.memory_analysis()
+    return Planned(
+        mesh=mesh,
+        config=config,
+        model=model,
+        memory=held_bytes(settings, model, config.batch_size, step.state, mesh),
+        compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
+        traffic=collectives(program.as_text(), mesh.size),
+    )
 
 
 def report(planned: Planned, hardware: str, mfu: float, budget: float, console: Console) -> None:

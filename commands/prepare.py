@@ -1,6 +1,5 @@
 """Tokenise a corpus into memory-mapped shards; the same command again goes on where it was stopped."""
 
-import dataclasses
 import os
 import re
 
@@ -8,7 +7,7 @@ from absl import flags
 
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
-from corpus.files import Settings
+from corpus.dataset import Wanted
 from corpus.prepare import MAX_SHARD_TOKENS, prepare
 from runtime.errors import UserError
 from runtime.files import data_folder
@@ -24,10 +23,11 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("tokenizer", "gpt2", "byte, char, a tiktoken encoding, or the directory of your own.", **define)
     flags.DEFINE_float("val_fraction", 0.01, "Of the bytes or rows, for validation: after training.", **define)
     flags.DEFINE_float("test_fraction", 0.0, "Of the bytes or rows, for testing: the end.", **define)
-    flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **define)
+    size = {"lower_bound": 1, "upper_bound": MAX_SHARD_TOKENS, **define}
+    flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **size)
     flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
     flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
-    flags.DEFINE_integer("processes", 0, "Worker processes; 0: one for each CPU core.", **define)
+    flags.DEFINE_integer("processes", 0, "Worker processes; 0: one for each CPU core.", lower_bound=0, **define)
 
 
 def main(argv: list[str]) -> None:
@@ -40,15 +40,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name}: must be at least 0 and below 1, got {getattr(values, name)}")
     if values.val_fraction + values.test_fraction >= 1:
         raise UserError("--val_fraction: with --test_fraction it leaves no text to train on; their sum must be below 1")
-    if not 1 <= values.shard_tokens <= MAX_SHARD_TOKENS:
-        raise UserError(f"--shard_tokens: must be from 1 to {MAX_SHARD_TOKENS}, got {values.shard_tokens}")
-    if values.processes < 0:
-        raise UserError(f"--processes: must be at least 0, got {values.processes}")
-    settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
     processes = values.processes or len(os.sched_getaffinity(0))
-    data_dir = data_folder(default.get_config().data_dir)
+    data_dir, console = data_folder(default.get_config().data_dir), Console()
     try:
         with spoken_in_flags():
-            prepare(values.dataset, values.out, settings, data_dir, processes, Console())
+            wanted = Wanted.of(values, data_dir=data_dir, unknown_characters="", say=console.line)
+            prepare(wanted, values.out, processes, console)
     except UserError as error:  # the code below calls it the workdir
         raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("report", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
     devices.set_up_compile_cache(console.warn)
-    devices.wake_up()
+    devices.start_jax()
     model: Transformer | str
     try:
         model, tokenizer, _, step = run_lib.load_model(workdir, values.step, console.warn, values.weights)

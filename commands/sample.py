@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from absl import flags
 
@@ -35,8 +34,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("prompt", None, "What the text goes on from; default: typed, or else standard input.", **define)
     lines = 'A file with a prompt on each line; a .jsonl has objects with a "prompt".'
     flags.DEFINE_string("prompts", None, lines, **define)
-    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", **define)
-    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", **define)
+    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", lower_bound=0, **define)
+    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", lower_bound=1, **define)
     flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", **define)
     flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", **define)
     flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", **define)
@@ -49,9 +48,6 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     values = parse_flags("sample", __doc__, argv, _define)
-    for name, least in (("num_tokens", 0), ("num_samples", 1)):
-        if getattr(values, name) < least:
-            raise UserError(f"--{name}: must be at least {least}, got {getattr(values, name)}")
     if "" in values.stop:
         raise UserError("--stop: must not be empty; leave it out to write on")
     if values.prompt is not None and values.prompts is not None:
@@ -61,14 +57,14 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise UserError(f"--{error}") from error
     devices.set_up_compile_cache(Console().warn)
-    devices.wake_up()
+    devices.start_jax()
     model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
     watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if values.prompt is None and values.prompts is None and values.out is None and watched:
         say = lambda line: print(line, flush=True)
-        person = (Conversation if config.chat else Talk)(
+        person = (Conversation if config.chat else Session)(
             *(model, tokenizer, sampling, values.num_tokens, say, write_text),
             replace_unknown=values.replace_unknown,
             stops=values.stop,
@@ -174,7 +170,7 @@ def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[
     return prompt, len(prompt_tokens(tokenizer, prompt))
 
 
-class Talk:
+class Session:
     """The settings and the last text of somebody who types to a model.
 
     Args:
@@ -262,7 +258,7 @@ class Talk:
             self.num_tokens = int(value)
 
 
-class Conversation(Talk):
+class Conversation(Session):
     """The same with a model that answers; it remembers what was said."""
 
     GREETING = "say something; /help says more"
@@ -298,11 +294,7 @@ class Conversation(Talk):
 def heard_interrupts() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises nothing, as JAX may be compiling; the function that it gives says whether Ctrl-C came."""
     came: list[int] = []
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        came.append(signum)
-
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))
     try:
         yield lambda: bool(came)
     finally:

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
             raise UserError(message) from error
         with listening:
             devices.set_up_compile_cache(console.warn)
-            devices.wake_up()
+            devices.start_jax()
             model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
             with console.busy("compiling"):
                 size = values.max_batch, values.queue

@@ -8,8 +8,9 @@ from absl import flags
 import run_lib
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
+from corpus.dataset import Wanted
 from corpus.fetch import has_vocabulary
-from corpus.files import Settings, open_corpus, tasks_of
+from corpus.files import open_corpus, tasks_of
 from corpus.load_text import decode_text, new_tokenizer
 from corpus.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from corpus.train_tokenizer import FEWEST, PATTERNS, train_tokenizer
@@ -27,7 +28,8 @@ def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     flags.DEFINE_string("dataset", None, "What to learn from: as prepare's.", **define)
     flags.DEFINE_string("out", None, "The directory to make; then --config.tokenizer=DIRECTORY uses it.", **define)
-    flags.DEFINE_integer("vocab_size", 4096, "Tokens, with the 256 bytes and 5 special ones.", **define)
+    size = {"lower_bound": FEWEST, "upper_bound": MAX_VOCAB_SIZE, **define}
+    flags.DEFINE_integer("vocab_size", 4096, "Tokens, with the 256 bytes and 5 special ones.", **size)
     flags.DEFINE_enum("split", "gpt4", sorted(PATTERNS), "Whose pattern cuts a text before merging.", **define)
     flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
     flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
@@ -38,22 +40,21 @@ def main(argv: list[str]) -> None:
     for name in ("dataset", "out"):
         if not getattr(values, name):
             raise UserError(f"--{name}: must be given; see python main.py tokenizer --help")
-    if not FEWEST <= values.vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab_size: must be from {FEWEST} to {MAX_VOCAB_SIZE}, got {values.vocab_size}")
     path = Path(values.out).expanduser() / "tokenizer.json"
     if path.exists():
         raise UserError(f"--out={values.out}: holds a tokenizer; name another directory")
     data_dir = run_lib.data_dir_of(default.get_config())
-    settings = Settings("gpt2", 0.0, 0.0, 0, values.text_column, values.skip_bad_rows)
+    all_of_it = {"tokenizer": "gpt2", "val_fraction": 0.0, "test_fraction": 0.0, "data_dir": data_dir}
     sample: list[str] = []
     with spoken_in_flags(), Console() as console:
         with console.busy("reading the files"):
-            files = open_corpus(values.dataset, settings, data_dir, console.line)
+            wanted = Wanted.of(values, **all_of_it, say=console.line)
+            files = open_corpus(wanted)
 
         def texts() -> Iterator[str]:
             left, bad = SAMPLE_BYTES, []
-            with console.progress(files.size, 0) as bar:
-                for task in tasks_of(files, settings, 0):
+            with console.progress(files.size, 0) as update:
+                for task in tasks_of(files, wanted, 0):
                     for piece in task.pieces:
                         text = decode_text(*piece)
                         if left > 0:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
                             left -= len(piece.data)
                         yield text
                     bad += task.bad
-                    bar.update(task.stop)
+                    update(task.stop)
             if bad:
                 console.warn(f"{len(bad):,} bad rows are left out; the first is {bad[0]}")
             console.doing("merging")

@@ -14,7 +14,7 @@ def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     workdir = "The run's directory; default runs/<config file's name>, or runs/<config.run>."
     flags.DEFINE_string("workdir", None, workdir, **define)
-    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and begin anew.", **define)
+    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and start again from step 0.", **define)
     flags.DEFINE_bool("rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", **define)
     coordinator = "HOST:PORT of process 0, where several processes train and no launcher tells."
     flags.DEFINE_string("coordinator", None, coordinator, **define)

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     workdir, console = Path(values.workdir), Console()
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the directory of a run")
-    devices.wake_up()
+    devices.start_jax()
     damaged = []
     with Checkpoints(workdir, read_only=True) as checkpoints:
         steps = checkpoints.steps()

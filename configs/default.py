@@ -19,12 +19,12 @@ def get_config() -> ConfigDict:
 
     # --- Model -------------------------------------------------------------------------------------------------
     config.num_blocks = 4  # layers
-    config.num_heads = 4  # query heads a layer
+    config.num_heads = 4  # query heads in each layer
     config.num_kv_heads = 0  # key/value heads; 0: as many as num_heads; fewer: grouped-query attention
     config.embedding_dim = 128  # width of the residual stream
     config.head_dim = 0  # width of a head; 0: embedding_dim / num_heads
     config.mlp_dim = 512  # hidden width of the MLP
-    config.context_len = 64  # tokens a sequence, and the most that attention looks back on
+    config.context_len = 64  # tokens in a sequence, and how far back attention can look
     config.mlp = "gelu"  # gelu (exact) | gelu_tanh | relu2 | swiglu | swiglu_clamped (gpt-oss)
     config.norm = "layernorm"  # layernorm | rmsnorm
     config.norm_eps = 1e-5  # added to the variance (layernorm) or mean square (rmsnorm)
@@ -39,12 +39,12 @@ def get_config() -> ConfigDict:
     config.yarn_truncate = True  # round the ramp between the two to whole planes
     config.yarn_attention_factor = 0.0  # scale of rotated q and k; 0: 0.1 ln(yarn_factor) + 1
     config.qk_norm = "none"  # RMSNorm of each query and key head before rotation: none | scaled | unscaled
-    config.attention_sink = FieldReference("logit", field_type=object)  # joins every softmax and gives nothing: logit
+    config.attention_sink = FieldReference("logit", field_type=object)  # in each softmax, without a value: logit
     # (learned, per head; also True) | zero (its logit is 0) | key (a learned key) | none (also False)
-    config.sink_pattern = "S"  # S sink, N none, repeated over the layers: with window_pattern "LG", "SN" is local ones'
-    config.attention_gate = "none"  # a sigmoid of the token on attention's output: none | head | channel
+    config.sink_pattern = "S"  # S sinks, N none, repeated over the layers; "SN" with window_pattern "LG": in local ones
+    config.attention_gate = "none"  # attention's output times a sigmoid of its input: none | head | channel
     config.exclusive_attention = False  # attention's output loses its component along the token's own value
-    config.sliding_window = 0  # keys a query of a local layer sees, itself included; 0: all
+    config.sliding_window = 0  # how many keys a query in a local layer sees, its own included; 0: all
     config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates
     config.qkv_bias = False  # bias of the query, key and value projections
     config.attention_out_bias = False  # bias of the attention's output projection
@@ -61,16 +61,16 @@ def get_config() -> ConfigDict:
     # that `main.py prepare` made, or a glob of .bin shards (llm.c, modded-nanogpt, nanoGPT, Megatron-LM)
     config.text_column = "text"  # of rows: the column, or the key of a JSON object, that holds the text
     config.skip_bad_rows = False  # rows without a text are left out and counted, not refused
-    config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; others take all
+    config.train_shards = 1  # of fineweb: shards of 100 million tokens to train on, at most 103; other sets use all
     config.tokenizer = "char"  # char | byte | a tiktoken encoding (gpt2, ...) | imported (init_from's) | a directory
     # that `main.py tokenizer` made
-    config.unknown_characters = "refuse"  # of a text, those that init_from's vocabulary lacks: refuse | replace | drop
-    config.val_fraction = 0.1  # of the text, for validation: what follows the training part. Shards say by their names
-    config.test_fraction = 0.0  # of the text, for testing: its end
-    config.mask_documents = False  # attention does not cross end-of-text tokens: each begins a document
-    config.chat = False  # the rows are conversations: lists of messages, of which the assistant's alone are learned
+    config.unknown_characters = "refuse"  # those that the vocabulary of init_from lacks: refuse | replace | drop
+    config.val_fraction = 0.1  # share of the text for validation, after the training part; shards say it by their names
+    config.test_fraction = 0.0  # share of the text for testing, at its end
+    config.mask_documents = False  # attention does not cross end-of-text tokens; each begins a document
+    config.chat = False  # the rows are conversations, lists of messages; only the assistant's are learned
     config.order = "shuffle"  # shuffle (a new order each epoch) | sequential | random (windows anywhere)
-    config.data_dir = "data"  # named sets and encoded texts; relative to main.py; where installed, to the user's cache
+    config.data_dir = "data"  # named sets and encoded texts; relative to main.py (installed: to the user's cache)
 
     # --- Optimizer ---------------------------------------------------------------------------------------------
     config.lr = 3e-4  # peak learning rate of AdamW
@@ -91,8 +91,8 @@ def get_config() -> ConfigDict:
     config.cautious_decay = False  # no decay of entries that the update makes larger
     config.decay_schedule = "constant"  # of weight_decay, beside the rates' own: constant | cosine | linear (to 0)
     config.decay_embeddings = False  # weight decay on token and position embeddings too
-    config.grad_clip = 1.0  # most global norm of the gradient; 0: off
-    config.accumulation_steps = 1  # micro-batches a real step
+    config.grad_clip = 1.0  # largest global norm of the gradient; 0: off
+    config.accumulation_steps = 1  # micro-batches in a real step
     config.schedule = "constant"  # of both rates, after warm-up: constant | cosine | linear | constant_linear
     config.lr_warmup_ratio = 0.0  # share of all steps
     config.decay_ratio = 0.5  # constant_linear: share of all steps that decays, at the end
@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     # and saved beside them; 0: none is kept
 
     # --- Training ----------------------------------------------------------------------------------------------
-    config.batch_size = 16  # sequences a micro-batch, over all devices
+    config.batch_size = 16  # sequences in a micro-batch, over all devices
     config.epochs = 1  # passes over the training text; 0: no limit
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever limit comes first
     config.max_flops = 0.0  # floating-point operations of the whole run, as its MFU counts them; 0: no limit
@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
     # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
     # bfloat16_matmul where a short measurement finds its products twice as fast, else float32. A run keeps its own
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
-    config.loss_chunk = 0  # tokens a device whose logits are there at once, for a large vocabulary; 0: all
+    config.loss_chunk = 0  # tokens on each device whose logits are in memory at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with
     # weights) | block (all but each block's input)
     config.scan_blocks = False  # blocks run in a loop, a smaller program; on a CPU it neither compiles nor runs faster
@@ -123,8 +123,8 @@ def get_config() -> ConfigDict:
     # and the vocabulary; sequence the tokens of each row. "": all devices on data
     config.init_from = ""  # a run's directory: start a new run from the weights of its best checkpoint
     config.init_weights = "auto"  # of init_from: trained | ema (their average) | auto (the average where there is one)
-    config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen at each row)
-    config.spike_sigmas = 6.0  # a loss this many standard deviations above the mean of recent ones is warned of; 0: off
+    config.max_bad_steps = 10  # stop after this many real steps in a row without a finite gradient (seen when logged)
+    config.spike_sigmas = 6.0  # warn of a loss this many standard deviations above the mean of recent ones; 0: off
     config.skip_spikes = False  # the gradient of such a step is not applied
     config.watchdog_seconds = 1800  # a step or a save that takes longer has hung: exit status 6; 0: wait for ever
     config.peer_seconds = 120  # of several processes: how long to wait for the others to start, and to answer
@@ -135,8 +135,8 @@ def get_config() -> ConfigDict:
     config.run = ""  # name of the run: its directory becomes runs/<run>
     config.log_every = 10  # real steps
     config.sample_every = 0  # real steps between samples; 0: only at the end
-    config.sample_prompt = "\n"  # what the samples go on from
-    config.sample_tokens = 256  # length of a sample
+    config.sample_prompt = "\n"  # what the samples begin with
+    config.sample_tokens = 256  # tokens in a sample
     config.temperature = 0.8  # of the samples; 0 is greedy
     config.report = True  # measure the sinks' shares of attention at each evaluation; at the end, write report.html
     config.print_per_layer_params = False  # list every parameter at the start

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from corpus.cache import cached
-from corpus.dataset import SPLITS, Dataset, Say, Split, count_bytes
-from corpus.files import RowFiles, Settings
+from corpus.dataset import SPLITS, Dataset, Split, Wanted, count_bytes
+from corpus.files import RowFiles
 from corpus.formats import Bad, Source
 from corpus.load_text import find_files, new_tokenizer
 from corpus.tokenizer import END_OF_TURN, ROLES, Tokenizer
@@ -93,8 +92,8 @@ class ConversationFiles(RowFiles):
     """Files of rows, whose pieces hold lists of messages."""
 
     @staticmethod
-    def contents(source: Source, settings: Settings, start: int) -> Iterator[Any]:
-        return map(messages_of, source.values(settings.text_column, start))
+    def contents(source: Source, wanted: Wanted, start: int) -> Iterator[Any]:
+        return map(messages_of, source.values(wanted.text_column, start))
 
 
 def pack(conversations: Iterable[np.ndarray], context_len: int, answer_start: int, eot: int) -> tuple[np.ndarray, str]:
@@ -163,35 +162,21 @@ class ConversationSplit(Split):
         return are_answers(inputs, targets, *self.answer, self.tokens[0], np, highest).ravel()
 
 
-def load_conversations(
-    dataset: str,
-    tokenizer: str,
-    *,
-    data_dir: Path,
-    val_fraction: float,
-    test_fraction: float,
-    context_len: int,
-    text_column: str = "messages",
-    skip_bad_rows: bool = False,
-    whole: bool = False,
-    vocabulary: Tokenizer | None = None,
-    say: Say = print,
-) -> Dataset:
-    """Packs the conversations of each split, or takes the rows from `data_dir/.cache`. Arguments as `load_text`'s.
+def load_conversations(wanted: Wanted) -> Dataset:
+    """Packs the conversations of each split, or takes the rows from the cache.
 
-    Args:
-        text_column: a list of messages: objects with `role` and `content`, or with `from` and `value`.
+    `text_column` holds a list of messages: objects with `role` and `content`, or with `from` and `value`.
 
     Raises:
         UserError: the files cannot be read, hold no rows or bad ones, a split is empty, or the tokenizer is for texts.
     """
-    vocabulary = vocabulary or new_tokenizer(tokenizer, data_dir, say, " ")
+    context_len, say = wanted.context_len, wanted.say
+    vocabulary = wanted.vocabulary or new_tokenizer(wanted.tokenizer, wanted.data_dir, say, " ")
     answer = require_turns(vocabulary)
-    sources = [Source(path) for path in find_files(dataset, data_dir, say)]
+    sources = [Source(path) for path in find_files(wanted.dataset, wanted.data_dir, say)]
     if text := next((source.path for source in sources if not source.has_rows), None):
         raise UserError(f"config.dataset: {text} has no rows; give conversations as a .jsonl, a line each")
-    settings = Settings(vocabulary.name, val_fraction, test_fraction, 0, text_column, skip_bad_rows)
-    files = ConversationFiles(sources, settings, say)
+    files = ConversationFiles(sources, wanted)
     digest = hashlib.sha256()
     for source in sources:
         for chunk in source.chunks():
@@ -212,20 +197,22 @@ def load_conversations(
             say(f"warning: {len(bad):,} bad rows are left out; the first is {bad[0]}")
         if len(packed) == 1:
             raise UserError(
-                f"config.dataset: {dataset} has no conversation in the {name} split that fits into config.context_len="
-                f"{context_len}; give more of them, or other fractions"
+                f"config.dataset: {wanted.dataset} has no conversation in the {name} split that fits into "
+                f"config.context_len={context_len}; give more of them, or other fractions"
             )
         return packed.astype(vocabulary.dtype)
 
     splits = {}
-    ends = [files.size] if whole else files.ends(val_fraction, test_fraction)
+    ends = [files.size] if wanted.whole else files.ends(wanted.val_fraction, wanted.test_fraction)
     for (name, word), (start, stop) in zip(SPLITS.items(), pairwise([0, *ends]), strict=False):
         if name == "test" and start == stop:
             continue
-        key = digest.hexdigest(), vocabulary.fingerprint, context_len, text_column, skip_bad_rows, start, stop
-        path = data_dir / ".cache" / f"{hashlib.sha256(str(key).encode()).hexdigest()[:32]}-chat.npy"
-        tokens = cached(path, vocabulary.dtype, partial(tokens_of, "whole text" if whole else word, start, stop), say)
+        rows = wanted.text_column, wanted.skip_bad_rows, start, stop
+        key = digest.hexdigest(), vocabulary.fingerprint, context_len, *rows
+        path = wanted.cache / f"{hashlib.sha256(str(key).encode()).hexdigest()[:32]}-chat.npy"
+        make = partial(tokens_of, "whole text" if wanted.whole else word, start, stop)
+        tokens = cached(path, vocabulary.dtype, make, say)
         splits[name] = ConversationSplit(tokens, None, (), context_len, answer)
-    if whole:
+    if wanted.whole:
         splits = dict.fromkeys(SPLITS, splits["train"])
     return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, digest.hexdigest())

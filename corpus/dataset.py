@@ -4,10 +4,11 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,6 +23,52 @@ ORDERS = ("shuffle", "sequential", "random")
 UNKNOWN_CHARACTERS = ("refuse", "replace", "drop")
 
 COUNTED_AT_ONCE = 2**24  # tokens
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which data set, and how it is to be read: the config's keys, and flags, of these names.
+
+    Attributes:
+        dataset: a named data set, a file, a directory, or a glob of files.
+        tokenizer: a name or a directory; unused where `vocabulary`, an earlier run's own tokenizer, is given.
+        val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
+        context_len: each split must hold context_len + 1 tokens; with `whole` each is the whole text, of two or more.
+        shard_tokens: where shards are made, from how many tokens on one is full.
+        unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop"; "" where
+            it can lack none, as it is made of the text.
+        train_shards: how many shards of a named set are fetched to train on.
+        text_column, skip_bad_rows: of rows, which column is read, and whether those without a text are left out.
+        chat: whether that column holds conversations.
+    """
+
+    dataset: str
+    tokenizer: str
+    _: KW_ONLY
+    data_dir: Path
+    val_fraction: float
+    test_fraction: float
+    context_len: int = 0
+    shard_tokens: int = 2**27
+    whole: bool = False
+    unknown_characters: str = "refuse"
+    train_shards: int = 1
+    text_column: str = "text"
+    skip_bad_rows: bool = False
+    chat: bool = False
+    vocabulary: Tokenizer | None = None
+    say: Say = print
+
+    @classmethod
+    def of(cls, settings: Any, **own: Any) -> Self:
+        """By a config, or by flags, where `own` do not say otherwise."""
+        names = {field.name for field in fields(cls)} & {*settings} - own.keys()
+        return cls(**{name: getattr(settings, name) for name in names}, **own)
+
+    @property
+    def cache(self) -> Path:
+        """Where what was worked out is kept."""
+        return self.data_dir / ".cache"
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,10 @@ def _start_worker(saved: dict[str, Any] | None) -> None:
     _tokenizer = tokenizer_from_dict(saved) if saved else None
 
 
-def _in_worker(pieces: list[Piece], unknown: str) -> Encoded | set[str]:
-    return _work(_tokenizer, pieces, unknown)
-
-
-def _work(tokenizer: Tokenizer | None, pieces: list[Piece], unknown: str) -> Encoded | set[str]:
-    return encode(tokenizer, pieces, unknown) if tokenizer else set().union(*(decode_text(*piece) for piece in pieces))
+def _work(pieces: list[Piece], unknown: str, tokenizer: Tokenizer | None = None) -> Encoded | set[str]:
+    if tokenizer := tokenizer or _tokenizer:
+        return encode(tokenizer, pieces, unknown)
+    return set().union(*(decode_text(*piece) for piece in pieces))
 
 
 def work(
@@ -108,14 +106,14 @@ def work(
     """
     if processes == 1:
         for task in tasks:
-            yield task, _work(tokenizer, task.pieces, unknown)
+            yield task, _work(task.pieces, unknown, tokenizer)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
     under_way: deque = deque()
     try:
         for task in tasks:
-            under_way.append((task, pool.submit(_in_worker, task.pieces, unknown)))
+            under_way.append((task, pool.submit(_work, task.pieces, unknown)))
             if len(under_way) == 2 * processes:
                 task, future = under_way.popleft()
                 yield task, future.result()

@@ -66,11 +66,6 @@ DATASETS = {
 }
 
 
-def is_named(name: str) -> bool:
-    """Whether `name` is a data set that `dataset_path` knows, and not a path."""
-    return name in DATASETS
-
-
 def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
     """The file of a data set of `DATASETS`, by `obtain`; `say` gets a line for each thing that takes time."""
     return obtain(DATASETS[name], data_dir, "config.dataset", say)

@@ -6,13 +6,12 @@ is cut into tasks where that changes no token, so that many processes produce th
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from corpus.dataset import SPLITS, ends_of_splits, splits_by_name
+from corpus.dataset import SPLITS, Wanted, ends_of_splits, splits_by_name
 from corpus.formats import Bad, Source
 from corpus.load_text import find_files
 from runtime.errors import UserError
@@ -26,18 +25,6 @@ _CUT = re.compile(
 _BEHIND = 4  # bytes before the cut that the pattern looks at
 LOOK_FOR_CUT = 2**16  # bytes; a longer text without such a place is cut between any two characters
 KEPT = 2**22  # bytes of an unpacked stream, more than lie between what is asked for next and the farthest byte read
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the shards depend on, besides the files themselves. Fractions are of the text's bytes, or of the rows."""
-
-    tokenizer: str
-    val_fraction: float
-    test_fraction: float
-    shard_tokens: int
-    text_column: str
-    skip_bad_rows: bool = False
 
 
 class Piece(NamedTuple):
@@ -135,13 +122,13 @@ class RowFiles:
 
     unit, step = "rows", 256
 
-    def __init__(self, sources: list[Source], settings: Settings, say: Callable[[str], None]):
+    def __init__(self, sources: list[Source], wanted: Wanted):
         names = splits_by_name([source.path for source in sources])
         if "train" not in names:
             names = ["train"] * len(sources)
         self._sources = [source for name in SPLITS for source, own in zip(sources, names, strict=True) if own == name]
-        self._settings, self._sizes = settings, dict.fromkeys(SPLITS, 0)
-        counts = [source.num_rows(settings.text_column) for source in self._sources]
+        self._wanted, self._sizes = wanted, dict.fromkeys(SPLITS, 0)
+        counts = [source.num_rows(wanted.text_column) for source in self._sources]
         for count, name in zip(counts, sorted(names, key=list(SPLITS).index), strict=True):
             self._sizes[name] += count
         self._starts = list(accumulate(counts, initial=0))
@@ -151,7 +138,7 @@ class RowFiles:
         self._at = -1  # where they go on
         for name, word in list(SPLITS.items())[1:]:
             if own := [source.path.name for source, own in zip(sources, names, strict=True) if own == name]:
-                say(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
+                wanted.say(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
 
     def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
         """Where each of `SPLITS` ends: cut off the rows to train on where no file's name says so."""
@@ -170,21 +157,21 @@ class RowFiles:
             self._rows = self._rows_from(start)
         rows, self._at = list(islice(self._rows, stop - start)), stop
         bad = [row for row in rows if isinstance(row, str)]
-        if bad and not self._settings.skip_bad_rows:
+        if bad and not self._wanted.skip_bad_rows:
             raise UserError(f"config.dataset: {bad[0]}; mend it, or set config.skip_bad_rows")
         return [row for row in rows if isinstance(row, Piece)], bad
 
     @staticmethod
-    def contents(source: Source, settings: Settings, start: int) -> Iterator[Any]:
+    def contents(source: Source, wanted: Wanted, start: int) -> Iterator[Any]:
         """What the pieces of a file's rows from number `start` on hold, or `Bad` ones."""
-        return source.rows(settings.text_column, settings.tokenizer == "byte", start)
+        return source.rows(wanted.text_column, wanted.tokenizer == "byte", start)
 
     def _rows_from(self, start: int) -> Iterator[Piece | str]:
         for source, begin, end in zip(self._sources, self._starts, self._starts[1:], strict=False):
             if end <= start:
                 continue
             skip = max(0, start - begin)
-            for number, text in enumerate(self.contents(source, self._settings, skip), skip + 1):
+            for number, text in enumerate(self.contents(source, self._wanted, skip), skip + 1):
                 bad = isinstance(text, Bad)
                 yield f"{source.path}, row {number:,}: {text}" if bad else Piece(source.path, text)
 
@@ -194,20 +181,20 @@ def _identity(path: Path) -> tuple[str, int, int]:
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
-def open_corpus(dataset: str, settings: Settings, data_dir: Path, say: Callable[[str], None]) -> TextFiles | RowFiles:
+def open_corpus(wanted: Wanted) -> TextFiles | RowFiles:
     """The files of a corpus: a named data set, a file, a directory, or a glob, in sorted order.
 
     Raises UserError if there are no files, they cannot be read, are of two kinds, or are all empty.
     """
-    sources = [Source(path) for path in find_files(dataset, data_dir, say)]
+    sources = [Source(path) for path in find_files(wanted.dataset, wanted.data_dir, wanted.say)]
     of_rows = [source for source in sources if source.has_rows]
     if of_rows and len(of_rows) < len(sources):
         text = next(source for source in sources if not source.has_rows)
         both = f"files of rows, as {of_rows[0].path}, and of text, as {text.path}"
-        raise UserError(f"config.dataset: {dataset} has {both}; name one kind by a glob")
-    files = RowFiles(sources, settings, say) if of_rows else TextFiles(sources, settings.tokenizer)
+        raise UserError(f"config.dataset: {wanted.dataset} has {both}; name one kind by a glob")
+    files = RowFiles(sources, wanted) if of_rows else TextFiles(sources, wanted.tokenizer)
     if not files.size:
-        raise UserError(f"config.dataset: {dataset} has 0 {files.unit}; give files with text in them")
+        raise UserError(f"config.dataset: {wanted.dataset} has 0 {files.unit}; give files with text in them")
     return files
 
 
@@ -220,9 +207,9 @@ class Task(NamedTuple):
     bad: list[str]
 
 
-def tasks_of(files: TextFiles | RowFiles, settings: Settings, place: int) -> Iterator[Task]:
+def tasks_of(files: TextFiles | RowFiles, wanted: Wanted, place: int) -> Iterator[Task]:
     """The corpus from a position on, training part first. Begun at a task's end, the tasks that follow are the same."""
-    for split, end in zip(SPLITS, files.ends(settings.val_fraction, settings.test_fraction), strict=True):
+    for split, end in zip(SPLITS, files.ends(wanted.val_fraction, wanted.test_fraction), strict=True):
         while place < end:
             stop = min(end, files.boundary(min(place + files.step, files.size)))
             yield Task(split, stop, *files.pieces(place, stop))

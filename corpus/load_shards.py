@@ -20,15 +20,16 @@ from corpus.dataset import (
     Dataset,
     Say,
     Split,
+    Wanted,
     check_length,
     count_bytes,
     ends_of_splits,
     splits_by_name,
 )
-from corpus.fetch import SHARD_SETS, is_named, shard_paths
+from corpus.fetch import NAMES, SHARD_SETS, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
-from corpus.tokenizer import OWN, Tokenizer, check_tokenizer_name, is_called, tokenizer_from_dict
+from corpus.tokenizer import OWN, Tokenizer, is_called, tokenizer_from_dict
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
 
@@ -44,7 +45,7 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
 
     With the byte tokenizer, which takes any file as it is, a .bin file holds tokens only if it has a shard's header.
     """
-    if dataset in SHARD_SETS or is_named(dataset):
+    if dataset in NAMES:
         return dataset in SHARD_SETS
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -55,19 +56,7 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
     return tokenizer != "byte" or any(map(is_shard, paths))
 
 
-def load_shards(
-    dataset: str,
-    tokenizer: str,
-    *,
-    data_dir: Path,
-    val_fraction: float,
-    test_fraction: float,
-    context_len: int,
-    train_shards: int = 1,
-    whole: bool = False,
-    say: Say = print,
-    vocabulary: Tokenizer | None = None,
-) -> Dataset:
+def load_shards(wanted: Wanted) -> Dataset:
     """Loads a corpus of tokens, as `load_text` loads one of text.
 
     The index of a prepared directory says which shards are for validation and testing. Without an index, the names of
@@ -76,14 +65,13 @@ def load_shards(
     `test_fraction` of all tokens).
 
     The index holds how many bytes of text a split stands for. Without an index, the bytes of the validation and test
-    splits are counted once and kept in `data_dir/.cache`; those of the training split are unknown. An end-of-text token
+    splits are counted once and kept in the cache; those of the training split are unknown. An end-of-text token
     counts as 0 bytes. `Dataset.sha256` covers the index's lengths and hashes, if there is an index, and `sample_hash`.
-    With `whole` each split is all shards together, training shards first. Of a named set, `train_shards` are fetched.
+    With `whole` each split is all shards together, training shards first.
     Raises UserError if a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too
     short.
     """
-    if vocabulary is None:
-        check_tokenizer_name(tokenizer)
+    dataset, data_dir, say = wanted.dataset, wanted.data_dir, wanted.say
     root = Path(dataset).expanduser()
     if root.is_dir() and not (root / INDEX_FILE).exists() and (root / PROGRESS_FILE).exists():
         raise UserError(f"config.dataset: {dataset} is not finished; run the `prepare` command that began it again")
@@ -91,11 +79,11 @@ def load_shards(
     if index:
         paths = []
     elif dataset in SHARD_SETS:
-        paths = shard_paths(dataset, train_shards, data_dir, say)
+        paths = shard_paths(dataset, wanted.train_shards, data_dir, say)
     else:
         paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
     folders = {root} if index else {path.parent for path in paths}
-    vocabulary = _vocabulary(tokenizer, vocabulary, folders, data_dir, say)
+    vocabulary = _vocabulary(wanted, folders)
     size = vocabulary.vocab_size
     shards = {name: _indexed(root, index["splits"].get(name, {})) if index else [] for name in SPLITS}
     for path, name in zip(paths, splits_by_name(paths) if paths else (), strict=True):
@@ -110,7 +98,7 @@ def load_shards(
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
     folder = os.path.commonpath([shard.path.parent.absolute() for shard in files])
     named = lambda shards: tuple(os.path.relpath(shard.path, folder) for shard in shards)
-    if whole:
+    if wanted.whole:
         split = Split(ShardedTokens(files, size), None, named(files))
         check_length(split, 0, f"{dataset} has {split.num_tokens:,} in all")
         return Dataset(split, split, split, vocabulary, sha256)
@@ -118,16 +106,17 @@ def load_shards(
     if not shards["train"]:
         raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
     if not shards["val"]:
-        tokens |= _cut(shards["train"], size, val_fraction, 0.0 if shards["test"] else test_fraction)
+        tokens |= _cut(shards["train"], size, wanted.val_fraction, 0.0 if shards["test"] else wanted.test_fraction)
     splits = {}
     for name, part in tokens.items():
         whole = len(part) == sum(shard.num_tokens for shard in shards[name])
         known = index["splits"][name]["bytes"] if index and whole else None
         if known is None and name != "train":
-            key = f"{sample} {name} {len(part)} {val_fraction} {test_fraction} {vocabulary.fingerprint}"
-            known = _num_bytes(part, vocabulary, data_dir / ".cache", key, say)
+            fractions = f"{wanted.val_fraction} {wanted.test_fraction}"
+            key = f"{sample} {name} {len(part)} {fractions} {vocabulary.fingerprint}"
+            known = _num_bytes(part, vocabulary, wanted.cache, key, say)
         splits[name] = Split(part, known, named(shards[name]))
-        check_length(splits[name], context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
+        check_length(splits[name], wanted.context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
     return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
 
 
@@ -172,8 +161,9 @@ def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fractio
 # --- The tokenizer ------------------------------------------------------------------------------------------------
 
 
-def _vocabulary(name: str, given: Tokenizer | None, folders: set[Path], data_dir: Path, say: Say) -> Tokenizer:
-    """The tokenizer of these shards: the run's own (`given`), the one saved beside them, or the one called `name`."""
+def _vocabulary(wanted: Wanted, folders: set[Path]) -> Tokenizer:
+    """The tokenizer of these shards: the run's own, the one saved beside them, or the one with the wanted name."""
+    name, given = wanted.tokenizer, wanted.vocabulary
     theirs: dict[str, tuple[Path, Tokenizer]] = {}
     for folder in sorted(folders):
         if (folder / INDEX_FILE).exists():
@@ -215,7 +205,7 @@ def _vocabulary(name: str, given: Tokenizer | None, folders: set[Path], data_dir
             "config.tokenizer: char is not possible, as such shards do not say which character an id is, and a pickle "
             "beside them is never opened; prepare the text itself"
         )
-    return new_tokenizer(name, data_dir, say)
+    return new_tokenizer(name, wanted.data_dir, wanted.say)
 
 
 def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Say) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from corpus import fetch
 from corpus.cache import cached
-from corpus.dataset import SPLITS, Dataset, Say, Split, check_length, ends_of_splits
+from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, check_length, ends_of_splits
 from corpus.formats import Source, is_named_so
 from corpus.tokenizer import (
     ByteTokenizer,
@@ -19,7 +19,6 @@ from corpus.tokenizer import (
     Tokenizer,
     UnknownCharacters,
     build_tokenizer,
-    check_tokenizer_name,
 )
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
@@ -30,61 +29,42 @@ HOW_TO_GO_ON = "set config.unknown_characters to replace or drop, or give the te
 MANY_BYTES = 10_000_000  # encoding more takes long enough that a line says so first
 
 
-def load_text(
-    dataset: str,
-    tokenizer: str,
-    *,
-    data_dir: Path,
-    val_fraction: float,
-    test_fraction: float,
-    context_len: int,
-    whole: bool = False,
-    unknown_characters: str = "refuse",
-    say: Say = print,
-    vocabulary: Tokenizer | None = None,
-) -> Dataset:
-    """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from `data_dir/.cache`.
+def load_text(wanted: Wanted) -> Dataset:
+    """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from the cache.
 
     The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes. For
     other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends stay
-    as they are. Compressed files are decompressed first. Raises UserError if the text is missing, unreadable, not plain
-    text, empty, too short, not UTF-8 or has characters that `vocabulary` lacks; or no tokenizer has this name, or it
-    cannot be loaded.
-
-    Args:
-        dataset: a named data set, a file, or a glob of files, which are joined in sorted order with a newline between.
-        tokenizer: its name; unused where `vocabulary`, an earlier run's own tokenizer, is given.
-        val_fraction, test_fraction: parts of the text, read as decimals: 0.1 is exactly a tenth. No test split if 0.
-        context_len: each split must hold context_len + 1 tokens; with `whole` each is the whole text, of two or more.
-        unknown_characters: what to do with characters that `vocabulary` lacks: "refuse", "replace" or "drop".
+    as they are. Compressed files are decompressed first; several are joined in sorted order, with a newline between.
+    Raises UserError if the text is missing, unreadable, not plain text, empty, too short, not UTF-8 or has characters
+    that `vocabulary` lacks, or the tokenizer cannot be loaded.
     """
-    if vocabulary is None:
-        check_tokenizer_name(tokenizer)
-    paths = find_files(dataset, data_dir, say)
+    dataset, vocabulary, say = wanted.dataset, wanted.vocabulary, wanted.say
+    paths = find_files(dataset, wanted.data_dir, say)
     files = [_read(path) for path in paths]
-    by_bytes = (vocabulary.name if vocabulary else tokenizer) == "byte"
+    by_bytes = (vocabulary.name if vocabulary else wanted.tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))
     if not any(files) or not text:
         raise UserError(f"config.dataset: {dataset} has 0 characters; give a file with text in it")
     if vocabulary is None:
-        vocabulary = new_tokenizer(tokenizer, data_dir, say, "" if by_bytes else text)
+        vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say, "" if by_bytes else text)
     elif isinstance(vocabulary, CharTokenizer) and (strange := set(text) - set(vocabulary.symbols)):
-        text = _without(text, strange, vocabulary, unknown_characters, dataset, say)
-    ends = [0, len(text)] if whole else [0, *ends_of_splits(len(text), val_fraction, test_fraction)]
-    names = ["whole text"] if whole else list(SPLITS.values())[: 3 if test_fraction else 2]
+        text = _without(text, strange, vocabulary, wanted)
+    ends = [len(text)] if wanted.whole else ends_of_splits(len(text), wanted.val_fraction, wanted.test_fraction)
+    names = ["whole text"] if wanted.whole else [f"{word} split" for word in SPLITS.values()]
     splits, say_once = [], functools.cache(say)  # one warning, not one a split, if the cache cannot be written
-    for name, (start, end) in zip(names, pairwise(ends), strict=False):
-        splits.append(_encode(text[start:end], vocabulary, data_dir / ".cache", say_once))
-        found = f"{dataset} has {splits[-1].num_tokens} in the {name}" + ("" if whole else " split")
-        check_length(splits[-1], 0 if whole else context_len, found)
-    sha256 = hashlib.sha256(b"\n".join(files)).hexdigest()
-    if whole:
-        return Dataset(splits[0], splits[0], splits[0], vocabulary, sha256)
-    return Dataset(splits[0], splits[1], splits[2] if test_fraction else None, vocabulary, sha256)
+    for name, (start, end) in zip(names, pairwise([0, *ends]), strict=True):
+        if name == "test split" and not wanted.test_fraction:
+            continue
+        splits.append(_encode(text[start:end], vocabulary, wanted.cache, say_once))
+        found = f"{dataset} has {splits[-1].num_tokens} in the {name}"
+        check_length(splits[-1], 0 if wanted.whole else wanted.context_len, found)
+    train, val, test = splits * 3 if wanted.whole else [*splits, None][:3]
+    return Dataset(train, val, test, vocabulary, hashlib.sha256(b"\n".join(files)).hexdigest())
 
 
-def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: str, dataset: str, say: Say) -> str:
+def _without(text: str, strange: set[str], vocabulary: CharTokenizer, wanted: Wanted) -> str:
     """The text without the characters that the vocabulary lacks. Raises UserError if they are refused."""
+    choice, dataset = wanted.unknown_characters, wanted.dataset
     if choice == "refuse":
         try:
             vocabulary.encode(text)
@@ -92,7 +72,7 @@ def _without(text: str, strange: set[str], vocabulary: CharTokenizer, choice: st
             raise UserError(f"config.dataset: {dataset}: {error}; {HOW_TO_GO_ON}") from error
     instead = None if choice == "drop" else vocabulary.replacement
     how = "dropped" if choice == "drop" else f"replaced by {instead!r}"
-    say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
+    wanted.say(f"{dataset}: {len(strange)} different characters, which the vocabulary lacks, are {how}")
     return text.translate(dict.fromkeys(map(ord, strange), instead))
 
 
@@ -101,7 +81,7 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
 
     Of a directory they are those below it whose names end as files of texts do, but for hidden ones.
     """
-    if fetch.is_named(dataset):
+    if dataset in fetch.DATASETS:
         return [fetch.dataset_path(dataset, data_dir, say)]
     if dataset in fetch.SHARD_SETS:
         raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
@@ -155,16 +135,12 @@ def decode_text(path: Path, data: bytes, start: int = 0) -> str:
 
 def new_tokenizer(name: str, data_dir: Path, say: Say, text: str = "") -> Tokenizer:
     """A tokenizer by name, or from a directory; `char` takes its characters from `text`."""
-    if name == "char":
-        if (count := len(set(text))) > MANY_SYMBOLS:
-            say(f"warning: the text has {count:,} different characters; config.tokenizer=byte has 256")
-        return build_tokenizer("char", text)
-    if name == "byte":
-        return build_tokenizer("byte", "")
+    if name == "char" and (count := len(set(text))) > MANY_SYMBOLS:
+        say(f"warning: the text has {count:,} different characters; config.tokenizer=byte has 256")
     environment = dict(os.environ)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(fetch.tiktoken_cache(name, data_dir, say))
     try:
-        return build_tokenizer(name, "")
+        return build_tokenizer(name, text)
     except (OSError, ValueError) as error:
         raise UserError(f"config.tokenizer: {name} cannot be loaded: {one_line(error)}; use char or byte") from error
     finally:

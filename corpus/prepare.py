@@ -11,61 +11,50 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import SPLITS, Say
+from corpus.dataset import SPLITS, Say, Wanted
 from corpus.encode import Encoded, without_mark, work
-from corpus.files import RowFiles, Settings, Task, TextFiles, open_corpus, tasks_of
+from corpus.files import RowFiles, Task, TextFiles, open_corpus, tasks_of
 from corpus.load_shards import FORMAT, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FILE, read_index
 from corpus.load_text import new_tokenizer
 from corpus.shards import header
 from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name, tokenizer_names
-from runtime.errors import StorageError, UserError
-from runtime.files import read_json, write_json
+from runtime.errors import UserError
+from runtime.files import read_json, storing, write_json
 from runtime.screen.console import Console
 from runtime.workdir import WorkdirLock, prepare_workdir
 
+# Besides the files themselves, and `skip_bad_rows`, which makes no difference up to the first bad row.
+SHARDS_DEPEND_ON = ("tokenizer", "val_fraction", "test_fraction", "shard_tokens", "text_column")
 SAVE_EVERY = 1.0  # seconds: how much work a kill may cost
 BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
-def prepare(
-    dataset: str,
-    out: str | Path,
-    settings: Settings,
-    data_dir: Path,
-    processes: int,
-    console: Console,
-    vocabulary: Tokenizer | None = None,
-    unknown_characters: str = "",
-    say: Say | None = None,
-) -> None:
+def prepare(wanted: Wanted, out: str | Path, processes: int, console: Console) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `settings.shard_tokens` or more, or with the last task of its split. Where the tokenizer is there already as
-    `vocabulary`, what of a text it lacks becomes as `unknown_characters` says.
+    `shard_tokens` or more, or with the last task of its split.
 
     Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
     fails; another call goes on from there.
     """
-    say = say or console.line
+    vocabulary, say = wanted.vocabulary, wanted.say
     if vocabulary is None:
-        check_tokenizer_name(settings.tokenizer)
-        if settings.tokenizer not in tokenizer_names():  # a directory, whose content may change
-            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
+        check_tokenizer_name(wanted.tokenizer)
+        if wanted.tokenizer not in tokenizer_names():  # a directory, whose content may change
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
     out = prepare_workdir(out)
     with WorkdirLock(out, console.warn):
         with console.busy("reading the files"):
-            files = open_corpus(dataset, settings, data_dir, say)
-        source = asdict(settings) | {"files": hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()}
-        del source["skip_bad_rows"]  # up to the first bad row it makes no difference
+            files = open_corpus(wanted)
+        source = {key: getattr(wanted, key) for key in SHARDS_DEPEND_ON}
+        source["files"] = hashlib.sha256(json.dumps(files.identity).encode()).hexdigest()
         if vocabulary:
             source["tokenizer"] = f"{vocabulary.name} {vocabulary.fingerprint[:12]}"
         if (out / INDEX_FILE).exists():
@@ -74,23 +63,25 @@ def prepare(
             say(_summary(out, index))
             return
         state = _state(out, source, files)
-        if vocabulary is None and settings.tokenizer != "char":
-            vocabulary = new_tokenizer(settings.tokenizer, data_dir, say)
-        tokenizer = vocabulary or _alphabet(settings, state, files, processes, console, say)
-        output = Output(out, state, settings.shard_tokens, tokenizer.dtype, say)
+        if vocabulary is None and wanted.tokenizer != "char":
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
+        tokenizer = vocabulary or _alphabet(wanted, state, files, processes, console)
+        output = Output(out, state, wanted.shard_tokens, tokenizer.dtype, say)
         if place := state["place"]:
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
-        tasks = tasks_of(files, settings, place)
-        results = contextlib.closing(work(tokenizer, tasks, processes, unknown_characters))
-        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as bar:
+        tasks = tasks_of(files, wanted, place)
+        results = contextlib.closing(work(tokenizer, tasks, processes, wanted.unknown_characters))
+        with contextlib.closing(output), results as encoded, console.progress(files.size, place) as update:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
                     console.warn(f"{problem}; left out")
                 output.add(task, result if state["documents"] else without_mark(tokenizer, result))
-                bar.update(task.stop)
+                update(task.stop)
             output.finish_shard()
         if not state["splits"]["train"]["tokens"]:
-            raise UserError(f"config.dataset: {dataset} leaves nothing to train on; give more text or other fractions")
+            raise UserError(
+                f"config.dataset: {wanted.dataset} leaves nothing to train on; give more text or other fractions"
+            )
         index = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
@@ -134,16 +125,16 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
 
 
 def _alphabet(
-    settings: Settings, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console, say: Say
+    wanted: Wanted, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console
 ) -> Tokenizer:
     if state["symbols"] is None:
-        say("collecting the characters, once")
+        wanted.say("collecting the characters, once")
         found: set[str] = set()
-        passes = contextlib.closing(work(None, tasks_of(files, settings, 0), processes))
-        with passes as results, console.progress(files.size, 0) as bar:
+        passes = contextlib.closing(work(None, tasks_of(files, wanted, 0), processes))
+        with passes as results, console.progress(files.size, 0) as update:
             for task, some in results:
                 found |= some
-                bar.update(task.stop)
+                update(task.stop)
         if len(files.identity) - files.empty > 1 or files.unit == "rows":
             found.add("\n")  # it separates documents
         state["symbols"] = sorted(found)
@@ -182,11 +173,11 @@ class Output:
             name = f"{task.split}_{len(state['splits'][task.split]['shards']):06}.bin"
             before = {key: state[key] for key in ("place", "documents", "empty", "bad")}
             state["part"] = {"file": name, "split": task.split, "tokens": 0, "bytes": 0, "crc32": 0, "before": before}
-            with self._storing():
+            with storing(self._part_path):
                 self._file = self._part_path.open("w+b")
                 self._file.write(header(0, self._dtype))
         part, data = state["part"], result.tokens.astype(self._dtype).tobytes()
-        with self._storing():
+        with storing(self._part_path):
             self._file.write(data)
         part["tokens"] += len(result.tokens)
         part["bytes"] += result.num_bytes
@@ -202,7 +193,7 @@ class Output:
     def save(self) -> None:
         """Write the state, after the tokens that it counts."""
         if self._file:
-            with self._storing():
+            with storing(self._part_path):
                 self._file.flush()
         write_json(self._out / PROGRESS_FILE, self._state)
         self._saved = time.monotonic()
@@ -214,7 +205,7 @@ class Output:
             return
         path, tokens = self._out / part["file"], part["tokens"]
         if tokens:
-            with self._storing():
+            with storing(self._part_path):
                 self._file.seek(0)
                 self._file.write(header(tokens, self._dtype))
                 self._file.flush()
@@ -247,7 +238,7 @@ class Output:
         """Go on with the unfinished shard, cut back to what the state counts; start it again if those bytes differ."""
         part = self._state["part"]
         left, crc32 = part["tokens"] * self._dtype.itemsize, 0
-        with self._storing():
+        with storing(self._part_path):
             if self._part_path.exists():
                 self._file = self._part_path.open("r+b")
                 self._file.seek(len(header(0, self._dtype)))
@@ -259,11 +250,3 @@ class Output:
         self._say(f"warning: {self._part_path} is damaged or gone; that shard is written again")
         self.close()
         self._state |= part["before"] | {"part": None}
-
-    @contextlib.contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Turns an OSError into a StorageError."""
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(f"{self._out}: {error.strerror}; make room, then run the same command again") from error

@@ -26,7 +26,6 @@ from runtime.errors import UserError, one_line
 from runtime.files import open_regular
 
 HEADER_BYTES = 1024
-MAX_TOKENS = 2**31 - 1  # of one shard: the header counts in int32
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, type
 HEADERLESS = ("train.bin", "val.bin", "test.bin")  # what nanoGPT calls its files
 INDEX_MAGIC, INDEX_HEADER = b"MMIDIDX\0\0", "<QBQQ"

@@ -6,6 +6,7 @@ Each family is one table for both directions, import and export.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,13 +40,12 @@ class Rule(NamedTuple):
     layout: Layout
 
 
-def _both(theirs: str, ours: str, weight: Layout = TRANSPOSED) -> list[Rule]:
-    """The weight and the bias of a linear map."""
-    return [Rule(f"{theirs}.weight", (f"{ours}.kernel",), weight), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+def _both(theirs: str, ours: str, layout: Layout = TRANSPOSED, weight: str = "kernel") -> list[Rule]:
+    """The weight and the bias of a linear map, or of a norm, whose `weight` is called scale here."""
+    return [Rule(f"{theirs}.weight", (f"{ours}.{weight}",), layout), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
 
 
-def _layer_norm(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.weight", (f"{ours}.scale",), SAME), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+_layer_norm = partial(_both, layout=SAME, weight="scale")
 
 
 # --- Families -----------------------------------------------------------------------------------------------------

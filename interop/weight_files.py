@@ -35,34 +35,33 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
     Raises UserError if the file is missing or damaged, or has numbers of a type that numpy lacks.
     """
-    try:
-        with _opened(path) as file:
-            arrays = {}
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                try:
-                    arrays[name] = file.get_tensor(name)
-                except (AttributeError, TypeError):
-                    kind = file.get_slice(name).get_dtype()
-                    raise UserError(f"{path}: {name} is of type {kind}; fetch it in float32 or bfloat16") from None
-            return arrays, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again, as safetensors") from error
+    with _opened(path) as file:
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            try:
+                arrays[name] = file.get_tensor(name)
+            except (AttributeError, TypeError):
+                kind = file.get_slice(name).get_dtype()
+                raise UserError(f"{path}: {name} is of type {kind}; fetch it in float32 or bfloat16") from None
+        return arrays, file.metadata() or {}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; {} if there is no such file. Raises UserError if it is damaged."""
-    try:
-        with _opened(path) as file:
-            return file.metadata() or {}
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        open_regular(path).close()  # a pipe, for which the library would wait
+        with safe_open(path, framework="numpy") as file:
+            yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch or export it again") from error
-
-
-def _opened(path: Path) -> safe_open:
-    open_regular(path).close()  # what the library would wait for
-    return safe_open(path, framework="numpy")
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again, as safetensors") from error
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:

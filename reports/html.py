@@ -2,35 +2,11 @@
 
 import base64
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
+from runtime.files import read_file
 from runtime.screen.text import Table
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #ddd; --sunk: #f4f4f2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --paper: #16181c; --faint: #999; --line: #383b40; --sunk: #1e2126; }
-  img.paper { background: #fff; border-radius: 4px; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem;
-       margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--faint); font-weight: normal; vertical-align: bottom; }
-.word { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5.5rem; max-width: 22rem; }
-@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } }
-tr.bold td { font-weight: bold; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pictures img { flex: 1 1 24rem; min-width: 0; max-width: min(100%, 34rem); height: auto; align-self: flex-start; }
-p { max-width: 45rem; }
-pre { font: 13px/1.5 ui-monospace, monospace; background: var(--sunk); border-radius: 4px; padding: .6rem .8rem;
-      margin: .4rem 0; max-width: 45rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre span { border-radius: 2px; }
-figure { margin: 0; } figcaption { color: var(--faint); font-size: .85rem; margin-top: .6rem; }
-summary { cursor: pointer; margin: 1rem 0 .4rem; color: var(--faint); }
-"""
 
 
 class Picture(NamedTuple):
@@ -65,10 +41,11 @@ Block = Table | Heading | Verbatim | Fold | list[Picture] | str
 
 def html_page(title: str, blocks: list[Block]) -> str:
     """A page of the blocks, readable also on a phone, in light and in dark mode."""
+    style = read_file(Path(__file__).with_name("page.css")).decode()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{_body(blocks)}\n</body>\n</html>\n"
     )
 

@@ -27,6 +27,7 @@ from runtime.errors import StorageError, UserError, one_line
 from runtime.files import INSTALLED, PROGRAM, read_object, user_cache, write_json
 from runtime.processes import num_processes
 
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"  # for a device's matrix products: each core is a device
 MEASURED = "measured.json"  # in the folder of compiled programs: what was measured of this processor
 
 
@@ -53,11 +54,11 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
         count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
     else:
         count = int(cpu_devices)
-    if _awake():
+    if not _show_cpu_devices(count):
         if jax.default_backend() == "cpu" and jax.device_count() != count:
             warn(f"JAX is already running with {jax.device_count()} CPU device(s), not {count}; using what is there")
-        return
-    _show(count, *(["--xla_cpu_multi_thread_eigen=false"] if count > 1 else []))
+    elif count > 1 and _ONE_THREAD not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD}".strip()
 
 
 def simulate_cpu_devices(count: int) -> None:
@@ -65,27 +66,21 @@ def simulate_cpu_devices(count: int) -> None:
 
     Raises UserError if JAX is already running with other devices.
     """
-    if not _awake():
+    if _show_cpu_devices(count):
         jax.config.update("jax_platforms", "cpu")
-        _show(count)
-    elif jax.default_backend() != "cpu" or jax.device_count() != count:
-        raise UserError(f"--devices: JAX is already running with {jax.device_count()}, not {count}; start anew")
+    if jax.default_backend() != "cpu" or jax.device_count() != count:
+        raise UserError(
+            f"--devices: JAX is already running with {jax.device_count()}, not {count}; start a new process"
+        )
 
 
-def _awake() -> bool:
-    """Whether JAX's backend has started, after which it reads no flags; False for a version that does not tell."""
+def _show_cpu_devices(count: int) -> bool:
+    """Lets JAX show so many CPU devices; False if it is running already, with others."""
     try:
-        from jax._src import xla_bridge  # the only way to ask without starting it; jax.extend has none
-
-        return xla_bridge.backends_are_initialized()
-    except (ImportError, AttributeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
         return False
-
-
-def _show(count: int, *more: str) -> None:
-    """If a flag is given twice, XLA takes the last."""
-    flags = os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *more
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    return True
 
 
 def set_up_compile_cache(warn: Callable[[str], None]) -> None:
@@ -204,7 +199,7 @@ def _seal(name: str, value: bytes) -> bytes:
     return hashlib.sha256(name.encode() + value).digest()
 
 
-def wake_up() -> list[jax.Device]:
+def start_jax() -> list[jax.Device]:
     """Starts JAX and returns its devices.
 
     Raises UserError if the platform in JAX_PLATFORMS is not there, or if JAX_ENABLE_X64 is set.
@@ -223,9 +218,7 @@ def wake_up() -> list[jax.Device]:
 def require_memory(model: int, batch: int) -> None:
     """Raises UserError for what cannot fit, before work begins that would take minutes or bring the machine down.
 
-    Args:
-      model: bytes that each device needs at least for weights and optimizer.
-      batch: bytes that each device needs at least for its part of a micro-batch.
+    Both are bytes that each device needs at least, for weights and optimizer, and for its part of a micro-batch.
     """
     there, of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), 1
     if not there:  # CPU devices share the machine's memory

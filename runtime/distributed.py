@@ -50,10 +50,8 @@ def joined(
       coordinator, count, number: HOST:PORT of the first process, the number of processes, and which one this is; all
         None if a launcher says so.
       seconds: how long to wait for the others to start, and later for a heartbeat of each.
-      say: takes a line about what this process waits for.
 
-    Raises:
-      UserError: the three values, or the launcher's variables, are incomplete or impossible.
+    Raises UserError if the three values, or the launcher's variables, are incomplete or impossible.
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": number}
     if missing := [flag for flag, value in given.items() if value is None]:
@@ -84,7 +82,12 @@ def _connect(
     if number in (0, None):
         where = f" at {coordinator}" if coordinator else ""
         say(f"waiting for the other processes{where}, {seconds} s at most")
-    patience = threading.Timer(seconds, exit_at_once, [_nobody_came(coordinator, count, number, seconds)])
+    who = "the others" if number in (0, None) else f"process 0 or others of the {count}"
+    nobody_came = LostPeerError(
+        f"--coordinator: {coordinator or 'from the launcher'}: {who} did not come within {seconds} s; look at their "
+        "output, start all with the same address, and config.peer_seconds says how long to wait"
+    )
+    patience = threading.Timer(seconds, exit_at_once, [nobody_came])
     patience.daemon = True
     patience.start()  # JAX itself would abort, with a stack trace
     try:
@@ -103,14 +106,6 @@ def _connect(
             ) from error
     finally:
         patience.cancel()
-
-
-def _nobody_came(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> LostPeerError:
-    who = "the others" if number in (0, None) else f"process 0 or others of the {count}"
-    return LostPeerError(
-        f"--coordinator: {coordinator or 'from the launcher'}: {who} did not come within {seconds} s; look at their "
-        "output, start all with the same address, and config.peer_seconds says how long to wait"
-    )
 
 
 @contextmanager

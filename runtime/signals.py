@@ -29,8 +29,8 @@ def hangup_ignored() -> bool:
 class StopSignals:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop, and the second into an immediate exit.
 
-    SIGUSR1 and SIGUSR2 are requests to save, or to stop if `on_warning` says so. An ignored SIGHUP, as under nohup,
-    stays ignored.
+    SIGUSR1 and SIGUSR2 are requests to save, or to stop if `on_warning` is "stop". An ignored SIGHUP, as under nohup,
+    stays ignored. `say` takes one line when the first signal arrives; it is called from another thread.
 
     `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
     handler only when the main thread returns from C code, and a compilation can take minutes there. So the second
@@ -43,10 +43,6 @@ class StopSignals:
 
     Each of several processes passes its signal on to JAX, which tells the others; all stop at the same call of
     `raise_if_set`, so all must call it equally often.
-
-    Args:
-        say: takes one line when the first signal arrives; called from another thread.
-        on_warning: "save" or "stop".
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None, on_warning: str = "save") -> None:

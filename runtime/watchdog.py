@@ -19,10 +19,7 @@ class Watchdog:
 
     It watches from the first `beat` on, except in `pause`, in a thread of its own; it cannot act while another thread
     hangs and holds the interpreter. Time is counted in the thread's own ticks, so a process that was stopped (Ctrl-Z)
-    or a machine that slept does not count as hung.
-
-    Args:
-        seconds: how long a step, or a save, may take; 0 switches it off.
+    or a machine that slept does not count as hung. A step, or a save, may take so many `seconds`; 0 switches it off.
     """
 
     def __init__(self, workdir: Path, seconds: float) -> None:

@@ -9,12 +9,11 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 from runtime.errors import UserError, one_line
-from runtime.processes import by_first, is_first, wait_for_all
+from runtime.processes import is_first, wait_for_all
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
@@ -131,22 +130,23 @@ def _remove_unused(workdir: Path) -> None:
             workdir.rmdir()
 
 
+def first_free(prefix: str) -> Path:
+    """The first of prefix1, prefix2, ... that does not exist."""
+    return next(path for number in itertools.count(1) if not (path := Path(f"{prefix}{number}")).exists())
+
+
 def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     """Move what an earlier run left in `workdir` to `workdir.old-N` beside it, except its lock, which we hold.
 
     If the directory is a mount point, the target is `workdir/old-N`. Checkpoints are moved first and the log of steps
     last, so an interrupted move leaves steps without checkpoints, which is recognised later.
     """
-    by_first(partial(_move_aside, workdir, say))
-
-
-def _move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     left = [entry for entry in workdir.iterdir() if entry.name != LOCK and not _OLD.fullmatch(entry.name)]
     left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == LAST_MOVED))
     if not left:
         return
-    for free in (f"{workdir}.old-", f"{workdir}/old-"):
-        target = next(path for number in itertools.count(1) if not (path := Path(f"{free}{number}")).exists())
+    for prefix in (f"{workdir}.old-", f"{workdir}/old-"):
+        target = first_free(prefix)
         try:
             target.mkdir()
             for entry in left:

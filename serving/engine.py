@@ -24,7 +24,7 @@ from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sampling import CHUNK, NOTHING, Sampling, pick_each, power_of_two
-from transformer.xla import jit_where_it_lies
+from transformer.xla import jit_for_inputs
 
 ALTERNATIVES = 20  # the most that the chat endpoint of OpenAI gives
 _SHORTEST = 32  # padded prompt: fewer shapes
@@ -86,7 +86,7 @@ _FREE = Request([0], 0, Sampling(0), lambda tokens, finish: None)
 def _rows(texts: Sequence[Request | None]) -> Rows:
     rows = [
         (text.tokens[-1], len(text.tokens) - 1, text.made, text.max_tokens - text.made)
-        + (text.sampling.temperature, text.sampling.top_p, text.key, text.alternatives > 0)
+        + (float(text.sampling.temperature), float(text.sampling.top_p), text.key, text.alternatives > 0)
         for text in (text or _FREE for text in texts)
     ]
     return Rows(*map(np.array, zip(*rows, strict=True)))
@@ -104,7 +104,7 @@ def _draw(model: Transformer, hidden_BD: jax.Array, rows: Rows, banned_V: jax.Ar
     return token_B, jnp.take_along_axis(log_probs_BV, token_B[:, None], 1)[:, 0], ids_BK, best_BK
 
 
-@partial(jit_where_it_lies, static_argnames="config", donate_argnames="layers")
+@partial(jit_for_inputs, static_argnames="config", donate_argnames="layers")
 def _prefill(
     params: Params, layers: list[LayerCache], row, tokens_1P, rows: Rows, banned_V, *, config: TransformerConfig
 ):
@@ -120,7 +120,7 @@ def _prefill(
     return jax.tree.map(put, layers, own.layers), _draw(model, hidden_1PD[:, rows.length[0]], rows, banned_V)
 
 
-@partial(jit_where_it_lies, static_argnames=("config", "ends"), donate_argnames="layers")
+@partial(jit_for_inputs, static_argnames=("config", "ends"), donate_argnames="layers")
 def _decode(
     params: Params, layers: list[LayerCache], rows: Rows, banned_V, *, config: TransformerConfig, ends: tuple[int, ...]
 ):

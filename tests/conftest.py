@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from helpers import SOONER
 from hypothesis import HealthCheck, settings
 
 from runtime import devices
@@ -19,6 +20,9 @@ from transformer.model import Params, init_params
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Programs are compiled in half the time, here and in the processes that tests start; they run a little longer.
+os.environ.setdefault("XLA_FLAGS", SOONER)
 
 if (
     "TESTS_CACHE" not in os.environ

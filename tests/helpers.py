@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ import main
 import run_lib
 import train_lib
 from configs import default
+from corpus.dataset import Dataset, Wanted
+from corpus.load_documents import load_dataset
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import Interrupted, UserError
 from training.optimizer import labels_of, make_optimizer
@@ -78,6 +80,11 @@ def make_text(num_sentences: int = 700, seed: int = 0) -> str:
     who, does, what = ["A heron", "The miller", "My aunt"], ["finds", "paints", "forgets"], ["a lamp", "two eels", "it"]
     sentence = lambda: f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)} at {rng.randrange(24)}.\n"
     return "".join(sentence() for _ in range(num_sentences))
+
+
+def data_of(dataset: Any, tokenizer: str, **settings: Any) -> Dataset:
+    """A data set by `load_dataset`, which says nothing."""
+    return load_dataset(Wanted(str(dataset), tokenizer, **{"say": lambda line: None, **settings}))
 
 
 def tiny_config(**changes: Any) -> ConfigDict:
@@ -145,6 +152,15 @@ def assert_one_line(stderr: str, *words: str) -> None:
         assert word in stderr
 
 
+def refusal(call: Callable, *args: Any, **settings: Any) -> str:
+    """The message of the UserError that the call raises: one line, which says what is wrong and what to do."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **settings)
+    message = str(caught.value)
+    assert "\n" not in message and "; " in message
+    return message
+
+
 def assert_possible_or_refused(key: str, value: Any) -> None:
     """The default config with that value, set past ml_collections' own type check, as a config file can."""
     usual = default.get_config()
@@ -157,7 +173,7 @@ def assert_possible_or_refused(key: str, value: Any) -> None:
         # Two keys can be impossible together, and then the message may name the other one.
         assert re.match(r"config\.\w+: [^\n]+$", str(error)) and key in str(error)
     else:
-        old_name = key == "attention_sink" and value is True
+        old_name = key == "attention_sink" and isinstance(value, bool)
         assert type(config[key]) is type(usual[key]) or old_name
 
 

@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec
 
 import config_lib
 import train_lib
-from commands.planning.traffic import axes_of_group, collectives
 from runtime.checkpoints.manager import Checkpoints
 from training.cost import held_bytes
 from training.ema import average_of
 from training.muon import share_out
 from training.optimizer import OptimizerConfig, make_optimizer
 from training.step import make_step
+from training.traffic import axes_of_group, collectives
 from transformer.sharding import batch_sharded, make_mesh, parse_mesh, shardings_of, undivided
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false {SOONER}"

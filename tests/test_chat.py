@@ -25,6 +25,7 @@ from corpus.chat import (
     messages_of,
     pack,
 )
+from corpus.dataset import Wanted
 from corpus.formats import Bad
 from corpus.tokenizer import ByteTokenizer, tokenizer_from_dict
 from corpus.train_tokenizer import train_tokenizer
@@ -75,8 +76,8 @@ def write_rows(path, rows):
 def load(path, tmp_path, tokenizer="", **changes):
     said = []
     settings = {"data_dir": tmp_path / "data", "val_fraction": 0.2, "test_fraction": 0.0, "context_len": T}
-    data = load_conversations(path, tokenizer, **{**settings, "vocabulary": own(), "say": said.append, **changes})
-    return data, said
+    settings |= {"vocabulary": own(), "text_column": "messages", "say": said.append, **changes}
+    return load_conversations(Wanted(path, tokenizer, **settings)), said
 
 
 def explicit_mask(tokens, tokenizer):

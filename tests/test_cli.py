@@ -428,21 +428,31 @@ def test_eval_wants_the_runs_own_text_wherever_it_lies(copy, tmp_path, capsys, r
 @pytest.mark.parametrize(
     "cpu_devices, batch_size, cores, flags, expected",
     [
-        ("auto", 12, 8, "", "--xla_force_host_platform_device_count=6 --xla_cpu_multi_thread_eigen=false"),
-        ("auto", 7, 4, "--a=b", "--a=b --xla_force_host_platform_device_count=1"),
-        ("3", 7, 1, "", "--xla_force_host_platform_device_count=3 --xla_cpu_multi_thread_eigen=false"),
-        ("3", 6, 8, "--xla_force_host_platform_device_count=2", "--xla_force_host_platform_device_count=2"),
+        ("auto", 12, 8, "", ([6], "--xla_cpu_multi_thread_eigen=false")),
+        ("auto", 7, 4, "--a=b", ([1], "--a=b")),
+        ("3", 7, 1, "--a=b", ([3], "--a=b --xla_cpu_multi_thread_eigen=false")),
+        ("3", 6, 8, "--xla_force_host_platform_device_count=2", ([], "--xla_force_host_platform_device_count=2")),
     ],
 )
-def test_cores_become_devices_before_jax_wakes_up(monkeypatch, cpu_devices, batch_size, cores, flags, expected):
-    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+def test_cores_become_devices_before_jax_starts(monkeypatch, cpu_devices, batch_size, cores, flags, expected):
+    counts = []
+    monkeypatch.setattr(devices, "_show_cpu_devices", lambda count: counts.append(count) or True)
     monkeypatch.setattr(devices, "physical_cores", lambda: cores)
     monkeypatch.setenv("XLA_FLAGS", flags)
     devices.set_up_cpu_devices(cpu_devices, batch_size, warn=pytest.fail)
-    assert devices.os.environ["XLA_FLAGS"] == expected
+    assert (counts, devices.os.environ["XLA_FLAGS"]) == expected
 
 
-def test_jax_that_is_awake_stays_as_it_is(monkeypatch):
+def test_a_new_process_shows_the_devices_asked_for():
+    code = (
+        "import jax; from runtime import devices; devices.set_up_cpu_devices('3', 6, print); print(jax.device_count())"
+    )
+    usual = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=usual, capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+
+
+def test_jax_that_is_running_stays_as_it_is(monkeypatch):
     jax.devices()
     warnings = []
     monkeypatch.setenv("XLA_FLAGS", "--other")
@@ -463,4 +473,4 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(jax, "devices", missing)
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     with pytest.raises(UserError, match=r"^JAX_PLATFORMS=abacus: [^\n]*$"):
-        devices.wake_up()
+        devices.start_jax()

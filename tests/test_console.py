@@ -72,10 +72,10 @@ def test_steps_line_up_with_and_without_validation(capsys):
 
 def test_without_a_terminal_lines_are_plain_and_there_is_no_bar(capsys):
     console = Console()
-    with console, console.progress(10, 0, "compiling") as bar, console.busy("evaluating"):
+    with console, console.progress(10, 0, "compiling") as update, console.busy("evaluating"):
         console.doing("reading")
         console.header([("device", "cpu"), ("parameters", "12\n  head 7")], [Table("Box", ["", ""], [["a", "b"]])])
-        bar.update(3)
+        update(3)
         console.closing(Table("Done", ["", ""], [["a", "b"]]), "command")
         console.sample(3, "ROMEO: [bold]\x1b[31mred\n\nend")
         console.warn("two\nlines")
@@ -99,10 +99,10 @@ def test_a_closed_stdout_stops_nothing():
         import sys
         from runtime.screen.console import Console
         console = Console()
-        with console.progress(2000, 0) as bar:
+        with console.progress(2000, 0) as update:
             for step in range(2000):
                 console.line(f"line {step}")
-                bar.update(step)
+                update(step)
         print("the end", file=sys.stderr)
     """
     process = subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_one_line, make_text
+from helpers import assert_one_line, data_of, make_text
 from test_prepare import EOT, SETTINGS, Stop, contents, refusal, run, small_bpe, whole
 
 import main
@@ -23,7 +23,6 @@ from corpus import formats, load_documents
 from corpus import prepare as prepare_module
 from corpus.files import RowFiles, TextFiles
 from corpus.prepare import Output
-from input_pipeline import load_dataset
 from runtime.errors import StorageError
 
 TEXTS = [*(f"A row of number {i}.\nand a line\n" * (i % 3) for i in range(11)), "é☃, \"so\"\r\nthey 'say'", "😀"]
@@ -132,14 +131,14 @@ def test_rows_are_documents_prepared_or_not(tmp_path, bpe, monkeypatch, kind, pa
     np.testing.assert_array_equal(tokens, joined(bpe, FULL))
     assert (index["documents"], index["empty_documents"], index["bad_rows"]) == (len(FULL), len(TEXTS) - len(FULL), 0)
     given = dict(data_dir=tmp_path, **SPLIT)
-    data, again = (load_dataset(str(path), "gpt2", **given) for path in (plain, packed))
+    data, again = (data_of(str(path), "gpt2", **given) for path in (plain, packed))
     np.testing.assert_array_equal(all_of(data), tokens)
     assert data.sha256 == again.sha256 and (all_of(again) == tokens).all()
     for name in ("train", "val", "test"):
         split, known = getattr(data, name), index["splits"][name]
         assert (split.num_tokens, split.num_bytes) == (known["tokens"], known["bytes"])
     monkeypatch.setattr(load_documents, "prepare", None)  # what was made is kept
-    rows = load_dataset(str(packed), "gpt2", whole=True, **given)
+    rows = data_of(str(packed), "gpt2", whole=True, **given)
     assert rows.sha256 == data.sha256 and (ids(rows.train) == tokens).all() and rows.train is rows.val
 
 
@@ -148,7 +147,7 @@ def test_rows_without_an_end_token_are_joined_by_newlines(tmp_path, name):
     json_lines(tmp_path / "rows.jsonl", TEXTS)
     run(tmp_path / "rows.jsonl", tmp_path / "out", replace(SETTINGS, tokenizer=name))
     tokens, prepared = whole(tmp_path / "out", name)
-    data = load_dataset(str(tmp_path / "rows.jsonl"), name, data_dir=tmp_path, **SPLIT)
+    data = data_of(str(tmp_path / "rows.jsonl"), name, data_dir=tmp_path, **SPLIT)
     np.testing.assert_array_equal(all_of(data), tokens)
     assert data.tokenizer.decode(tokens) == "\n".join(FULL)
     assert data.tokenizer.fingerprint == prepared.tokenizer.fingerprint
@@ -161,12 +160,12 @@ def test_another_vocabulary_than_the_rows(tmp_path):
     json_lines(tmp_path / "a.jsonl", ["abc", "abba"])
     json_lines(tmp_path / "b.jsonl", ["ab", "aλc"])
     given = dict(data_dir=tmp_path, val_fraction=0.5, test_fraction=0.0, context_len=1)
-    known = load_dataset(str(tmp_path / "a.jsonl"), "char", **given).tokenizer
+    known = data_of(str(tmp_path / "a.jsonl"), "char", **given).tokenizer
     strange = dict(vocabulary=known, **given)
-    message = refusal(load_dataset, str(tmp_path / "b.jsonl"), "char", **strange)
+    message = refusal(data_of, str(tmp_path / "b.jsonl"), "char", **strange)
     assert "'λ' at 1; set config.unknown_characters" in message
     for choice, want in (("drop", "ab\nac"), ("replace", "ab\na\nc")):
-        data = load_dataset(str(tmp_path / "b.jsonl"), "char", unknown_characters=choice, **strange)
+        data = data_of(str(tmp_path / "b.jsonl"), "char", unknown_characters=choice, **strange)
         assert known.decode(all_of(data)) == want
         assert data.train.num_bytes + data.val.num_bytes == len(want)
 
@@ -200,9 +199,9 @@ def test_a_bad_row_is_named_and_left_out_on_demand(tmp_path, bpe, capsys, kind, 
     shown = capsys.readouterr()
     assert f"warning: {path}, row 2: {why}" in shown.err and "1 bad left out" in shown.out
     given = dict(data_dir=tmp_path, whole=True, **SPLIT)
-    assert refusal(load_dataset, str(path), "gpt2", **given) == message
+    assert refusal(data_of, str(path), "gpt2", **given) == message
     said: list[str] = []
-    data = load_dataset(str(path), "gpt2", skip_bad_rows=True, say=said.append, **given)
+    data = data_of(str(path), "gpt2", skip_bad_rows=True, say=said.append, **given)
     assert data.train.num_tokens == index["splits"]["train"]["tokens"]
     assert said == [f"warning: {path} has 1 bad rows, which are left out"]
 
@@ -211,7 +210,7 @@ def test_without_a_place_for_shards_one_line_says_so(tmp_path):
     json_lines(tmp_path / "rows.jsonl", TEXTS)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/\.cache: Not a directory, .*; set config\.data_dir to"):
-        load_dataset(str(tmp_path / "rows.jsonl"), "byte", data_dir=tmp_path / "file", **SPLIT)
+        data_of(str(tmp_path / "rows.jsonl"), "byte", data_dir=tmp_path / "file", **SPLIT)
 
 
 def test_a_null_of_parquet_is_a_bad_row_and_many_are_counted(tmp_path, bpe, capsys, monkeypatch):
@@ -265,7 +264,7 @@ def test_names_say_which_rows_are_held_out(tmp_path, bpe, capsys):
     }
     assert "for validation, by their names: validation-0.jsonl" in capsys.readouterr().out
     (tmp_path / "validation-0.jsonl").unlink()
-    data = load_dataset(str(tmp_path / "*.jsonl"), "gpt2", data_dir=tmp_path, **SPLIT | {"context_len": 2})
+    data = data_of(str(tmp_path / "*.jsonl"), "gpt2", data_dir=tmp_path, **SPLIT | {"context_len": 2})
     assert bpe.decode(ids(data.test)) == "<|endoftext|>the test"
     assert bpe.decode(np.append(ids(data.train), ids(data.val))) == bpe.decode(joined(bpe, FULL))
 
@@ -275,7 +274,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, bpe):
         ROWS[kind](tmp_path / f"rows{kind}", TEXTS)
         message = refusal(run, tmp_path / f"rows{kind}", tmp_path / "out", replace(WHOLE, text_column="id"[:1] + "x"))
         assert message == f"{tmp_path}/rows{kind}: has no column of text 'ix'; {has}: set config.text_column"
-    data = load_dataset(str(tmp_path / "rows.csv"), "gpt2", text_column="id", data_dir=tmp_path, whole=True, **SPLIT)
+    data = data_of(str(tmp_path / "rows.csv"), "gpt2", text_column="id", data_dir=tmp_path, whole=True, **SPLIT)
     np.testing.assert_array_equal(ids(data.train), joined(bpe, [str(i) for i in range(len(TEXTS))]))
 
 
@@ -287,7 +286,7 @@ def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, bpe, monkeypatch
     monkeypatch.setattr("os.sysconf", lambda name: 500)
     (tmp_path / "bomb.txt.gz").write_bytes(bomb)
     given = dict(data_dir=tmp_path, **SPLIT)
-    message = refusal(load_dataset, str(tmp_path / "bomb.txt.gz"), "byte", **given)
+    message = refusal(data_of, str(tmp_path / "bomb.txt.gz"), "byte", **given)
     assert "does not fit into memory; make shards with `main.py prepare`" in message
 
 
@@ -363,7 +362,7 @@ def test_a_compressed_text_is_that_text(tmp_path, monkeypatch, packer):
     (tmp_path / f"text.txt{packer}").write_bytes(PACKERS[packer](text[:500]) + PACKERS[packer](text[500:]))
     for name in ("char", "byte"):
         given = dict(data_dir=tmp_path / name, **SPLIT)
-        want, have = (load_dataset(str(tmp_path / file), name, **given) for file in ("plain.txt", f"text.txt{packer}"))
+        want, have = (data_of(str(tmp_path / file), name, **given) for file in ("plain.txt", f"text.txt{packer}"))
         assert want.sha256 == have.sha256 and want.tokenizer.to_dict() == have.tokenizer.to_dict()
         for a, b in ((want.train, have.train), (want.val, have.val), (want.test, have.test)):
             assert (a.tokens == b.tokens).all() and a.num_bytes == b.num_bytes
@@ -397,7 +396,7 @@ def test_a_directory_is_searched_for_texts(tmp_path, bpe):
         path.write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
     (folder / "a" / "empty.txt").write_bytes(b"")
     said: list[str] = []
-    data = load_dataset(str(folder), "gpt2", data_dir=tmp_path, whole=True, say=said.append, **SPLIT)
+    data = data_of(str(folder), "gpt2", data_dir=tmp_path, whole=True, say=said.append, **SPLIT)
     np.testing.assert_array_equal(ids(data.train), joined(bpe, ["a/a.txt.gz", "a/z.md", "b.txt"]))
     assert said == [f"{folder}: 4 files; left out by the endings of their names: c.py"]
     index = run(folder, tmp_path / "out", WHOLE)
@@ -432,7 +431,7 @@ def test_a_data_set_in_the_form_that_is_saved_to_disk(tmp_path, bpe):
 
 
 def check_saved(saved: Path, data_dir: Path, bpe) -> None:
-    data = load_dataset(str(saved), "gpt2", data_dir=data_dir, **SPLIT | {"context_len": 2})
+    data = data_of(str(saved), "gpt2", data_dir=data_dir, **SPLIT | {"context_len": 2})
     np.testing.assert_array_equal(np.append(ids(data.train), ids(data.val)), joined(bpe, FULL))
     assert bpe.decode(ids(data.test)) == "<|endoftext|>the test" and data.val.num_tokens < data.train.num_tokens
 
@@ -478,7 +477,7 @@ def test_a_text_inside_another_file_is_refused_by_what_it_is(tmp_path, capsys, n
     path, fractions = tmp_path / name, {"val_fraction": 0.1, "test_fraction": 0.0}
     write(path, make_text(40).encode())
     for tokenizer in ("char", "byte"):
-        message = refusal(load_dataset, str(path), tokenizer, data_dir=tmp_path, context_len=4, **fractions)
+        message = refusal(data_of, str(path), tokenizer, data_dir=tmp_path, context_len=4, **fractions)
         assert message.startswith(f"config.dataset: {path} {words}")
         assert message == refusal(run, path, tmp_path / "out", replace(SETTINGS, tokenizer=tokenizer))
     assert main.main(["prepare", f"--dataset={path}", f"--out={tmp_path / 'out'}", "--text_column=nothing"]) == 2
@@ -489,5 +488,5 @@ def test_a_text_inside_another_file_is_refused_by_what_it_is(tmp_path, capsys, n
 def test_a_text_that_only_looks_like_one_is_a_text(tmp_path, text):
     path = tmp_path / "text.txt"
     path.write_bytes(text * 30)
-    data = load_dataset(str(path), "byte", data_dir=tmp_path, val_fraction=0.1, test_fraction=0.0, context_len=2)
+    data = data_of(str(path), "byte", data_dir=tmp_path, val_fraction=0.1, test_fraction=0.0, context_len=2)
     assert ids(data.train).astype(np.uint8).tobytes() == (text * 30)[: len(text) * 27]

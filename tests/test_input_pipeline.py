@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import data_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ import input_pipeline
 from corpus import formats
 from corpus.dataset import ORDERS, Split
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
-from input_pipeline import IGNORED, Batches, eval_batches, load_dataset, permute, prefetch
+from input_pipeline import IGNORED, Batches, eval_batches, permute, prefetch
 from runtime.errors import UserError
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def load(tmp_path):
         settings = dict(
             data_dir=tmp_path / "data", val_fraction=0.1, test_fraction=0.0, context_len=4, say=lines.append
         )
-        return load_dataset(str(path), tokenizer, **(settings | changes))
+        return data_of(str(path), tokenizer, **(settings | changes))
 
     lines = load.lines = []
     return load
@@ -351,7 +352,7 @@ def test_files_that_cannot_be_read_are_named(load, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=rf"/{name}: cannot be read \(no regular file\)"):
             load(tmp_path / name)
     with pytest.raises(UserError, match="did you mean tiny_shakespeare"):
-        load_dataset("tinyshakespeare", "char", data_dir=tmp_path, val_fraction=0.1, test_fraction=0, context_len=4)
+        data_of("tinyshakespeare", "char", data_dir=tmp_path, val_fraction=0.1, test_fraction=0, context_len=4)
 
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))

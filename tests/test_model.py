@@ -13,7 +13,7 @@ from flax import nnx
 from training.cost import flops_per_token, parameter_counts
 from training.loss import loss_sum
 from transformer.config import CHOICES, TransformerConfig
-from transformer.model import Transformer, Where, init_params, model_of, params_of
+from transformer.model import TokenInfo, Transformer, init_params, model_of, params_of
 from transformer.rotary import rope_frequencies
 
 B, T, V = 3, 5, 13
@@ -353,7 +353,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(random_params):
     @jax.jit
     def added(key):
         block = model_of(config, params).blocks[0]
-        run = lambda rngs: block(x_BTD, Where(None, None), rngs)[0] - x_BTD
+        run = lambda rngs: block(x_BTD, TokenInfo(None, None), rngs)[0] - x_BTD
         plain, dropped = run(None), run(nnx.Rngs(dropout=key))
         silent = params | {"blocks.0.attention.out.kernel": 0 * params["blocks.0.attention.out.kernel"]}
         embedded, _ = model_of(config, silent).hidden(tokens(), rngs=nnx.Rngs(dropout=key))

@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import pytest
 import regex
-from helpers import assert_one_line, make_text, tiny_config
+from helpers import assert_one_line, data_of, make_text, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import SETTINGS, pattern, refusal, run
@@ -19,7 +19,6 @@ import train_lib
 from corpus import fetch
 from corpus.tokenizer import TiktokenTokenizer, build_tokenizer, tokenizer_from_dict
 from corpus.train_tokenizer import FEWEST, PATTERNS, SPECIAL, train_tokenizer
-from input_pipeline import load_dataset
 from interop.tokenizer_json import hf_tokenizer_config, to_tokenizers
 from runtime.errors import UserError
 
@@ -108,7 +107,7 @@ def test_the_command_compares_with_what_is_here(own, tmp_path, capsys, monkeypat
     for more, words in (
         ([f"--out={own}"], [f"--out={own}: holds a tokenizer"]),
         ([], ["--out: must be given"]),
-        (["--vocab_size=260", "--out=x"], [f"--vocab_size: must be from {FEWEST} to "]),
+        (["--vocab_size=260", "--out=x"], [f"--vocab_size=260: 260 is not an integer in the range [{FEWEST}, "]),
         (["--split=gpt3", "--out=x"], ["split", "gpt2|gpt4"]),
         (["--text_column=text", "--out=x"], ["--dataset: ", "row 1: has no 'text' but body", "--skip_bad_rows"]),
     ):
@@ -125,7 +124,7 @@ def test_a_run_keeps_it_and_needs_its_directory_no_more(own, tmp_path, capsys):
     assert (made.tokenizer.vocab_size, made.tokenizer.eot) == (SIZE, SIZE - 5)
     index = run(rows, tmp_path / "corpus", replace(SETTINGS, tokenizer=str(own), text_column="body"))
     assert (index["tokenizer"], index["eot"]) == ("own", SIZE - 5)
-    load = partial(load_dataset, data_dir=tmp_path, val_fraction=0.3, test_fraction=0.0, context_len=4)
+    load = partial(data_of, data_dir=tmp_path, val_fraction=0.3, test_fraction=0.0, context_len=4)
     assert load(str(tmp_path / "corpus"), str(own)).tokenizer.fingerprint == made.tokenizer.fingerprint
     assert f"set config.tokenizer={tmp_path / 'corpus'}" in refusal(load, str(tmp_path / "corpus"), "gpt2")
     assert load(str(text), str(tmp_path / "run")).tokenizer.fingerprint == made.tokenizer.fingerprint  # a run's will do

@@ -15,11 +15,11 @@ from helpers import ROOT, SOONER, tiny_config
 import config_lib
 import main
 from commands.plan import MEMORY
-from commands.planning.traffic import axes_of_group, collectives, sent_bytes
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
 from runtime.screen.text import duration, human
 from training.cost import flops_per_token, parameter_counts, peak_flops
+from training.traffic import axes_of_group, collectives, sent_bytes
 from transformer.config import TransformerConfig
 
 HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}

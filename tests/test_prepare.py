@@ -13,20 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from helpers import ROOT, assert_one_line, make_text
+from helpers import ROOT, assert_one_line, data_of, make_text, refusal
 from tiktoken_ext import openai_public
 
 import main
 from corpus import files as corpus_files
 from corpus import prepare as prepare_module
-from corpus.files import Settings, TextFiles, tasks_of
+from corpus.dataset import Wanted
+from corpus.files import TextFiles, tasks_of
 from corpus.formats import Source
-from corpus.load_shards import load_shards
 from corpus.prepare import Output, prepare
 from corpus.shards import read_shard
 from corpus.tokenizer import TiktokenTokenizer
-from input_pipeline import load_dataset
-from runtime.errors import StorageError, UserError
+from runtime.errors import StorageError
 from runtime.files import read_json
 from runtime.screen.console import Console
 
@@ -73,11 +72,13 @@ def corpus(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-SETTINGS = Settings("gpt2", val_fraction=0.2, test_fraction=0.1, shard_tokens=900, text_column="text")
+SETTINGS = Wanted(
+    *("", "gpt2"), data_dir=Path(), val_fraction=0.2, test_fraction=0.1, shard_tokens=900, unknown_characters=""
+)
 
 
-def run(dataset: Path | str, out: Path, settings: Settings = SETTINGS, processes: int = 1) -> dict:
-    prepare(str(dataset), out, settings, out.parent / "data", processes, Console())
+def run(dataset: Path | str, out: Path, wanted: Wanted = SETTINGS, processes: int = 1) -> dict:
+    prepare(replace(wanted, dataset=str(dataset), data_dir=out.parent / "data"), out, processes, Console())
     return read_json(out / "index.json")
 
 
@@ -95,17 +96,9 @@ def tokens_in(out: Path, index: dict) -> np.ndarray:
     return np.concatenate([np.fromfile(out / name, np.uint16, offset=1024) for name in names])
 
 
-def refusal(call, *args, **changes) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **changes)
-    message = str(caught.value)
-    assert "\n" not in message and "; " in message
-    return message
-
-
 def whole(out: Path, tokenizer: str, **more) -> tuple[np.ndarray, object]:
     """All tokens of a prepared directory, and the data set."""
-    data = load_shards(str(out), tokenizer, data_dir=out, val_fraction=0.3, test_fraction=0, context_len=2, **more)
+    data = data_of(out, tokenizer, data_dir=out, val_fraction=0.3, test_fraction=0, context_len=2, **more)
     splits = [split for split in (data.train, data.val, data.test) if split]
     return np.concatenate([split.tokens[0 : split.num_tokens] for split in splits]), data
 
@@ -123,8 +116,8 @@ def test_one_text_gives_the_tokens_that_it_gives_unprepared(tmp_path, monkeypatc
         text, tmp_path / "out", replace(SETTINGS, tokenizer=name, val_fraction=val, test_fraction=0.0, shard_tokens=400)
     )
     given = dict(data_dir=tmp_path, val_fraction=val or 0.2, test_fraction=0.0, context_len=4)
-    plain = load_dataset(str(text), name, **given)
-    data = load_shards(str(tmp_path / "out"), name, **given)
+    plain = data_of(str(text), name, **given)
+    data = data_of(tmp_path / "out", name, **given)
     for a, b in ((data.train, plain.train), (data.val, plain.val)):
         np.testing.assert_array_equal(a.tokens[0 : a.num_tokens], b.tokens)
         assert a.num_bytes == (b.num_bytes if val or b is plain.val else None)
@@ -333,8 +326,11 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
             ["--dataset=x", "--out=y", "--val_fraction=.5", "--test_fraction=.5"],
             ["--val_fraction: with"],
         ),
-        (["--dataset=x", "--out=y", "--shard_tokens=0"], ["--shard_tokens: must be from 1 to 2000000000"]),
-        (["--dataset=x", "--out=y", "--processes=-1"], ["--processes: must be at least 0"]),
+        (
+            ["--dataset=x", "--out=y", "--shard_tokens=0"],
+            ["--shard_tokens=0: 0 is not an integer in the range [1, "],
+        ),
+        (["--dataset=x", "--out=y", "--processes=-1"], ["--processes=-1: -1 is not"]),
         (["--dataset=x", "--out=y", "--tokenizer=gtp2"], ["--tokenizer: unknown tokenizer", "did you mean gpt2?"]),
         (["--dataset=none*.txt", "--out=y", "--tokenizer=byte"], ["--dataset: no file"]),
         (["--dataset=x", "--out=/proc/y"], ["--out /proc/y: "]),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+from corpus.dataset import Wanted
 from corpus.fetch import dataset_path
-from corpus.files import Settings
 from corpus.prepare import prepare
 from corpus.shards import ShardedTokens, read_shard
 from runtime.files import read_json
@@ -18,8 +18,9 @@ from runtime.screen.console import Console
 @pytest.mark.parametrize("processes", [1, 2])
 def test_enwik8_by_bytes(tmp_path, processes):
     path = dataset_path("enwik8", ROOT / "data")
-    settings, out = Settings("byte", 0.05, 0.05, 30_000_000, "text"), tmp_path / "out"
-    prepare(str(path), out, settings, tmp_path, processes, Console())
+    fractions, out = {"val_fraction": 0.05, "test_fraction": 0.05}, tmp_path / "out"
+    wanted = Wanted(str(path), "byte", data_dir=tmp_path, **fractions, shard_tokens=30_000_000)
+    prepare(wanted, out, processes, Console())
     index = read_json(out / "index.json")
     assert {name: part["tokens"] for name, part in index["splits"].items()} == {
         "train": 90_000_000,

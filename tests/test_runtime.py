@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import matplotlib.image
@@ -64,9 +65,10 @@ def test_utilisation_is_the_share_of_all_devices_peak():
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
-    assert cost.bits_per_byte(math.log(256), 70, 70) == pytest.approx(8)
-    assert cost.bits_per_byte(2 * math.log(256), 35, 70) == pytest.approx(8)  # two bytes a token
-    assert cost.bits_per_byte(1.0, 35, 0) is None
+    split_of = lambda num_bytes: SimpleNamespace(unpredicted=0, bytes_of=lambda tokens, tokenizer: num_bytes)
+    assert bits_per_byte(math.log(256), 70, split_of(70), None) == pytest.approx(8)
+    assert bits_per_byte(2 * math.log(256), 35, split_of(70), None) == pytest.approx(8)  # two bytes a token
+    assert bits_per_byte(1.0, 35, split_of(0), None) is None
 
 
 def test_bits_per_byte_of_a_part_are_of_the_bytes_that_it_has():

@@ -15,7 +15,7 @@ from terminal import Terminal
 import main
 import run_lib
 import train_lib
-from commands.sample import Talk
+from commands.sample import Session
 from corpus.tokenizer import until
 from runtime.errors import UserError
 from transformer.sampling import Sampling, generate
@@ -28,7 +28,7 @@ class Person:
         self.said, self.written = [], []
         run = finished_run()
         values = {"sampling": Sampling(seed=7), "num_tokens": 12, **settings}
-        self.talk = Talk(run.model, run.tokenizer, say=self.said.append, write=self.written.append, **values)
+        self.talk = Session(run.model, run.tokenizer, say=self.said.append, write=self.written.append, **values)
 
     def types(self, line: str) -> tuple[str, list[str]]:
         """(text, lines) that come back."""
@@ -60,7 +60,7 @@ def test_settings_are_changed_and_shown():
     assert person.types("/temperature") == ("", ["temperature 0.3"])
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "num_tokens", "quit"):
         assert f"/{name}" in person.types("/help")[1][0]
-    assert max(map(len, Talk.HELP.split("\n"))) <= 108
+    assert max(map(len, Session.HELP.split("\n"))) <= 108
     assert not person.talk.answer("/quit")
 
 
@@ -259,7 +259,7 @@ def test_long_prompts_of_a_file_are_told_in_one_line(tmp_path, capsys):
         ('{"prompt": "A"}\n{"prompt": "A µ"}', [], ["prompts.jsonl: line 2: ", "'µ' at 2", "--replace_unknown"]),
         (None, [], ["--prompts=", "cannot be read"]),
         ('{"prompt": "A"}', ["--prompt=A"], ["--prompts: ", "leave out that or --prompt"]),
-        ('{"prompt": "A"}', ["--num_samples=0"], ["--num_samples: must be at least 1, got 0"]),
+        ('{"prompt": "A"}', ["--num_samples=0"], ["--num_samples=0: 0 is not a positive integer"]),
         ('{"prompt": "A"}', ["--stop="], ["--stop: must not be empty"]),
         ('{"prompt": "A"}', ["--out=/gone/out.jsonl"], ["--out=/gone/out.jsonl: cannot be made"]),
     ],

@@ -22,6 +22,7 @@ from transformer.sampling import (
     generate,
     generate_tokens,
     pick,
+    pick_each,
     prompt_tokens,
     stream,
 )
@@ -175,7 +176,7 @@ def test_logits_with_the_cache_equal_those_without(models):
 
 
 def test_a_token_writes_into_the_cache_and_copies_none_of_it(random_params):
-    """For each of its users XLA would write a cache of its own, and copy the whole (`settle`, in `attention.write`)."""
+    """For each user XLA would write a cache of its own, a copy of the whole (`materialize` in `attention.write`)."""
     config = TransformerConfig(V, context_len=64, num_blocks=2, num_heads=4, embedding_dim=128, mlp_dim=512)
     model = model_of(config, random_params(config))
     start_B, done_B, token_B = jnp.zeros(1, int), jnp.zeros(1, bool), jnp.zeros(1, int)
@@ -282,6 +283,19 @@ def test_each_token_has_its_own_draw():
     first, second = draw(0), draw(1)
     assert np.mean(first == second) == pytest.approx(1 / 5, abs=0.03)
     assert np.mean(first[1:] == first[:-1]) == pytest.approx(1 / 5, abs=0.03)
+
+
+def test_texts_with_settings_of_their_own_draw_as_each_would_alone():
+    logits_BV = np.random.default_rng(0).normal(size=(60, V)).astype(np.float32)
+    how = [Sampling(temperature, top_p=top_p) for temperature, top_p in [(0.0, 1.0), (ANYTHING, 1.0), (1.0, 0.8)]] * 20
+    temperature_B, top_p_B = np.array([[s.temperature, s.top_p] for s in how], np.float32).T
+    keys_B = jax.vmap(jax.random.key)(np.arange(60))
+    own_B = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 0), 7))(keys_B)
+    want_BS = jax.jit(jax.vmap(lambda x_V, key: jnp.array([pick(x_V[None], key, s, None, 7)[0] for s in how[:3]])))(
+        logits_BV, keys_B
+    )
+    have_B = jax.jit(pick_each)(logits_BV, own_B, temperature_B, top_p_B)
+    np.testing.assert_array_equal(have_B, want_BS[np.arange(60), np.arange(60) % 3])
 
 
 @pytest.mark.parametrize(

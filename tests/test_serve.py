@@ -16,12 +16,11 @@ import time
 from types import SimpleNamespace
 
 import httpx
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_one_line, finished_run
 from test_report import CHROMIUM
-from test_sampling import ANYTHING, CONFIGS
+from test_sampling import CONFIGS, C, all_logits, prompts, recompute
 
 import main
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
@@ -29,7 +28,7 @@ from reports.sinks import sink_shares, sink_shares_by_position
 from serving import engine as engine_module
 from serving.engine import Engine, Full, Request, Token
 from transformer.config import TransformerConfig
-from transformer.model import model_of
+from transformer.model import model_of, params_of
 from transformer.sampling import Sampling, generate, generate_tokens
 
 openai = pytest.importorskip("openai")
@@ -63,6 +62,11 @@ class Asked:
         return [token.id for token in self.tokens]
 
 
+def alone(model, prompt, count, how):
+    """The tokens that `sample` writes."""
+    return np.concatenate(list(generate_tokens(model, [prompt], count, how, (), [5])))[:, 0].tolist()
+
+
 def hold(engine):
     """Keeps the engine's thread in the delivery of a token, until the event that this returns is set."""
     reached, held = threading.Event(), threading.Event()
@@ -74,29 +78,27 @@ def hold(engine):
 # --- The loop -----------------------------------------------------------------------------------------------------
 
 
+def assert_written(engine, wanted):
+    """`wanted`: of each text its prompt, settings, and tokens. They join and leave while others are written."""
+    for seed in range(2):
+        asked = [Asked(prompt, len(t), how, alternatives=i % 3) for i, (prompt, how, t) in enumerate(wanted)]
+        random.Random(seed).shuffle(order := list(range(len(asked))))
+        for i in order:
+            engine.submit(asked[i].request)
+            time.sleep(0.002 * (i % 4))
+        assert [one.wait() for one in asked] == [tokens for _, _, tokens in wanted]
+        assert {one.finish for one in asked} == {"length"}
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_text_is_that_of_sample_whatever_else_is_written(name, random_params):
-    """Of different lengths, over refills of the context, joining and leaving while others are written."""
+def test_a_text_equals_recomputation_whatever_else_is_written(name, random_params):
+    """Of different lengths, over refills of the context."""
     model = model_of(CONFIGS[name], random_params(CONFIGS[name]))
-    rng, how = np.random.default_rng(0), [(0.0, 1.0), (ANYTHING, 1.0), (1.0, 0.8)]
-    C, V = model.config.context_len, model.config.vocab_size
-    cases = [
-        (rng.integers(0, V, length), count, Sampling(*how[i % 3][:1], top_p=how[i % 3][1], seed=i))
-        for i, (length, count) in enumerate(
-            zip((1, 9, C, 17, C - 1, 5, 2, 20), (70, 3, 40, 25, 1, 33, 70, 16), strict=True)
-        )
-    ]
-    alone = [np.concatenate(list(generate_tokens(model, [p], n, s)))[:, 0].tolist() for p, n, s in cases]
+    ids, counts = prompts(1, 9, C, 17, C - 1, 5, 2, 20), (70, 3, 40, 25, 1, 33, 70, 16)
+    texts = zip(ids, recompute(model, ids, 70).tolist(), counts, strict=True)
     with Engine(model, rows=3) as engine:
-        for seed in range(2):
-            asked = [Asked(*case, alternatives=i % 3) for i, case in enumerate(cases)]
-            random.Random(seed).shuffle(order := list(range(len(cases))))
-            for i in order:
-                engine.submit(asked[i].request)
-                time.sleep(0.002 * (i % 4))
-            assert [one.wait() for one in asked] == alone
-            assert {one.finish for one in asked} == {"length"}
+        assert_written(engine, [(prompt, Sampling(0), tokens[:count]) for prompt, tokens, count in texts])
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +112,29 @@ def engine(model):
         yield engine
 
 
+@pytest.mark.once
+def test_a_drawn_text_is_that_of_sample_whatever_else_is_written(engine, model):
+    cases = zip(prompts(5, 8, 6), (30, 19, 1), strict=True)
+    texts = [(prompt, count, Sampling(0.9, top_p=0.95, seed=seed)) for seed, (prompt, count) in enumerate(cases)]
+    assert_written(engine, [(prompt, how, alone(model, prompt, count, how)) for prompt, count, how in texts])
+
+
+def test_requests_of_all_settings_run_the_program_that_is_compiled_first():
+    """By the types of what it takes: a temperature of 0, an int, would be another program than one of 0.7."""
+    settings = Sampling(0), Sampling(0.7, top_p=0.9), Sampling(1, top_p=1)
+    types = lambda how: [array.dtype for array in engine_module._rows([Request([1], 1, how, print)])]
+    assert all(types(how) == types(settings[0]) for how in settings)
+
+
 def test_log_probabilities_are_the_models_own(engine, model):
     prompt = [3, 1, 4, 1]
     told, untold = Asked(prompt, 9, Sampling(0), alternatives=4), Asked(prompt, 9, Sampling(0))
     engine.submit(told.request, untold.request)
     ids = told.wait()
     assert untold.wait() == ids and all(token.alternatives == [] for token in untold.tokens)
-    logits_TV = model(jnp.array([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].at[:, 5].set(-jnp.inf)
-    want_TV = np.asarray(logits_TV - jnp.log(jnp.exp(logits_TV).sum(-1, keepdims=True)))
+    logits_TV = np.array(all_logits(CONFIG, params_of(model), np.array([[*prompt, *ids]])))[0, len(prompt) - 1 : -1]
+    logits_TV[:, 5] = -np.inf
+    want_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     for token, want_V in zip(told.tokens, want_TV, strict=True):
         best = np.argsort(-want_V)[:4]
         assert [other for other, _ in token.alternatives] == best.tolist() and token.id == best[0]
@@ -125,19 +142,19 @@ def test_log_probabilities_are_the_models_own(engine, model):
         assert token.log_prob == token.alternatives[0][1]
 
 
-def test_an_end_is_delivered_and_ends_the_text(model):
-    free = [np.concatenate(list(generate_tokens(model, [[7]], 20, Sampling(0))))[:, 0].tolist()]
-    end = free[0][6]
-    with Engine(model, ends=(end,), rows=2) as engine:
+def test_an_end_is_delivered_and_ends_the_text(engine, model):
+    engine.submit((free := Asked([7], 20, Sampling(0))).request)
+    end = free.wait()[6]
+    with Engine(model, ends=(end,), unsampled=[5], rows=3) as engine:
         engine.submit((asked := Asked([7], 20, Sampling(0))).request)
-        assert asked.wait() == free[0][: free[0].index(end) + 1] and asked.finish == "stop"
+        assert asked.wait() == free.wait()[: free.wait().index(end) + 1] and asked.finish == "stop"
 
 
 def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
     warned = []
-    with Engine(model, rows=2, queue=3, warn=warned.append) as engine:
+    with Engine(model, rows=3, queue=3, warn=warned.append) as engine:
         held = hold(engine)
-        asked = [Asked([1], 30, Sampling(0)) for _ in range(5)]
+        asked = [Asked([1], 30, Sampling(0)) for _ in range(6)]
         engine.submit(*(one.request for one in asked))
         with pytest.raises(Full):
             engine.submit(Asked([1], 1, Sampling(0)).request)
@@ -151,8 +168,8 @@ def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
         monkeypatch.setattr(engine_module, "_decode", fail)
         held.set()
         texts = [one.wait() for one in asked[1:]]
-        assert [one.finish for one in asked] == [None, "error", "error", "length", "length"] and not asked[0].tokens
-        assert texts[2] == texts[3] and len(texts[2]) == 30
+        assert [one.finish for one in asked] == [None, *["error"] * 3, "length", "length"] and not asked[0].tokens
+        assert texts[3] == texts[4] and len(texts[3]) == 30
         assert warned == ["a chunk of text failed: RuntimeError: no memory"]
 
 
@@ -161,7 +178,7 @@ def test_a_failure_without_a_new_cache_ends_the_engine(model, monkeypatch):
         raise RuntimeError("no memory")
 
     asked = [Asked([1], 30, Sampling(0)) for _ in range(3)]
-    with pytest.raises(RuntimeError, match="no memory"), Engine(model, rows=2) as engine:
+    with pytest.raises(RuntimeError, match="no memory"), Engine(model, rows=3) as engine:
         monkeypatch.setattr(engine_module, "_decode", fail)
         monkeypatch.setattr(engine, "_clear", fail)
         engine.submit(*(one.request for one in asked))
@@ -249,18 +266,16 @@ def client(url):
 
 def text_of(model, prompt, count, **settings):
     """What `sample` writes."""
-    tokenizer = SimpleNamespace(
-        encode=LETTERS.encode, text_stream=LETTERS.text_stream, ends=(), unsampled=(5,), eot=None
-    )
-    return generate(model, tokenizer, [prompt], count, Sampling(**settings))[0]
+    return LETTERS.decode(alone(model, LETTERS.encode(prompt), count, Sampling(**settings)))
 
 
-def test_two_hundred_requests_at_once_none_lost_or_mixed(url, model):
+def test_two_hundred_requests_at_once_none_lost_or_mixed(url, engine):
     rng = random.Random(1)
     prompts = sorted({"".join(rng.choices(LETTERS.symbols, k=rng.randrange(1, 30))) for _ in range(260)})[:200]
     counts = [rng.randrange(1, 30) for _ in prompts]
-    together = generate_tokens(model, [LETTERS.encode(prompt) for prompt in prompts], 30, Sampling(0), (), [5])
-    want = [LETTERS.decode(row[:count]) for row, count in zip(np.concatenate(list(together)).T, counts, strict=True)]
+    asked = [Asked(LETTERS.encode(prompt), count, Sampling(0)) for prompt, count in zip(prompts, counts, strict=True)]
+    engine.submit(*(one.request for one in asked))
+    want = [LETTERS.decode(one.wait()) for one in asked]
     assert len(set(want)) > 100
 
     async def one(client, prompt, count, stream):
@@ -271,30 +286,18 @@ def test_two_hundred_requests_at_once_none_lost_or_mixed(url, model):
         return "".join([part.choices[0].text async for part in answer])
 
     async def all_of_them():
-        limits = httpx.Limits(max_connections=None)
-        async with openai.AsyncOpenAI(
-            base_url=f"{url}/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
-        ) as client:
-            asked = zip(prompts, counts, strict=True)
-            return await asyncio.gather(*(one(client, *case, i % 2 == 0) for i, case in enumerate(asked)))
+        many = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120)
+        settings = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+        async with openai.AsyncOpenAI(**settings, http_client=many) as client:
+            cases = zip(prompts, counts, strict=True)
+            return await asyncio.gather(*(one(client, *case, i % 2 == 0) for i, case in enumerate(cases)))
 
     assert asyncio.run(all_of_them()) == want
 
 
 def test_a_completion_in_each_form(client, model):
-    ask = {
-        "model": "any",
-        "prompt": "the cat",
-        "max_tokens": 20,
-        "temperature": 0.9,
-        "top_p": 0.95,
-        "seed": 6,
-        "user": "me",
-    }
     settings = {"temperature": 0.9, "top_p": 0.95}
+    ask = {"model": "any", "prompt": "the cat", "max_tokens": 20, "seed": 6, "user": "me", **settings}
     want = [text_of(model, "the cat", 20, seed=seed, **settings) for seed in (6, 7)]
     whole = client.completions.create(**ask, n=2, logprobs=2)
     assert [choice.text for choice in whole.choices] == want and whole.model == "letters"
@@ -326,11 +329,8 @@ def test_a_conversation_in_each_form(client, model):
     assert whole.choices[0].message.content == want and whole.object == "chat.completion"
     assert [entry.token for entry in whole.choices[0].logprobs.content] == list(want)
     first = whole.choices[0].logprobs.content[0]
-    assert (
-        first.bytes == [*want[0].encode()]
-        and first.top_logprobs[0].token == first.token
-        and len(first.top_logprobs) == 7
-    )
+    assert first.bytes == [*want[0].encode()]
+    assert first.top_logprobs[0].token == first.token and len(first.top_logprobs) == 7
     parts = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(part.choices[0].delta.content for part in parts) == want
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
@@ -441,9 +441,8 @@ def test_a_queue_that_is_full_and_a_time_that_is_over(engine, client):
             for stream in (False, True):
                 late = httpx.post(url + COMPLETIONS, json={"prompt": "a", "stream": stream}, timeout=60)
                 assert "no place became free in time" in late.text and late.status_code == (200 if stream else 503)
-            engine.submit(
-                *(Asked([1], 1, Sampling(0)).request for _ in range(engine._queue + 3 - len(engine._waiting)))
-            )
+            more = engine._queue + 3 - len(engine._waiting)
+            engine.submit(*(Asked([1], 1, Sampling(0)).request for _ in range(more)))
             full = httpx.post(url + COMPLETIONS, json={"prompt": "a"}, timeout=60)
             assert full.status_code == 429 and full.headers["Retry-After"] == "1"
             assert full.json()["error"]["code"] == "queue_full"

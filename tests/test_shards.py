@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from helpers import tiny_config
+from helpers import refusal, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +21,12 @@ import run_lib
 import train_lib
 from corpus import load_shards as load_shards_module
 from corpus import shards
-from corpus.dataset import ORDERS, SPLITS, Split, count_bytes
+from corpus.dataset import ORDERS, SPLITS, Split, Wanted, count_bytes
 from corpus.load_shards import holds_shards, load_shards
 from corpus.shards import ShardedTokens, header, is_shard, read_shard, sample_hash
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches
 from reports import summary
-from runtime.errors import UserError
 
 
 def llm_c(path: Path, tokens, magic: int = 20240520, version: int = 1, kind: type = np.uint16) -> Path:
@@ -47,15 +46,7 @@ def arange_shards(folder: Path, sizes, kind=np.uint16) -> list[Path]:
 
 def load(dataset, tokenizer="byte", **changes):
     given = dict(data_dir=Path(changes.pop("data_dir", "/nowhere")), val_fraction=0.1, test_fraction=0.0, context_len=4)
-    return load_shards(str(dataset), tokenizer, **(given | {"say": lambda line: None} | changes))
-
-
-def refusal(call, *args, **changes) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **changes)
-    message = str(caught.value)
-    assert "\n" not in message and "; " in message and ": " in message
-    return message
+    return load_shards(Wanted(str(dataset), tokenizer, **(given | {"say": lambda line: None} | changes)))
 
 
 # --- The format -------------------------------------------------------------------------------------------------------
@@ -395,7 +386,6 @@ def test_bytes_of_foreign_shards_are_counted_once_for_validation_and_unknown_for
     )
     llm_c(tmp_path / "a_train.bin", [300, 257, 32] * 9)
     llm_c(tmp_path / "a_val.bin", [300, 257, 32, 258, 300, 97, 256])
-    monkeypatch.setattr("corpus.load_shards.check_tokenizer_name", lambda name: None)
     data = load(tmp_path, "small", data_dir=tmp_path, vocabulary=tokenizer)
     assert data.val.num_bytes == 5 + 1 + 2 + 1 + 2 and data.train.num_bytes is None
     assert data.train.bytes_of(27, tokenizer) == 9 * (5 + 1)

@@ -19,7 +19,7 @@ LAYERS = [
     *("training", "input_pipeline", "interop", "corpus", "runtime", "transformer"),
 ]
 ALONE = {"runtime", "transformer"}  # import nothing else of the project
-SHARED_BY_COMMANDS = ("commands.flags", "commands.planning")
+SHARED_BY_COMMANDS = ("commands.flags",)
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
     *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges", "forms"}),
@@ -201,6 +201,9 @@ def test_an_installed_copy_has_every_module():
     modules = [name for name in read_sources() if name.partition(".")[0] not in NO_PRODUCT]
     folders = {f"transformer_jax.{name.rpartition('.')[0]}".rstrip(".") for name in modules}
     assert set(listed["packages"]) == folders
+    beside = {f"{name.partition('.')[2]}/{file}" for name, files in listed["package-data"].items() for file in files}
+    found = {path for kind in ("css", "html") for path in ROOT.glob(f"*/*.{kind}") if path.parent.name in LAYERS}
+    assert beside == {path.relative_to(ROOT).as_posix() for path in found}
 
 
 def test_the_source_can_be_read_in_an_evening():

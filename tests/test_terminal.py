@@ -67,7 +67,7 @@ def test_the_live_view_shows_what_is_known_in_two_lines(columns, watched, now):
         console.doing("reading the text")
         now[0] += 3
         assert view(console, columns) == [f"{view(console, columns)[0][0]} reading the text  0:03"]
-        with console.progress(400, 0, "compiling the step") as bar:
+        with console.progress(400, 0, "compiling the step") as update:
             assert "compiling the step  0:00" in view(console, columns)[0]
             for step in range(1, 201):
                 now[0] += 0.5
@@ -75,7 +75,7 @@ def test_the_live_view_shows_what_is_known_in_two_lines(columns, watched, now):
                     speed = {"step_seconds": 0.5, "tokens_per_second": 2048.0, "eta_seconds": (400 - step) * 0.5}
                     loss = {"loss": 5 - step / 100, "mfu": 0.4123} | ({"val_loss": 4.5} if step == 150 else {})
                     console.step_line(row(step=step, elapsed_seconds=step / 2, **speed, **loss), 400)
-                bar.update(step)
+                update(step)
             top, numbers = view(console, columns)
             assert top.endswith("200/400  50%  1:40, 1:40 left") and "compiling" not in top
             assert numbers.startswith("loss 3.0000")
@@ -89,11 +89,11 @@ def test_the_live_view_shows_what_is_known_in_two_lines(columns, watched, now):
 
 def test_between_two_rows_the_time_moves_and_the_bar_as_far_as_steps_were_begun(watched, now):
     watched()
-    with Console() as console, console.progress(100, 0) as bar:
-        bar.update(10)
+    with Console() as console, console.progress(100, 0) as update:
+        update(10)
         console.step_line(row(step=10, step_seconds=2.0, elapsed_seconds=30.0, eta_seconds=180.0), 100)
         for step in range(10, 14):  # sent to a device that works on them for two seconds each
-            bar.update(step)
+            update(step)
         for seconds, shown in [(0, "10/100  10%  0:30, 3:00"), (2, "11/100  11%  0:32, 2:58"), (60, "13/100  13%")]:
             now[0] += seconds
             assert shown in view(console, 80)[0]
@@ -103,10 +103,10 @@ def test_between_two_rows_the_time_moves_and_the_bar_as_far_as_steps_were_begun(
 
 def test_the_time_left_of_work_without_rows_is_right_within_a_fifth_after_a_tenth(watched, now):
     watched()
-    with Console() as console, console.progress(10_000, 2000) as bar:
+    with Console() as console, console.progress(10_000, 2000) as update:
         now[0] += 50  # getting ready is not the work's pace
         for done in range(2000, 10_000, 40):
-            bar.update(done)
+            update(done)
             if done >= 2000 + 800:
                 left = re.search(r"(\d+):(\d\d) left", view(console, 80)[0])
                 seconds = 60 * int(left[1]) + int(left[2])
@@ -141,8 +141,8 @@ def test_a_loss_that_fell_far_at_first_is_still_seen_to_fall():
 def test_what_stays_is_above_the_live_view_and_the_view_leaves_nothing(watched):
     stream = watched()
     with Console() as console:
-        with console.progress(40, 8) as bar:
-            bar.update(9)
+        with console.progress(40, 8) as update:
+            update(9)
             console.step_line(row(step=9), 40)
             console.step_line(row(step=10, val_loss=1.75), 40)
             console.sample(10, "ROMEO: [bold]\x1b[31m" + "so " * 40 + "\n\n日本語" * 20)
@@ -177,15 +177,15 @@ def test_no_color_and_dumb_terminals_are_respected(watched):
     Console().sample(3, "text")
     assert "\x1b[36m" in stream.getvalue()
     stream = watched(NO_COLOR="1")
-    with Console() as console, console.progress(40, 8) as bar:
-        bar.update(9)
+    with Console() as console, console.progress(40, 8) as update:
+        update(9)
         console.step_line(row(step=10, val_loss=1.75), 40)
         console.sample(3, "text")
     assert "sample at step 3" in stream.getvalue()
     assert not re.search(r"\x1b\[[\d;]*[34]\d", stream.getvalue())
     stream = watched(TERM="dumb")
-    with Console() as console, console.progress(40, 8) as bar:
-        bar.update(9)
+    with Console() as console, console.progress(40, 8) as update:
+        update(9)
         console.line("plain")
     assert stream.getvalue() == "plain\n"
 
@@ -193,9 +193,9 @@ def test_no_color_and_dumb_terminals_are_respected(watched):
 def test_an_encoding_without_blocks_gets_none(watched):
     stream = watched()
     stream.encoding = "ascii"
-    with Console() as console, console.progress(40, 8) as bar:
+    with Console() as console, console.progress(40, 8) as update:
         for step in range(9, 13):
-            bar.update(step)
+            update(step)
             console.step_line(row(step=step, loss=5.0 - step / 10), 40)
         console._terminal._live.refresh()
         console.sample(3, "text")
@@ -232,8 +232,8 @@ def test_a_warning_from_another_thread_waits_until_the_view_has_gone(watched, mo
 
     monkeypatch.setattr(terminal.Live, "stop", slow_stop)
     with Console() as console:
-        with console.progress(40, 8) as bar:
-            bar.update(9)
+        with console.progress(40, 8) as update:
+            update(9)
             console.step_line(row(step=9), 40)
         threads[0].join()
     assert Screen(stream.getvalue(), 80).text == ["warning: stopping"]
@@ -266,9 +266,9 @@ def test_nothing_is_drawn_between_ctrl_z_and_the_stop_and_all_goes_on_afterwards
 def test_the_echo_of_a_key_ends_in_no_row_that_stays(watched):
     stream = watched()
     with Console() as console:
-        with console.progress(100, 0) as bar:
+        with console.progress(100, 0) as update:
             for step in range(100):
-                bar.update(step)
+                update(step)
                 console.step_line(row(step=step), 100)
             console._terminal._live.refresh()
             stream.write("^C")
@@ -287,8 +287,8 @@ def test_the_first_row_grows_the_view_before_a_line_is_printed(watched, monkeypa
         return render(rich, what, *options)
 
     drawn: list[bool] = []
-    with Console() as console, console.progress(40, 8) as bar:
-        bar.update(9)
+    with Console() as console, console.progress(40, 8) as update:
+        update(9)
         monkeypatch.setattr(terminal.RichConsole, "render", slow_render)
         console.step_line(row(step=10, val_loss=1.75), 40)
     assert drawn and len(Screen(stream.getvalue(), 80).text) == 1

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiktoken
+from helpers import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from corpus.tokenizer import (
     check_tokenizer_name,
     tokenizer_from_dict,
 )
-from runtime.errors import UserError
 
 EOT, CONTROL, GAPS = 263, 265, (260, 262, 264)
 
@@ -231,18 +231,15 @@ def test_a_stream_shows_a_character_cut_short_as_such():
 
 
 def test_an_unknown_name_is_met_with_a_guess():
-    with pytest.raises(UserError) as caught:
-        build_tokenizer("gtp2", "text")
-    assert str(caught.value).startswith(
+    message = refusal(build_tokenizer, "gtp2", "text")
+    assert message.startswith(
         "config.tokenizer: unknown tokenizer 'gtp2'; did you mean gpt2? use char, byte or one of "
     )
-    assert "o200k_base" in str(caught.value) and "\n" not in str(caught.value)
+    assert "o200k_base" in message
     for name in ("char", "byte", "gpt2", "o200k_base", "imported"):
         check_tokenizer_name(name)
 
 
 def test_an_imported_tokenizer_cannot_be_built_from_a_text():
-    with pytest.raises(UserError) as caught:
-        build_tokenizer("imported", "text")
-    message = 'config.tokenizer: "imported" comes with a run\'s weights; set config.init_from to it'
-    assert str(caught.value) == message
+    want = 'config.tokenizer: "imported" comes with a run\'s weights; set config.init_from to it'
+    assert refusal(build_tokenizer, "imported", "text") == want

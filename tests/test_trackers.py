@@ -39,32 +39,31 @@ def wandb_world(tmp_path, monkeypatch):
     return here
 
 
-def make(workdir: Path) -> tuple[trackers.Tracker, list[str]]:
-    workdir.mkdir(exist_ok=True)
-    warnings: list[str] = []
-    values = {"name": "a run", "config": {"lr": 0.1, "betas": (0.9, 0.95)}, "workdir": workdir, "warn": warnings.append}
-    return trackers.start("wandb", **values), warnings
-
-
-class Notes(trackers.Tracker):
+class Notes:
     """The least that a tracker can be: it keeps a list."""
 
-    def __init__(self, name: str, **settings: Any):
+    def __init__(self, name, config, workdir, warn, step):
         self.where, self.rows = f"a list for {name}", []
 
     def log(self, row, step):
         self.rows.append((step, row))
 
+    def samples(self, read):
+        pass
+
+    def finish(self):
+        pass
+
 
 def test_a_new_tracker_is_a_line_in_the_table(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "notes", Notes)
-    none, one = trackers.Trackers([]), trackers.Trackers(["notes"], name="a run", config={}, workdir=Path(), warn=print)
+    none, one = (trackers.Trackers(names, "a run", {}, Path(), print) for names in ([], ["notes"]))
     for tracker in (none, one):
         tracker.log({"loss": 1.0}, 1)
         tracker.samples(lambda: [(1, "text")])
         tracker.finish()
     assert (none.where, one.where) == ({}, {"notes": "a list for a run"})
-    assert one._trackers["notes"].rows == [(1, {"loss": 1.0})]
+    assert one._running["notes"].rows == [(1, {"loss": 1.0})]
 
 
 @pytest.mark.parametrize("tracker", trackers.TRACKERS)
@@ -72,7 +71,7 @@ def test_without_its_package_there_is_one_warning(tracker, tmp_path, wandb_world
     package = {"tensorboard": "tensorboardX"}.get(tracker, tracker)
     monkeypatch.setitem(sys.modules, package, None)
     warnings: list[str] = []
-    started = trackers.start(tracker, name="a run", config={}, workdir=tmp_path, warn=warnings.append)
+    started = trackers.Trackers([tracker], "a run", {}, tmp_path, warnings.append)
     started.log({"loss": 1.0}, 1)
     started.samples(lambda: [(1, "text")])
     started.finish()
@@ -100,8 +99,7 @@ WANDB_RUN = """if True:
     import sys
     from pathlib import Path
     from runtime import trackers
-    tracker = trackers.start("wandb", name="a run", config={"lr": 0.1, "betas": (0.9, 0.95)},
-                                    workdir=Path(sys.argv[1]), warn=print)
+    tracker = trackers.Trackers(["wandb"], "a run", {"lr": 0.1, "betas": (0.9, 0.95)}, Path(sys.argv[1]), print)
     tracker.log({"loss": 0.123456, "mfu": None}, 7)
     tracker.samples(lambda: [(step, f"<ROMEO> {step}") for step in range(8)])
     tracker.finish()
@@ -222,25 +220,27 @@ def test_what_an_offline_run_wrote_is_all_there_and_a_resumed_one_goes_on_with_i
     assert [len(table["data"]) for table in tables] == [1, 2, 3] and tables[-1]["columns"] == ["step", "sample"]
 
 
-def test_wandb_failing_in_mid_run_is_one_warning_and_then_silence():
-    class Run:
-        calls = 0
-
-        def log(self, row):
-            self.calls += 1
-            if self.calls == 2:
+def test_a_tracker_failing_in_mid_run_is_one_warning_and_then_silence(monkeypatch):
+    class Failing(Notes):
+        def log(self, row, step):
+            super().log(row, step)
+            if len(self.rows) == 2:
                 raise BrokenPipeError("the service\nis gone")
 
         def finish(self):
             pytest.fail("it is off")
 
-    run, warnings = Run(), []
-    tracker = wandb.WandbTracker("wandb", run, "somewhere", warnings.append)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Failing)
+    monkeypatch.setitem(trackers.TRACKERS, "notes", Notes)
+    warnings: list[str] = []
+    both = trackers.Trackers(["wandb", "notes"], "a run", {}, Path(), warnings.append)
+    failing, other = both._running["wandb"], both._running["notes"]
     for step in range(5):
-        tracker.log({"loss": 1.0}, step)
-    tracker.finish()
-    assert run.calls == 2
-    assert len(warnings) == 1 and "the service is gone" in warnings[0]
+        both.log({"loss": 1.0}, step)
+    both.finish()
+    assert (len(failing.rows), len(other.rows)) == (2, 5)
+    [warning] = warnings
+    assert warning.startswith("wandb failed") and "the service is gone" in warning
 
 
 # --- TensorBoard and trackio ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transformer.half import half_dot_general
-from transformer.xla import compiler_options, dot_general, settle
+from transformer.xla import compiler_options, dot_general, materialize
 
 CONTRACT = (((2,), (0,)), ((), ()))
 
@@ -51,7 +51,7 @@ def test_what_is_settled_is_not_computed_again_for_each_user():
         """Each sum is read by the next one and by a transposed copy, like a gradient of the residual stream."""
         products = []
         for _ in range(depth):
-            x = settle(x * x[::-1] + 0.5)
+            x = materialize(x * x[::-1] + 0.5)
             products.append((x.T + 0.0) @ x)
         return products
 

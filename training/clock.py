@@ -9,21 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SideWork:
-    """Work that a run does besides its steps, such as evaluations, after some steps and always after the last.
+    """Work that a run does besides its steps, such as evaluations, after some steps and always after the last."""
 
-    Args:
-      every: done after every so many steps; 0: only after the last.
-      size: the size of one, in any unit.
-      last_size: the size of the one after the last step.
-      share: assumed cost of a unit, in steps, until one was timed.
-      compiling: extra time of the first one, as a share of the extra time of the first step.
-    """
-
-    every: int
-    size: float = 1.0
-    last_size: float = 1.0
-    share: float = 0.0
-    compiling: float = 0.0
+    every: int  # done after every so many steps; 0: only after the last
+    size: float = 1.0  # of one, in any unit
+    last_size: float = 1.0  # of the one after the last step
+    share: float = 0.0  # assumed cost of a unit, in steps, until one was timed
+    compiling: float = 0.0  # extra time of the first one, as a share of the extra time of the first step
 
     def ahead(self, step: int, total: int) -> tuple[int, float]:
         """How many are still to come after `step`, without that of the step itself, and their total size."""
@@ -88,11 +80,7 @@ class Clock:
         """Seconds from `step` to the end of a run of `total` steps; there must have been a lap.
 
         It assumes the average time of steps, without compilation, and of work besides them (`pause`). The cost of work
-        that was not done yet is estimated from the steps.
-
-        Args:
-          scale: steps of `start_laps` and `lap` in one of these steps.
-          side_work: the work of each name.
+        that was not done yet is estimated from the steps. `scale`: steps of `start_laps` and `lap` in one of these.
         """
         a_step = self._seconds / self._steps * scale
         compiling = max(0.0, self._first_seconds - a_step / scale)
@@ -117,10 +105,7 @@ def side_work(
     """The work of a run besides its steps, with its likely cost until it was timed.
 
     A forward pass is a third of a step's arithmetic. The shares of compilation are those of a small model on a CPU.
-
-    Args:
-      step_tokens: tokens of a real step; `*_every` count such steps.
-      val_tokens, eval_tokens: tokens of the validation split, and of the part for evaluations in training (0: all).
+    `*_every` count real steps, of `step_tokens`. Evaluations in training are on `eval_tokens` of the split (0: all).
     """
     some = min(eval_tokens, val_tokens) if eval_tokens else val_tokens
     last = val_tokens + some % val_tokens  # after the last step both are evaluated

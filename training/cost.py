@@ -57,9 +57,8 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     activations: what the backward pass needs, and 5/4 of it for the one block that is being differentiated.
     logits: with their gradient.
 
-    Args:
-      rows: sequences of context_len tokens on each device.
-      tensor: into how many parts heads and hidden units are split; the residual stream is whole on each device.
+    `rows` are the sequences on each device; heads and hidden units are split into `tensor` parts, the residual stream
+    is whole on each device.
     """
     c = config
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
@@ -89,10 +88,7 @@ def held_bytes(
     a CPU: there the sum was within -16 % and +30 % of what a dozen compiled steps, of 12 MB to 6 GB, reported.
 
     gradients: with the updates made from them, and copies for communication. gathered: weights that fsdp splits, whole
-    where they are used, those of two blocks at a time.
-
-    Args:
-      batch_size: sequences in a micro-batch, over all devices.
+    where they are used, those of two blocks at a time. `batch_size`: sequences in a micro-batch, over all devices.
     """
     rows, sequence, tensor = mesh.shape[DATA] * mesh.shape[FSDP], mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     forward, parameters = activation_bytes(model_config, batch_size // rows, tensor), _bytes_of(state.params)
@@ -156,11 +152,3 @@ def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, devi
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (num_devices * peak)
-
-
-def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float | None:
-    """A loss in nats per token as bits per byte of text, which is comparable across tokenizers.
-
-    `num_tokens` and `num_bytes` (UTF-8) are those of the same text. None if the tokens stand for no text.
-    """
-    return loss / math.log(2) * num_tokens / num_bytes if num_bytes else None

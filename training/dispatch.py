@@ -19,13 +19,9 @@ MOST = 64  # micro-steps in a dispatch at most: a signal has to wait for those t
 def spans(
     start: int, end: int, most: int, accumulation: int, every: Sequence[int], ends: Sequence[int] = ()
 ) -> Iterator[range]:
-    """The micro-steps from `start` to before `end`, divided into dispatches.
+    """The micro-steps from `start` to before `end`, divided into dispatches of at most `most`.
 
-    Args:
-      most: micro-steps in a dispatch.
-      accumulation: micro-steps in a real step.
-      every: periods in real steps; a dispatch ends after each (0: never).
-      ends: further real steps before which a dispatch ends.
+    A dispatch ends after each of the periods `every` (0: never) and before each of the steps `ends`, in real steps.
     """
     periods = [accumulation * period for period in every if period]
     fixed = {end, *(accumulation * step for step in ends)}

@@ -1,6 +1,7 @@
 """Exact loss over a split, for validation during a run, for the `eval` command and for benchmarks."""
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,11 +52,9 @@ class Evaluator:
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None
     ) -> tuple[float, int]:
-        """Mean loss in nats per token, and the number of these tokens.
+        """Mean loss in nats per token, and the number of these tokens: a fixed prefix of about `max_tokens`; 0: all.
 
-        Args:
-          max_tokens: only a fixed prefix of the split, about this long; 0 is all of it.
-          check: called between batches; may raise to stop.
+        `check` is called between batches, and may raise to stop.
         """
         sums: list[tuple[float, int]] = []  # loss and tokens of each batch, on this process's devices
         in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
@@ -97,12 +96,14 @@ def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
 
 
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
-    """A loss as bits per byte of the split's text, of which `num_tokens` tokens were predicted.
+    """A loss in nats per token as bits per byte of UTF-8, which is comparable across tokenizers; None without text.
 
-    They are at the split's start; the very first token, which is not predicted, counts as well, if it is text.
+    `num_tokens` were predicted, at the split's start; the very first token, which is not predicted, counts as well, if
+    it is text.
     """
     read = num_tokens + split.unpredicted
-    return cost.bits_per_byte(loss, read, split.bytes_of(read, tokenizer))
+    num_bytes = split.bytes_of(read, tokenizer)
+    return loss / math.log(2) * read / num_bytes if num_bytes else None
 
 
 def _own_part(x: jax.Array) -> np.ndarray:

@@ -76,13 +76,9 @@ def first_not_finite(params: Params) -> str | None:
 
 
 class Divergence:
-    """Checks the metrics of steps, and warns of each problem once.
+    """Checks the metrics of steps, and warns of each problem once, in one line.
 
-    Args:
-      parameters: names of the arrays that are trained.
-      before: the metrics of the last step before this session.
-      warn: takes one line.
-      vocab_size: its logarithm is the loss of a uniform guess.
+    `parameters` are the names of the trained arrays, `before` the metrics of the last step before this session.
     """
 
     def __init__(
@@ -138,6 +134,6 @@ class Divergence:
         elif self._zero_since > 0:
             self._warn(
                 f"step {step}: the gradient is exactly 0, as at step {self._zero_since}: nothing is learned any more; "
-                f"begin anew with a lower {_RATES}"
+                f"start a new run with a lower {_RATES}"
             )
             self._zero_since = -1  # warned

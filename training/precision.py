@@ -37,16 +37,12 @@ def best_here(platform: str) -> Choice:
     """
     if platform != "cpu":
         return Choice("bfloat16", "auto")
-    gain = devices.remembered("half_product_gain", half_precision_gain) if has_unit() else 0.0
+    has_unit = any(f" {unit} " in f" {devices.processor()} " for unit in UNITS)
+    gain = devices.remembered("half_product_gain", half_precision_gain) if has_unit else 0.0
     if not (gain := float(from_all(np.asarray(gain))[0])):
         return Choice("float32", "auto: no bfloat16 unit")
     dtype = "bfloat16_matmul" if gain >= ENOUGH else "float32"
     return Choice(dtype, f"auto: bfloat16 products run {gain:.1f} x as fast")
-
-
-def has_unit() -> bool:
-    """Whether the processor here multiplies bfloat16."""
-    return any(f" {unit} " in f" {devices.processor()} " for unit in UNITS)
 
 
 def half_precision_gain() -> float:

@@ -19,7 +19,7 @@ from training.optimizer import OptimizerConfig, Schedule, grad_norm_of, labels_o
 from transformer.config import TransformerConfig
 from transformer.model import Params, init_params, shapes_of
 from transformer.sharding import DATA, ROWS, is_data_parallel, is_part, on_rows, rows_specs, shardings_of, sum_over
-from transformer.xla import jit_for, settle, target_of, traced_for
+from transformer.xla import jit_for, materialize, target_of, traced_for
 
 
 class TrainState(NamedTuple):
@@ -146,7 +146,7 @@ def make_train_step(
         params = state.params
         loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
         good, seen = see_gradients(state.health, loss, grads)
-        good = settle(good)  # otherwise a CPU program would repeat the whole test for each gradient
+        good = materialize(good)  # otherwise a CPU program would repeat the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         window_loss = state.window_loss + jnp.where(good, loss, 0.0)
         window_tokens = state.window_tokens + jnp.where(good, tokens, 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.xla import settle
+from transformer.xla import materialize
 
 MASKED = float(np.finfo(np.float32).min)  # used instead of minus infinity, which could make NaNs
 
@@ -94,7 +94,7 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Arr
     """Put the keys and values of T tokens into the slots from `slot` on, a number or each text's own [B]."""
     each = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0 if slot.ndim else None, None))
     put = lambda old, new: each(old, new.swapaxes(1, 2).astype(old.dtype), slot, 1)
-    return settle(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader makes a copy
+    return materialize(LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH)))  # or each reader makes a copy
 
 
 def visible_slots(cache: Cache, T: int, window: int) -> jax.Array:

@@ -12,19 +12,19 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from transformer.sharding import partitioned
-from transformer.xla import jit_where_it_lies, settle, target
+from transformer.xla import jit_for_inputs, materialize, target
 
 _rounded_before = jax.make_user_context(False)
 
 
-@partial(jit_where_it_lies, static_argnames="rows")
+@partial(jit_for_inputs, static_argnames="rows")
 def round_weights(params: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
     """The weights of `nnx.Linear`s rounded to bfloat16, once for all products with so many rows, as these read them.
 
     A CPU multiplies one row in float32, see `_one_row`, and so keeps what is rounded.
     """
     of_one_row = rows == 1 and target().platform == "cpu"
-    kept = _rounded if of_one_row else lambda w: settle(w.astype(jnp.bfloat16))
+    kept = _rounded if of_one_row else lambda w: materialize(w.astype(jnp.bfloat16))
     return {name: kept(value) if name.endswith(".kernel") else value for name, value in params.items()}
 
 
@@ -37,7 +37,7 @@ def half_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any = None, 
     """`half_product` for an `nnx.Linear`."""
     del dimension_numbers, options
     if _rounded_before.value and _one_row(x):
-        return settle(_rounded(x) @ w)
+        return materialize(_rounded(x) @ w)
     return half_product(x, w)
 
 
@@ -50,9 +50,9 @@ def half_product(x: jax.Array, w: jax.Array) -> jax.Array:
 def _half_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x_rows, w_half = _in_rows(_merged(x)), _in_rows(w)
     if _one_row(x):
-        return settle(_rounded(x) @ _rounded(w)), (x_rows, w_half)
+        return materialize(_rounded(x) @ _rounded(w)), (x_rows, w_half)
     y = jnp.tensordot(x_rows, w_half, 1, preferred_element_type=jnp.float32)
-    return settle(y).reshape(*x.shape[:-1], w.shape[1]), (x_rows, w_half)
+    return materialize(y).reshape(*x.shape[:-1], w.shape[1]), (x_rows, w_half)
 
 
 def _half_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +65,7 @@ def _half_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[ja
         rows = list(range(x_rows.ndim - 1))
         dw = jnp.tensordot(x_rows, dy_rows, (rows, rows), preferred_element_type=jnp.float32)
     # XLA would fold a transposition of the result into the product, which its CPU backend then could not run.
-    return settle(dx).reshape(*dy.shape[:-1], w_half.shape[0]), settle(dw)
+    return materialize(dx).reshape(*dy.shape[:-1], w_half.shape[0]), materialize(dw)
 
 
 half_product.defvjp(_half_forward, _half_backward)
@@ -91,4 +91,4 @@ def _in_rows(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.bfloat16)
     if target().platform != "cpu":
         return x
-    return settle(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))
+    return materialize(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))

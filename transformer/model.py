@@ -20,14 +20,14 @@ from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
 from transformer.sharding import constrain, part_shape
 from transformer.stack import run_blocks
-from transformer.xla import dot_general, settle
+from transformer.xla import dot_general, materialize
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
-Place = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's cache, the first slot to write, masks by window
+CacheAccess = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's, the first slot to write, masks by window
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 
-class Where(NamedTuple):
+class TokenInfo(NamedTuple):
     """Rotary cosines and sines, and each token's document number. Document 0 may lack its beginning."""
 
     turn: Rotation | None
@@ -106,14 +106,16 @@ class Attention(nnx.Module):
                 return key_sink(q_BTNH, self.sink_key[...])
         return None
 
-    def __call__(self, x_BTD: jax.Array, where: Where, place: Place | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, access: CacheAccess | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, where.turn)
-        if place is None:
-            how = self.window, c.attention_kernel, where.document_BT
+        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, info.turn)
+        if access is None:
+            how = self.window, c.attention_kernel, info.document_BT
             cache, y_BTNH = None, causal_attention(q_BTNH, k_BTKH, v_BTKH, sink, *how)
         else:
-            before, slot, masks = place
+            before, slot, masks = access
             cache = write(before, k_BTKH, v_BTKH, slot)
             y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink)
         if c.exclusive_attention:
@@ -162,12 +164,12 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, x_BTD: jax.Array, where: Where, rngs: nnx.Rngs | None, place: Place | None = None
+        self, x_BTD: jax.Array, info: TokenInfo, rngs: nnx.Rngs | None, access: CacheAccess | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), where, place)
-        x_BTD = settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), info, access)
+        x_BTD = materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return settle(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
+        return materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD")), cache
 
 
 class Transformer(nnx.Module):
@@ -209,13 +211,13 @@ class Transformer(nnx.Module):
         if cache is None:
             period = c.period if c.scan_blocks else 0
             document_BT = None if c.document_start < 0 else jnp.cumsum(tokens_BT == c.document_start, axis=1)
-            where = Where(turn, document_BT)
-            return self.final_norm(run_blocks(self.blocks, x_BTD, where, rngs, c.remat, period)), None
+            info = TokenInfo(turn, document_BT)
+            return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None
         windows = {block.attention.window for block in self.blocks}
         masks = {window: visible_slots(cache, T, window) for window in windows}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, after = block(x_BTD, Where(turn, None), rngs, (before, cache.length, masks))
+            x_BTD, after = block(x_BTD, TokenInfo(turn, None), rngs, (before, cache.length, masks))
             layers.append(after)
         return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
 

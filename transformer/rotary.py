@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.xla import settle
+from transformer.xla import materialize
 
 
 class Yarn(NamedTuple):
@@ -59,7 +59,7 @@ def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None = None) -> t
 def rotation(position_BT: jax.Array, frequency: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, H/2] of position x frequency, in float32; `scale` multiplies both."""
     angle_BT1H = (position_BT[..., None].astype(jnp.float32) * frequency)[:, :, None]
-    return settle((jnp.cos(angle_BT1H) * scale, jnp.sin(angle_BT1H) * scale))
+    return materialize((jnp.cos(angle_BT1H) * scale, jnp.sin(angle_BT1H) * scale))
 
 
 def rotate(x_BTNH: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:

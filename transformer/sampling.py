@@ -20,7 +20,7 @@ from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
-from transformer.xla import jit_where_it_lies
+from transformer.xla import jit_for_inputs
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
 FEWEST_SLOTS = 64  # of the cache; it starts small and doubles, since attention reads all of it for each token
@@ -117,7 +117,7 @@ def pick_each(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array,
     return jnp.where(temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1))
 
 
-@partial(jit_where_it_lies, static_argnames=("config", "sampling"))
+@partial(jit_for_inputs, static_argnames=("config", "sampling"))
 def _prefill(
     params: Params, tokens_BP, start_B, key, banned_V, number, *, config: TransformerConfig, sampling: Sampling
 ) -> tuple[jax.Array, Cache | None]:
@@ -134,7 +134,7 @@ def _enlarge(cache: Cache, slots: int) -> Cache:
     return cache._replace(layers=[LayerCache(*map(grow, layer)) for layer in cache.layers])
 
 
-@partial(jit_where_it_lies, static_argnames=("config", "sampling", "ends"), donate_argnames=("cache",))
+@partial(jit_for_inputs, static_argnames=("config", "sampling", "ends"), donate_argnames=("cache",))
 def _decode(
     params: Params,
     cache: Cache,

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from transformer.sharding import gather_parameter, is_gather, is_part
-from transformer.xla import settle
+from transformer.xla import materialize
 
 # What the forward pass saves of a block for the backward pass besides its input; the rest is computed again.
 REMAT_POLICIES: dict[str, Callable] = {
@@ -32,7 +32,7 @@ def _name(path: tuple) -> str:
 def run_blocks(
     blocks: Sequence[nnx.Module],
     x_BTD: jax.Array,
-    where: Any,
+    info: Any,
     rngs: nnx.Rngs | None,
     remat: str = "none",
     period: int = 0,
@@ -40,7 +40,7 @@ def run_blocks(
     """All blocks on x [B, T, D], without a cache.
 
     Args:
-      blocks: called as block(x, where, rngs); the first result is the next x.
+      blocks: called as block(x, info, rngs); the first result is the next x.
       rngs: dropout's, advanced as the blocks draw from it; None without dropout.
       remat: a name in REMAT_POLICIES.
       period: 0 unrolls the blocks. Otherwise a `jax.lax.scan` over the stacked weights runs `period` blocks in each
@@ -50,7 +50,7 @@ def run_blocks(
     in_parts = any(is_part(_name(path), x, width) for path, x in tree_leaves_with_path(nnx.state(blocks[0])))
     if remat == "none" and not period and not in_parts:
         for block in blocks:
-            x_BTD, _ = block(x_BTD, where, rngs)
+            x_BTD, _ = block(x_BTD, info, rngs)
         return x_BTD
     rngs_graph, draws = nnx.split(rngs)
     policy = lambda *operation, **how: not is_gather(*operation, **how) and REMAT_POLICIES[remat](*operation, **how)
@@ -60,7 +60,7 @@ def run_blocks(
         rngs = nnx.merge(rngs_graph, draws)
         if in_parts:
             weights = tree_map_with_path(lambda path, x: gather_parameter(_name(path), x, width, dtype), weights)
-        x_BTD, _ = nnx.merge(graph, weights)(x_BTD, where, rngs)
+        x_BTD, _ = nnx.merge(graph, weights)(x_BTD, info, rngs)
         return x_BTD, nnx.state(rngs)
 
     def run(graph, weights, x_BTD, draws):
@@ -82,7 +82,7 @@ def run_blocks(
             return carry, None
 
         stacks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights[i::period]) for i in range(period)]
-        stacks = settle(stacks)  # otherwise a CPU program copies each weight at each use
+        stacks = materialize(stacks)  # otherwise a CPU program copies each weight at each use
         (x_BTD, draws), _ = jax.lax.scan(iteration, (x_BTD, draws), stacks)
     if rngs is not None:
         nnx.update(rngs, draws)

@@ -2,7 +2,7 @@
 
 XLA's CPU backend computes a cheap value again for each of its users instead of storing it. In the backward pass each
 layer's gradient of the residual stream uses those of all later layers, so the work would grow with the square of the
-depth. `settle` prevents that, in programs compiled with `compiler_options`. Nothing here changes a value.
+depth. `materialize` prevents that, in programs compiled with `compiler_options`. Nothing here changes a value.
 
 The kind of device that a program is traced for (`Target`) comes from its devices, which need not be here.
 """
@@ -61,7 +61,7 @@ def jit_for(target: Target, function: Callable, **options: Any) -> Callable:
         return jax.jit(traced_for(target, function), compiler_options=compiler_options(), **options)
 
 
-def jit_where_it_lies(function: Callable, **options: Any) -> Callable:
+def jit_for_inputs(function: Callable, **options: Any) -> Callable:
     """`jit_for` the devices of the first argument's arrays, as the devices are unknown while a module is imported."""
     program = cache(lambda target: jit_for(target, function, **options))
 
@@ -74,7 +74,7 @@ def jit_where_it_lies(function: Callable, **options: Any) -> Callable:
     return call
 
 
-def settle(x: Any) -> Any:
+def materialize(x: Any) -> Any:
     """The same arrays, computed once and stored, on a CPU. It does nothing on a GPU or TPU, whose backends decide well.
 
     Each array gets a barrier of its own: one around a tuple crashes jaxlib 0.12's CPU compiler.
@@ -83,7 +83,7 @@ def settle(x: Any) -> Any:
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """For `jax.jit`: on a CPU barriers must stay until operations have been fused, or `settle` has no effect."""
+    """For `jax.jit`: on a CPU barriers must stay until operations have been fused, or `materialize` has no effect."""
     return _options_for_cpu() if target().platform == "cpu" else None
 
 
@@ -101,7 +101,7 @@ def _compiles(options: dict[str, Any]) -> bool:
     """Whether a barrier in a small loop and one outside of it compile with these options."""
 
     def program(x):
-        return settle(jax.lax.fori_loop(0, 2, lambda i, x: settle(jax.numpy.sin(x) * i) + 1, x))
+        return materialize(jax.lax.fori_loop(0, 2, lambda i, x: materialize(jax.numpy.sin(x) * i) + 1, x))
 
     place = jax.sharding.SingleDeviceSharding(jax.extend.backend.get_backend("cpu").local_devices()[0])
     x = jax.ShapeDtypeStruct((2,), "float32", sharding=place)
@@ -125,18 +125,18 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x = settle(x)
+    x = materialize(x)
     return (x.reshape(-1, w.shape[0]) @ w).reshape(*x.shape[:-1], w.shape[1]), (x, w)
 
 
 def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """It transposes one operand by a copy: XLA's product of the transposed x and dy takes up to twice as long."""
     x, w = kept
-    x_rows, dy_rows = x.reshape(-1, w.shape[0]), settle(dy).reshape(-1, w.shape[1])
+    x_rows, dy_rows = x.reshape(-1, w.shape[0]), materialize(dy).reshape(-1, w.shape[1])
     if w.shape[0] <= w.shape[1]:  # copy the narrower one
-        dw = settle(x_rows.T) @ dy_rows
+        dw = materialize(x_rows.T) @ dy_rows
     else:
-        dw = settle(settle(dy_rows.T) @ x_rows).T
+        dw = materialize(materialize(dy_rows.T) @ x_rows).T
     return (dy_rows @ w.T).reshape(x.shape), dw
 
 

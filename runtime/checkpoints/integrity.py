@@ -8,7 +8,7 @@ whose terms are bijections of their words. Other damage goes unnoticed with a pr
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,9 @@ def signature(leaf: Any) -> list:
 
 
 def require_same_kind(where: str, stored: Fingerprints, tree: Any) -> None:
-    """Raises UserError if a checkpoint has other arrays than `tree`; it names the first one that differs.
+    """Raises UserError if a checkpoint has other arrays than `tree`; it names the first one that differs, in `where`.
 
     Orbax itself would silently cast arrays and leave out those that `tree` lacks.
-
-    Args:
-      where: prefix of an array's path in the message.
-      stored: the checkpoint's fingerprints.
-      tree: this run's arrays or their `jax.ShapeDtypeStruct`s.
     """
     there = {path: entry[:2] for path, entry in stored.items()}
     here = {path: signature(leaf) for path, leaf in paths_of(tree).items()}
@@ -104,6 +99,7 @@ def _mix(word: jax.Array) -> jax.Array:
 
 SEAL = "sha256"  # the key of an object's seal: the hash of all its other keys and values
 FILE_LIST = "files.sha256"  # as `sha256sum --check` reads it
+BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last, with times that nobody reads
 LARGEST = 64 * 2**20  # bytes of a JSON file: enough for some hundred thousand arrays
 
 
@@ -134,9 +130,9 @@ def _hash_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_file_list(directory: Path, besides: Collection[str]) -> None:
-    """List the hash of every file under `directory`, except those named in `besides`."""
-    lines = [f"{hash_of}  {name}\n" for name, hash_of in _hash_files(directory, besides).items()]
+def write_file_list(directory: Path) -> None:
+    """List the hash of every file of a checkpoint."""
+    lines = [f"{hash_of}  {name}\n" for name, hash_of in _hash_files(directory).items()]
     (directory / FILE_LIST).write_text("".join(lines), encoding="utf-8")
 
 
@@ -147,7 +143,7 @@ def unreadable_files(directory: Path, largest: int) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in wrong)
 
 
-def changed_files(directory: Path, besides: Collection[str]) -> list[str] | None:
+def changed_files(directory: Path) -> list[str] | None:
     """Files whose hash differs from the list, and files that only the list or only the directory has.
 
     None if there is no list. If the list itself is damaged, files differ from it.
@@ -159,15 +155,15 @@ def changed_files(directory: Path, besides: Collection[str]) -> list[str] | None
     except (OSError, ValueError):
         text = ""
     listed = {line[66:]: line[:64] for line in text.splitlines()}
-    found = _hash_files(directory, besides)
+    found = _hash_files(directory)
     return sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
 
 
-def _hash_files(directory: Path, besides: Collection[str]) -> dict[str, str]:
+def _hash_files(directory: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in besides and name != FILE_LIST:
+        if path.is_file() and name not in (*BOOKKEEPING, FILE_LIST):
             with path.open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes

@@ -1,4 +1,4 @@
-"""Checkpoints on disk. The only file that uses Orbax.
+"""Checkpoints on disk. The only file that uses Orbax, and only in functions: a new run's first steps do without it.
 
 A checkpoint holds three items that are committed together: `params`, which can be read alone, `rest` (the rest of the
 training state), and `meta`, a JSON object with a hash of itself. `meta` has the shape, the dtype and a fingerprint of
@@ -15,45 +15,21 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 from absl import logging as absl_logging
 
-from runtime.checkpoints.integrity import (
-    changed_files,
-    fingerprints,
-    paths_of,
-    read_sealed,
-    require_same_kind,
-    seal,
-    unreadable_files,
-    write_file_list,
-)
-from runtime.checkpoints.retention import (
-    DELETED,
-    REPLACED,
-    UNFINISHED,
-    Mark,
-    Retention,
-    any_set_aside,
-    best_first,
-    empty_trash,
-    finish_replacing,
-    newest_first,
-    place_aside,
-    strangers,
-    tidy_up,
-)
+from runtime.checkpoints import integrity, retention
+from runtime.checkpoints.retention import Mark
 from runtime.distributed import end_if_a_peer_is_lost
 from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
-from runtime.workdir import CHECKPOINTS, UNSAVED
+from runtime.workdir import CHECKPOINTS, UNSAVED, first_free
 
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
 ITEMS = ("params", "rest")
@@ -65,7 +41,6 @@ BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
 AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
 LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
 NEVER = 100 * 365 * 86400  # seconds
-BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last, with times that nobody reads
 Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a function: tree -> tree of shardings
 
 
@@ -91,14 +66,6 @@ def val_tokens_of(meta: Mapping[str, Any]) -> int:
     config = {"eval_tokens": 0, "max_steps": 0, "accumulation_steps": 1} | meta.get("config", {})
     last = meta["step"] == config["max_steps"] * config["accumulation_steps"]
     return meta.get("checkpoint_val_tokens", 0 if last else config["eval_tokens"])
-
-
-@cache
-def _orbax() -> ModuleType:
-    """Takes a fifth of the time that all imports take, and a new run's first steps need none of it."""
-    import orbax.checkpoint
-
-    return orbax.checkpoint
 
 
 def _bytes_on_disk(state: Any) -> int:
@@ -141,10 +108,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._damaged: dict[int, str] = {}  # step -> why its meta cannot be used
         self._saving: int | None = None
         self._read_only = read_only
-        self._retention = Retention(self._marks, keep)
+        self._retention = retention.Retention(self._marks, keep)
         if not read_only:
             by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
-            by_first(lambda: tidy_up(self.directory))
+            by_first(lambda: retention.tidy_up(self.directory))
         self._empty_trash()
         for step in self._steps_on_disk():
             try:
@@ -160,10 +127,11 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     @cached_property
     def _manager(self) -> Any:
-        ocp = _orbax()
+        import orbax.checkpoint as ocp
+
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
-            todelete_subdir=None if self._read_only else DELETED,  # what a kill leaves there does not count as damaged
+            todelete_subdir=None if self._read_only else retention.DELETED,  # what a kill leaves there is not damaged
             create=False,
             read_only=self._read_only,
             cleanup_tmp_directories=False,  # `tidy_up` does it
@@ -197,7 +165,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def latest(self) -> int | None:
         """The newest step whose meta is sound: the one that has read most of the data."""
-        return next(iter(newest_first(self._known())), None)
+        return next(iter(retention.newest_first(self._known())), None)
 
     def best(self) -> int:
         """The step with the lowest validation loss, or the newest if none was evaluated. NoCheckpointError if none."""
@@ -208,7 +176,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise NoCheckpointError(f"{self.directory}: no checkpoint yet; train first, or name another --workdir")
         if not self._known():
             raise self._all_damaged(self._damaged)
-        return best_first(self._known())
+        return retention.best_first(self._known())
 
     def begin(self) -> None:
         """A run begins here: until one of its checkpoints is complete, it may start from step 0 again."""
@@ -242,6 +210,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Raises StorageError if this checkpoint, or the one before, could not be written.
         """
+        import orbax.checkpoint as ocp
+
         mark = Mark(
             position=int(step if position is None else position),
             val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
@@ -261,13 +231,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             "position": mark.position,
             "checkpoint_val_loss": mark.val_loss,
             "checkpoint_val_tokens": mark.val_tokens,
-            "arrays": {"params": fingerprints(params), "rest": fingerprints(rest)},
+            "arrays": {"params": integrity.fingerprints(params), "rest": integrity.fingerprints(rest)},
         }
-        ocp = _orbax()
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave(seal(values)),
+            meta=ocp.args.JsonSave(integrity.seal(values)),
         )
         try:
             self._manager.wait_until_finished()
@@ -276,13 +245,13 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.require_room(1, (params, rest))  # an error during a save is only seen at the next one
             replaces = step in self._manager.all_steps()
             if replaces:
-                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{REPLACED}"))
+                by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{retention.REPLACED}"))
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
             self._manager.save(int(step), args=args, force=True)  # Orbax takes the highest number for the newest
             if replaces:
                 self._manager.wait_until_finished()
-                by_first(lambda: finish_replacing(self.directory))
+                by_first(lambda: retention.finish_replacing(self.directory))
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the state's memory
                 gc.collect()  # nor until Orbax's copies are gone, which it leaves in a circle of references
@@ -295,7 +264,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Orbax calls this from its own thread, when all is written and not yet committed."""
         if is_first():
             with contextlib.suppress(OSError):  # the list is an extra; the save itself reports a full disk
-                write_file_list(self.directory / f"{self._saving}{UNFINISHED}", BOOKKEEPING)
+                integrity.write_file_list(self.directory / f"{self._saving}{retention.UNFINISHED}")
 
     def require_room(self, count: int, state: Any) -> None:
         """Raises StorageError unless the disk has room for `count` more checkpoints of a state."""
@@ -304,7 +273,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _empty_trash(self) -> None:
         if is_first() and not self._read_only:
-            empty_trash(self.directory)
+            retention.empty_trash(self.directory)
 
     def close(self) -> None:
         """Wait for the last save. Raises StorageError if it failed."""
@@ -337,13 +306,13 @@ class Checkpoints(contextlib.AbstractContextManager):
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
             raise NoCheckpointError(f"{self.directory}/{step}: no such checkpoint; {there}")
         try:
-            meta = read_sealed(self.directory / str(step) / "meta" / "metadata")
+            meta = integrity.read_sealed(self.directory / str(step) / "meta" / "metadata")
         except ValueError as error:
             raise DamagedError(f"meta {error}") from error
         if meta.get("format") != FORMAT:
             raise NoCheckpointError(
                 f"{self.directory}/{step}: format {meta.get('format')}, this program reads {FORMAT}; use the program "
-                "that wrote it, or begin anew with --fresh"
+                "that wrote it, or start again from step 0 with --fresh"
             )
         if meta.get("step") != step:
             raise DamagedError(f"meta is that of step {meta.get('step')}")
@@ -379,37 +348,38 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The wanted trees, of each item whole, or what is `below` a path of it."""
         stored = self.meta(step)["arrays"]
         self._require_regular(step, stored)
-        if seen_by_first(lambda: changed_files(self.directory / str(step), BOOKKEEPING)):
+        if seen_by_first(lambda: integrity.changed_files(self.directory / str(step))):
             raise DamagedError("files have changed, `verify` names them")  # else some would wait in Orbax for ever
         for item, tree in wanted.items():
             there = stored[item].items()
             stored[item] = {path.removeprefix(below): entry for path, entry in there if path.startswith(below)}
-            require_same_kind(f"{self.directory}/{step}: {item}/{below}", stored[item], tree)
+            integrity.require_same_kind(f"{self.directory}/{step}: {item}/{below}", stored[item], tree)
         return {item: self._read(step, item, stored[item], tree, sharding, below) for item, tree in wanted.items()}
 
     def _require_regular(self, step: int, stored: dict[str, dict[str, list]]) -> None:
         """Raises DamagedError if there is anything that could block a read, or that never ends."""
         entries = [math.prod(shape) for arrays in stored.values() for shape, *_ in arrays.values()]
         largest = LARGEST + 8 * sum(entries)
-        if wrong := unreadable_files(self.directory / str(step), largest):
+        if wrong := integrity.unreadable_files(self.directory / str(step), largest):
             raise DamagedError(f"{wrong[0]} is no regular file, or too large")
 
     def _read(
         self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement, below: str = ""
     ) -> Any:
+        import orbax.checkpoint as ocp
+
         at = sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
         target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
         try:
             if below:
                 found = self._read_part(step, item, target, below)
             else:
-                ocp = _orbax()
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
                 found = self._manager.restore(step, args=args)[item]
         except Exception as error:
             end_if_a_peer_is_lost(error)
             raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
-        now = fingerprints(found)
+        now = integrity.fingerprints(found)
         different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))
         if different:
             raise DamagedError(f"{item}/{different[0]} has changed ({len(different)} of {len(stored)} arrays)")
@@ -417,12 +387,14 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _read_part(self, step: int, item: str, target: dict[str, Any], below: str) -> dict[str, Any]:
         """Of an item the arrays at `below` and their name; the others stay on disk, which the manager cannot do."""
-        ocp, whole = _orbax(), self._manager.item_metadata(step)[item]
+        import orbax.checkpoint as ocp
+
+        whole = self._manager.item_metadata(step)[item]
         pick = lambda path: target.get(path.removeprefix(below), ocp.PLACEHOLDER)
-        wanted = jax.tree.unflatten(jax.tree.structure(whole), map(pick, paths_of(whole)))
+        wanted = jax.tree.unflatten(jax.tree.structure(whole), map(pick, integrity.paths_of(whole)))
         args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = paths_of(reader.restore(self.directory / str(step) / item, args=args))
+            found = integrity.paths_of(reader.restore(self.directory / str(step) / item, args=args))
         return {name: found[below + name] for name in target}
 
     # --- Reading the newest or the best sound one ---------------------------------------------------------------------
@@ -439,24 +411,23 @@ class Checkpoints(contextlib.AbstractContextManager):
         foreign files. `target` takes a step and its meta and gives the trees for `restore`; it may raise to refuse.
         Raises NoCheckpointError if all are damaged; then nothing is renamed.
         """
-        damaged = dict(self._damaged)
-        if names := strangers(self.directory):
+        if names := retention.strangers(self.directory):
             warn(f"{self.directory}: left alone, as no checkpoints have such names: {', '.join(map(ascii, names))}")
-        for step in newest_first(self._known()):
-            try:
-                meta = self.meta(step)
-                params, rest = self.restore(step, *target(step, meta), sharding)
-            except DamagedError as error:
-                damaged[step] = str(error)
-                continue
-            for bad, reason in sorted(damaged.items()):
-                place = self._set_aside(bad)
-                warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
-            self._prune()
-            return step, meta, params, rest
-        if damaged or any_set_aside(self.directory):
-            raise self._all_damaged(damaged)
-        return None
+        if not self.steps() and not retention.any_set_aside(self.directory):
+            return None
+
+        def read(step: int) -> tuple[dict[str, Any], Any, Any]:
+            meta = self.meta(step)
+            return meta, *self.restore(step, *target(step, meta), sharding)
+
+        step, found, damaged = self._first_sound(retention.newest_first(self._known()), read)
+        for bad, reason in damaged:
+            place = self._set_aside(bad)
+            warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
+        for step_to_delete in self._retention.superfluous(self._known()):  # what an interrupted save did not delete
+            self._manager.delete(step_to_delete)
+        self._empty_trash()
+        return step, *found
 
     def restore_best_params(
         self, params: Any, sharding: Placement, warn: Callable[[str], None], weights: str = "trained"
@@ -465,41 +436,39 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Which weights, `restore_params` says. Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
         """
+        read = lambda step: self.restore_params(step, params, sharding, weights)
+        step, found, damaged = self._first_sound(self._best_first(), read)
+        for bad, reason in damaged:
+            warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
+        return step, found
+
+    def _first_sound(self, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any, list[tuple[int, str]]]:
+        """The first of the steps that `read` can read, what it gave, and what is wrong with each damaged one."""
         damaged = dict(self._damaged)
-        for step in self._best_first():
+        for step in steps:
             try:
-                found = self.restore_params(step, params, sharding, weights)
+                return step, read(step), sorted(damaged.items())
             except DamagedError as error:
                 damaged[step] = str(error)
-                continue
-            for bad, reason in sorted(damaged.items()):
-                warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
-            return step, found
         raise self._all_damaged(damaged)
 
     def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:
         found = "; ".join(f"{step}: {reason}" for step, reason in sorted(damaged.items())) or "all were set aside"
         return NoCheckpointError(
-            f"{self.directory}: every checkpoint is damaged ({found}); put a copy back, or begin anew with --fresh, "
-            "which moves the run aside"
+            f"{self.directory}: every checkpoint is damaged ({found}); put a copy back, or start again from step 0 "
+            "with --fresh, which moves the run aside"
         )
 
     def _set_aside(self, step: int) -> Path:
         path = self.directory / str(step)
-        place = place_aside(path)
+        place = first_free(f"{path}{retention.DAMAGED}")
         by_first(lambda: path.rename(place))
         self._marks.pop(step, None)
         self._damaged.pop(step, None)
         self._manager.reload()
         return place
 
-    def _prune(self) -> None:
-        """Delete what an interrupted save did not get to delete; call it after a sound checkpoint was found."""
-        for step in self._retention.superfluous(self._known()):
-            self._manager.delete(step)
-        self._empty_trash()
-
-    def examine(self, step: int) -> "Finding":
+    def examine(self, step: int) -> Finding:
         """Check every file and every array of a checkpoint, on one device."""
         path, val_loss, changed = self.directory / str(step), None, None
         wrong: list[str] = []
@@ -507,7 +476,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             meta = self.meta(step)
             val_loss = meta["checkpoint_val_loss"]
             self._require_regular(step, meta["arrays"])
-            changed = changed_files(path, BOOKKEEPING)
+            changed = integrity.changed_files(path)
             wrong = [f"{name} has changed" for name in changed or ()]
             place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             for item in ITEMS:

@@ -1,6 +1,5 @@
 """Which of a run's checkpoints is the newest, the best, which are kept, and how the other directories are named."""
 
-import itertools
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,12 +89,6 @@ def finish_replacing(directory: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(old.with_suffix(""))
-
-
-def place_aside(path: Path) -> Path:
-    """The path to rename a damaged checkpoint to: the first such name that is free."""
-    places = (path.with_name(f"{path.name}{DAMAGED}{number}") for number in itertools.count(1))
-    return next(place for place in places if not place.exists())
 
 
 def strangers(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from runtime.screen import live
 from runtime.screen.text import Table, duration, human, printable
@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from runtime.screen.terminal import Terminal
 
 _LINE_WIDTH = 120
-
-
-class ProgressBar(Protocol):
-    """The live bar of `Console.progress`."""
-
-    def update(self, done: int) -> None:
-        """Moves the bar."""
-
-
-class _NoBar:
-    def update(self, done: int) -> None:
-        """Nobody watches."""
 
 
 class Console:
@@ -127,15 +115,18 @@ class Console:
             self._terminal.closing(table, command)
 
     @contextlib.contextmanager
-    def progress(self, total: int, start: int, first: str = "") -> Iterator[ProgressBar]:
-        """A bar from `start` to `total` with the time left. `first` says what is done until it moves."""
+    def progress(self, total: int, start: int, first: str = "") -> Iterator[Callable[[int], None]]:
+        """A bar from `start` to `total` with the time left, and the function that moves it to so many units done.
+
+        `first` says what is done until it moves.
+        """
         if self._terminal is not None:
-            with self._terminal.progress(total, start, first) as bar:
-                yield bar
+            with self._terminal.progress(total, start, first) as update:
+                yield update
         else:
             if first and start < total:
                 self.line(first)
-            yield _NoBar()
+            yield lambda done: None
 
     def warn(self, text: str) -> None:
         """One line on stderr: `warning: ...`."""

@@ -6,24 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
-
-class View(Protocol):
-    """Lines that are redrawn at the bottom of the terminal."""
-
-    def hide(self) -> None:
-        """Removes the lines."""
-
-    def show(self) -> None:
-        """Draws the lines until they are hidden."""
-
-
-_shown: list[View] = []  # what is on the terminal now: one view or none
+_shown: list[Any] = []  # what is on the terminal now: nothing, or the object whose `show` and `hide` draw and remove it
 drawing = threading.RLock()  # to write there, or to show or hide a view: Ctrl-C and Ctrl-Z are handled in a thread
 
 
-def note(view: View, shown: bool) -> None:
+def note(view: Any, shown: bool) -> None:
     """Notes that a view is on the terminal now, or no longer."""
     _shown[:] = [view] if shown else []
 

@@ -189,11 +189,11 @@ class Terminal:
             self._doing, self._since = before
 
     @contextlib.contextmanager
-    def progress(self, total: int, start: int, first: str) -> Iterator[Bar]:
-        self._bar = bar = Bar(total, start, lambda: self.doing(""))
+    def progress(self, total: int, start: int, first: str) -> Iterator[Callable[[int], None]]:
+        self._bar = Bar(total, start, lambda: self.doing(""))
         self.doing(first)
         try:
-            yield bar
+            yield self._bar.update
         finally:
             self._bar = None
             self.hide()

@@ -40,21 +40,13 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts."""
 
-    Args:
-      title: the line above it; "" for none.
-      columns: headings; if all are "", there is no line of headings.
-      rows: a text for each column.
-      left: the first `left` columns hold words and are aligned left; the others hold numbers, aligned right.
-      bold: indices of rows to print in bold.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    left: int = 1
-    bold: frozenset[int] = frozenset()
+    title: str  # the line above it; "" for none
+    columns: list[str]  # headings; if all are "", there is no line of headings
+    rows: list[list[str]]  # a text for each column
+    left: int = 1  # so many first columns hold words, aligned left; the others hold numbers, aligned right
+    bold: frozenset[int] = frozenset()  # indices of rows to print in bold
 
 
 class Curve:

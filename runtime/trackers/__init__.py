@@ -1,57 +1,83 @@
 """Services that take a run's numbers beside its own files, if they are switched on. None can stop a run.
 
-A new tracker is a file with a maker as `start_wandb` is one, and a line in `TRACKERS`.
+A new tracker is a class in a file of its own, as `WandbTracker` is one, and a line in `TRACKERS`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.errors import one_line
-from runtime.trackers.service import Tracker
-from runtime.trackers.tensorboard import start_tensorboard
-from runtime.trackers.trackio import start_trackio
-from runtime.trackers.wandb import start_wandb
+from runtime.trackers.tensorboard import TensorboardTracker
+from runtime.trackers.trackio import TrackioTracker
+from runtime.trackers.wandb import WandbTracker
+
+
+class Tracker(Protocol):
+    """Receives what a run logs. It may raise anything: `Trackers` then switches it off.
+
+    It is made with the arguments of `Trackers`, but for the names. Its files are in a directory of its name in
+    `workdir`, and `warn` takes at most one line from it.
+    """
+
+    where: str  # tells people where to look
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """The numbers of one logged step."""
+
+    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
+        """There is a new sample: `read` gives all samples so far, with their steps, the newest last."""
+
+    def finish(self) -> None:
+        """Ends the run: uploads what is left, in half a minute at most."""
+
 
 TRACKERS: dict[str, Callable[..., Tracker]] = {
-    "wandb": start_wandb,
-    "tensorboard": start_tensorboard,
-    "trackio": start_trackio,
+    "wandb": WandbTracker,
+    "tensorboard": TensorboardTracker,
+    "trackio": TrackioTracker,
 }
 
 
-def start(
-    tracker: str, *, name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int = 0
-) -> Tracker:
-    """Starts a tracker of `TRACKERS` for the run `name`, or goes on with what it has; a null tracker where it cannot.
-
-    Its files are in a directory of its name in `workdir`. `warn` takes at most one line from here, and one for the rest
-    of the run. `step` is the last one that was logged before; others that come after it may have been logged by a
-    session that was killed, and are logged again.
-    """
-    try:
-        return TRACKERS[tracker](name=name, config=config, workdir=workdir, warn=warn, step=step)
-    except Exception as error:
-        install = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-        warn(f"{tracker} is off for this run ({one_line(error)}{install})")
-        return Tracker()
-
-
 class Trackers:
-    """Those of a run: of each of `names`, with the settings that `start` takes."""
+    """Those of a run, of each of `names`. One that fails is off for the rest of the run, and `warn` takes a line.
 
-    def __init__(self, names: Iterable[str], **settings: Any) -> None:
-        self._trackers = {name: start(name, **settings) for name in names}
-        self.where = {name: tracker.where for name, tracker in self._trackers.items() if tracker.where}
+    `step` is the last one that was logged before; others that come after it may have been logged by a session that was
+    killed, and are logged again.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        name: str,
+        config: dict[str, Any],
+        workdir: Path,
+        warn: Callable[[str], None],
+        step: int = 0,
+    ) -> None:
+        self._warn = warn
+        self._running: dict[str, Tracker] = {}
+        for tracker in names:
+            try:
+                self._running[tracker] = TRACKERS[tracker](name, config, workdir, warn, step)
+            except Exception as error:
+                install = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+                warn(f"{tracker} is off for this run ({one_line(error)}{install})")
+        self.where = {tracker: running.where for tracker, running in self._running.items()}
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        for tracker in self._trackers.values():
-            tracker.log(row, step)
+        self._each(lambda tracker: tracker.log(row, step))
 
     def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        for tracker in self._trackers.values():
-            tracker.samples(read)
+        self._each(lambda tracker: tracker.samples(read))
 
     def finish(self) -> None:
-        for tracker in self._trackers.values():
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._running.items()):
+            try:
+                action(tracker)
+            except Exception as error:
+                del self._running[name]
+                self._warn(f"{name} failed and is off for the rest of this run ({one_line(error)})")

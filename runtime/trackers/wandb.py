@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from runtime.errors import one_line
 from runtime.files import read_text, write_text
-from runtime.trackers.service import Service, Tracker
 
 ID_FILE = "wandb_id.txt"  # in the workdir
 _PROBE_SECONDS = 3
@@ -33,49 +32,48 @@ _DEFAULTS = {  # for variables that the environment does not set
 }
 
 
-class WandbTracker(Service):
-    """Hands everything to a W&B run."""
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        # The step is a value like the others, not W&B's own count: that refuses to go back, and a run killed between
-        # two checkpoints logs some steps twice.
-        self.attempt(lambda run: run.log({**row, "step": step}))
-
-    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
-        import wandb
-
-        rows = [list(sample) for sample in read()[-_MOST_SAMPLES:]]
-        table = {"samples": wandb.Table(columns=["step", "sample"], data=rows), "step": rows[-1][0]}
-        self.attempt(lambda run: run.log(table))
-
-    def finish(self) -> None:
-        self.attempt(lambda run: run.finish())
-
-
-def start_wandb(name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int) -> Tracker:
+class WandbTracker:
     """Starts W&B, or continues the W&B run that the workdir names, in 10 seconds at most.
 
     The mode is chosen before W&B starts, because W&B itself would ask for a key, or wait long for a server: it is
     offline without a key or when no server answers. It keeps the steps that were logged twice.
     """
-    del step
-    _load_settings()
-    import wandb
 
-    mode, problem = _choose_mode(wandb.setup().settings)
-    keep = {"name": name, "config": config, "dir": str(workdir), "id": _run_id(workdir)}
-    if mode == "online":
-        try:
-            run = wandb.init(mode=mode, resume="allow", **keep)
-        except Exception as error:  # the key is refused, or the server accepts connections and hangs
-            wandb.teardown()
-            mode, problem = "offline", one_line(error)
-    if mode != "online":
-        run = wandb.init(mode=mode, **keep)
-    run.define_metric("*", step_metric="step")
-    if problem is not None:
-        warn(f"wandb is offline: {problem}; send the run later with `wandb sync {workdir}/wandb/offline-run-*`")
-    return WandbTracker("wandb", run, run.url if mode == "online" else f"{mode}, {workdir}/wandb", warn)
+    def __init__(
+        self, name: str, config: dict[str, Any], workdir: Path, warn: Callable[[str], None], step: int
+    ) -> None:
+        del step
+        _load_settings()
+        import wandb
+
+        mode, problem = _choose_mode(wandb.setup().settings)
+        keep = {"name": name, "config": config, "dir": str(workdir), "id": _run_id(workdir)}
+        if mode == "online":
+            try:
+                self._run = wandb.init(mode=mode, resume="allow", **keep)
+            except Exception as error:  # the key is refused, or the server accepts connections and hangs
+                wandb.teardown()
+                mode, problem = "offline", one_line(error)
+        if mode != "online":
+            self._run = wandb.init(mode=mode, **keep)
+        self._run.define_metric("*", step_metric="step")
+        if problem is not None:
+            warn(f"wandb is offline: {problem}; send the run later with `wandb sync {workdir}/wandb/offline-run-*`")
+        self.where = self._run.url if mode == "online" else f"{mode}, {workdir}/wandb"
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        # The step is a value like the others, not W&B's own count: that refuses to go back, and a run killed between
+        # two checkpoints logs some steps twice.
+        self._run.log({**row, "step": step})
+
+    def samples(self, read: Callable[[], Sequence[tuple[int, str]]]) -> None:
+        import wandb
+
+        rows = [list(sample) for sample in read()[-_MOST_SAMPLES:]]
+        self._run.log({"samples": wandb.Table(columns=["step", "sample"], data=rows), "step": rows[-1][0]})
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 def _load_settings() -> None:

@@ -16,8 +16,8 @@ import pytest
 from damage import KINDS, PLACE, bits, copy_of, files_of, small_run, snapshot, trees
 
 from runtime import processes
-from runtime.checkpoints.integrity import FILE_LIST, seal
-from runtime.checkpoints.manager import BOOKKEEPING, Checkpoints
+from runtime.checkpoints.integrity import BOOKKEEPING, FILE_LIST, seal
+from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import NoCheckpointError, StorageError, UserError
 
 PAPERS = {*BOOKKEEPING, FILE_LIST, "metadata", "_METADATA", "_sharding", "process_0", "manifest.ocdbt"}

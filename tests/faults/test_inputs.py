@@ -9,7 +9,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from helpers import assert_one_line, assert_possible_or_refused, finished_run, losses, make_text, tiny_config
+from helpers import assert_one_line, assert_possible_or_refused, data_of, finished_run, losses, make_text, tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,6 @@ import train_lib
 from commands import flags
 from configs import default
 from corpus.tokenizer import UnknownCharacters
-from input_pipeline import load_dataset
 from runtime.errors import UserError
 from runtime.screen.console import Console
 from training.cost import parameter_counts
@@ -99,7 +98,7 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory, text, mark, tokenizer, 
     content = (b"\xef\xbb\xbf" if mark else b"") + whole.encode()
     (folder / "text").write_bytes(content)
     size = {"data_dir": folder, "val_fraction": val, "test_fraction": 0.0, "context_len": 1, "say": lambda _: None}
-    data = load_dataset(str(folder / "text"), tokenizer, **size)
+    data = data_of(str(folder / "text"), tokenizer, **size)
     tokens = np.concatenate([data.train.tokens, data.val.tokens])
     assert data.tokenizer.decode_bytes(tokens) == (content if tokenizer == "byte" else whole.encode())
 
@@ -117,7 +116,7 @@ def test_bytes_that_are_no_text_are_refused_with_the_place(tmp_path_factory, dat
         with pytest.raises(
             UserError, match=rf"is not UTF-8 at byte {error.start} \(0x{(data * 20)[error.start]:02x}\)"
         ):
-            load_dataset(str(folder / "text"), "char", **size)
+            data_of(str(folder / "text"), "char", **size)
 
 
 @pytest.mark.once

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import arguments, assert_one_line, finished_run, losses, tiny_config
+from helpers import arguments, assert_one_line, data_of, finished_run, losses, tiny_config
 
 import main
 import train_lib
-from input_pipeline import load_dataset
 from runtime.trackers import wandb as trackers
 
 
@@ -89,13 +88,13 @@ def test_a_payload_in_the_cache_of_encoded_texts_is_never_run(tmp_path, trace):
     (tmp_path / "text").write_text("abcd" * 20)
     size = {"data_dir": tmp_path, "val_fraction": 0.5, "test_fraction": 0.0, "context_len": 1}
     said: list[str] = []
-    want = load_dataset(str(tmp_path / "text"), "char", say=said.append, **size).train.tokens.copy()
+    want = data_of(str(tmp_path / "text"), "char", say=said.append, **size).train.tokens.copy()
     for path in (tmp_path / ".cache").iterdir():
         buffer = io.BytesIO()
         np.save(buffer, np.array([Payload(trace)], object), allow_pickle=True)
         path.unlink()
         path.write_bytes(buffer.getvalue())
-    again = load_dataset(str(tmp_path / "text"), "char", say=said.append, **size).train.tokens
+    again = data_of(str(tmp_path / "text"), "char", say=said.append, **size).train.tokens
     assert not trace.exists() and said and all("damaged" in line for line in said)
     np.testing.assert_array_equal(again, want)
 

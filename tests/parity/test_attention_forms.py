@@ -19,7 +19,7 @@ from flax import nnx
 from transformer.attention import LayerCache, attend, attend_heads_first, visible, write
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import causal_attention
-from transformer.model import Attention, Where
+from transformer.model import Attention, TokenInfo
 from transformer.rotary import rope_frequencies, rotation
 
 B, N, H = 4, 6, 8
@@ -184,11 +184,11 @@ def test_attention_with_a_gate_by_channel_equals_qwen3_next(agree):
     shape = {"num_heads": N, "num_kv_heads": K, "embedding_dim": D, "head_dim": H, "position": "rope"}
     form = {"qk_norm": "scaled", "attention_sink": "none", "attention_gate": "channel", "rope_theta": 50.0}
     graph, _ = nnx.split(Attention(TransformerConfig(vocab_size=5, **shape, **form), 0, nnx.Rngs(0)))
-    where = Where(rotation(jnp.arange(T)[None], *rope_frequencies(H, 50.0, None)), None)
+    info = TokenInfo(rotation(jnp.arange(T)[None], *rope_frequencies(H, 50.0, None)), None)
 
     def attend_with(params, x_BTD):
         state = nnx.from_flat_state([(tuple(n.split(".")), nnx.Param(p)) for n, p in params.items()])
-        return nnx.merge(graph, state)(x_BTD, where, None)[0]
+        return nnx.merge(graph, state)(x_BTD, info, None)[0]
 
     found_BTD, pull_back = jax.vjp(attend_with, params, jnp.float32(x_BTD))
     gradients, dx_BTD = pull_back(jnp.float32(cotangent_BTD))

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from helpers import data_of
 from original import Original, randomised
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from corpus.dataset import Split
-from input_pipeline import IGNORED, Batches, load_dataset
+from input_pipeline import IGNORED, Batches
 from interop.families import ORIGINAL_RULES
 from interop.models import split_weights
 from training import step
@@ -113,7 +114,7 @@ STEPS, WARMUP, LEAST, CONTEXT = 50, 5, 0.1, 32
 def shakespeare() -> Split:
     """The tokens to train on."""
     fractions = {"val_fraction": 0.1, "test_fraction": 0.0}
-    data = load_dataset("tiny_shakespeare", "char", data_dir=ROOT / "data", context_len=CONTEXT, **fractions)
+    data = data_of("tiny_shakespeare", "char", data_dir=ROOT / "data", context_len=CONTEXT, **fractions)
     assert data.tokenizer.vocab_size == 65
     return data.train
 

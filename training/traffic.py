@@ -32,15 +32,8 @@ class Collective:
 
 def sent_bytes(op: str, result: int, n: int) -> float:
     """Bytes that each of n devices sends for a result of `result` bytes, by the algorithms that send least."""
-    match op:
-        case "all-reduce":
-            return 2 * (n - 1) / n * result
-        case "reduce-scatter":
-            return (n - 1) * result
-        case "collective-permute":
-            return result
-        case _:
-            return (n - 1) / n * result
+    shares = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+    return shares.get(op, (n - 1) / n) * result
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
