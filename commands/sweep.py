@@ -50,8 +50,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", **define)
     flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", **define)
     until = "Add seeds until the end losses of two configs differ with this always-valid p (arXiv:2310.03722)."
-    flags.DEFINE_float("until_p", None, until, **define)
-    flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", **define)
+    flags.DEFINE_float("until_p", None, until, 1e-9, 0.5, **define)
+    flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", 1, **define)
     where = "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>."
     flags.DEFINE_string("workdir", None, where, **define)
     flags.DEFINE_float("target", None, "As in compare.", **define)
@@ -97,10 +97,6 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
 
 def question(values: flags.FlagValues, argv: list[str]) -> list[Point]:
     """The runs of a sweep with --until_p, pair by pair, the seeds in their order. Raises UserError."""
-    if not 0 < values.until_p < 1:
-        raise UserError(f"--until_p: must be above 0 and below 1, got {values.until_p:g}; 0.01 is a good start")
-    if values.most < 1:
-        raise UserError(f"--most: must be at least 1, got {values.most}")
     points = grid(argv, values.set, values.most)
     if len(points) != 2 * values.most:
         raise UserError(f"--until_p: settles one question between two configs, got {len(points) // values.most}")

@@ -234,16 +234,10 @@ def paired(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunReco
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
-def what_differs(a: RunRecord, b: RunRecord) -> tuple[list[str], list[str]]:
-    """The keys that differ, beside the names of a run, and what else differs of where they ran."""
-    keys = [key for key in a.config if key not in _NAMES_OF_A_RUN and a.config[key] != b.config.get(key)]
-    return keys, [key for key in _ENVIRONMENT if a.environment[key] != b.environment[key]]
-
-
 def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:
     """Each config against the first one, by seed: differences at equal cost, and in words what they say."""
     (base, first), *others = groups.items()
-    rows, notes, level = [], [], LEVEL / max(len(others), 1)
+    rows, notes, level = [], [], LEVEL / len(others)
     for name, group in others:
         pairs, said = paired(first, group), {}
         if len(pairs) < 2:
@@ -262,10 +256,12 @@ def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) ->
             rows.append([f"{name} - {base}", where, str(d.pairs), f"{d.mean:+.4f}", interval, f"{d.p:.2g}"])
             rows[-1].append(f"{d.detectable:.4f}")
         notes += _conclusion(f"{name} against {base}", said, unit)
-        keys, places = zip(*(what_differs(a, b) for a, b in pairs), strict=True)
-        if len(keys[0]) > 1:
-            notes.append(f"They differ in {', '.join(keys[0])}: what is concluded is of all these together.")
-        if elsewhere := sorted(set(itertools.chain(*places))):
+        one, other = (runs[0].config for runs in (first, group))  # but for seeds, those of one config are the same
+        keys = [key for key in one if key not in _NAMES_OF_A_RUN and one[key] != other.get(key)]
+        if len(keys) > 1:
+            notes.append(f"They differ in {', '.join(keys)}: what is concluded is of all these together.")
+        alike = lambda key, pairs=pairs: all(a.environment[key] == b.environment[key] for a, b in pairs)
+        if elsewhere := [key for key in _ENVIRONMENT if not alike(key)]:
             notes.append(f"Their {', '.join(elsewhere)} differ too, which may be the cause, of times above all.")
     if not rows:
         return [], notes
