@@ -150,6 +150,9 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         below = config.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
+    alone = optimizer_lib.GROUPS[optimizer_config(config).hidden].one_cpu_device
+    if alone and num_devices > 1 and target().platform == "cpu":
+        raise UserError(f"config.hidden_optimizer: {config.hidden_optimizer} takes one CPU device; set cpu_devices=1")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on a GPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
     if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):

@@ -207,6 +207,12 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, *words)
 
 
+def test_soap_takes_one_device_of_a_cpu():
+    config_lib.check_devices(tiny_config(hidden_optimizer="soap"), 1)
+    with pytest.raises(UserError, match="soap takes one CPU device; set cpu_devices=1"):
+        config_lib.check_devices(tiny_config(hidden_optimizer="soap", batch_size=8), 2)
+
+
 def test_a_run_whose_decay_falls_to_its_end_gets_no_longer(tmp_path):
     old, new = (tiny_config(max_steps=steps, decay_schedule="cosine") for steps in (3, 5))
     with pytest.raises(UserError, match=r"^config\.max_steps: decay_schedule 'cosine' was laid out for 3"):

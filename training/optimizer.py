@@ -95,6 +95,7 @@ class Group(NamedTuple):
     rate: str  # the setting with their peak learning rate, under whose name the rate is logged; it ends in lr
     make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
     keeps_norm: bool = False  # the matrices keep their norms, and do not decay
+    one_cpu_device: bool = False  # its decompositions wait for ever where a CPU is several devices
 
 
 def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
@@ -117,7 +118,7 @@ GROUPS = {  # by label, see `labels_of`
     "muon": Group("Muon", "matrices", "muon_lr", _muon),
     "normuon": Group("NorMuon", "matrices", "muon_lr", _normuon),
     "muonh": Group("MuonH", "matrices", "muon_lr", _muonh, keeps_norm=True),
-    "soap": Group("SOAP", "matrices", "lr", lambda c, mesh: scale_by_soap(*c.betas, c.eps, mesh=mesh)),
+    "soap": Group("SOAP", "matrices", "lr", lambda c, mesh: scale_by_soap(*c.betas, c.eps, mesh=mesh), False, True),
 }
 
 
