@@ -9,16 +9,21 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import default
 from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
+from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
 from runtime.workdir import WEIGHTS
 from training import optimizer as optimizer_lib
+from training.micro_batch import largest_part
 from training.optimizer import OptimizerConfig
+from training.step import make_step
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import Execution, TransformerConfig
 from transformer.forms import sink_name
@@ -116,6 +121,14 @@ def _check_together(config: ConfigDict) -> None:
     """Raises UserError for texts with a format of their own, and for values that are not allowed together."""
     if config.cpu_devices != "auto" and not (config.cpu_devices.isdecimal() and int(config.cpu_devices) >= 1):
         raise UserError(f"config.cpu_devices: must be auto or a whole number from 1, got {config.cpu_devices!r}")
+    if config.micro_batch and config.accumulation_steps != 1:
+        raise UserError("config.accumulation_steps: follows from batch_size and micro_batch; leave one of them out")
+    size = config.micro_batch if config.micro_batch not in ("", "auto") else "1"
+    if not (size.isdecimal() and int(size) >= 1 and config.batch_size % int(size) == 0):
+        raise UserError(
+            f"config.micro_batch: must be auto or a whole number that divides batch_size {config.batch_size}, got "
+            f"{size!r}"
+        )
     if config.cpu_devices != "auto" and not config.mesh and int(config.cpu_devices) > config.batch_size:
         raise UserError(
             f"config.cpu_devices: {config.cpu_devices} devices cannot share batch_size {config.batch_size}; use fewer"
@@ -195,6 +208,29 @@ def model_config_of(
     if config.chat and answer:
         tokens |= {"answer_start": answer[0], "answer_end": answer[1]}
     return transformer_config(config, vocab_size, auto if config.dtype == "auto" else config.dtype, **tokens)
+
+
+def in_parts(config: ConfigDict, size: int | None = None) -> ConfigDict:
+    """The config whose batch_size and accumulation_steps say what its `micro_batch` does; `size` is what auto found.
+
+    Unchanged where `micro_batch` says nothing, or is auto and nothing was found yet.
+    """
+    if not (size := size or (int(config.micro_batch) if config.micro_batch.isdecimal() else None)):
+        return config
+    divided = config.copy_and_resolve_references()
+    divided.update(batch_size=size, accumulation_steps=config.batch_size // size, micro_batch="")
+    return divided
+
+
+def in_largest_parts(
+    config: ConfigDict, model: TransformerConfig, mesh: Mesh, key: jax.Array, memory: float | None = None
+) -> ConfigDict:
+    """The config in the largest micro-batches that fit the devices, or by the rule alone others of `memory` bytes."""
+    health = config.spike_sigmas, config.skip_spikes
+    build = lambda settings: make_step(settings, model, config.max_steps or 1000, key, mesh, *health)
+    there = memory or devices.memory_available()
+    found = largest_part(optimizer_config(config), model, config.batch_size, build, mesh, there, memory is None)
+    return in_parts(config, found)
 
 
 def trackers_of(config: ConfigDict) -> list[str]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "check every checkpoint of a run",
     "serve": "a page to try a model on, and the endpoints of OpenAI's clients",
     "report": "one page on a run: curves, samples, config, what the sinks do",
+    "sinks": "what the heads of any model attend to, and its largest activations",
     "compare": "runs side by side: what differs, losses, costs, curves",
     "sweep": "train a grid of configs and seeds, then compare them",
     "config": "every key of a config, its value and its meaning",

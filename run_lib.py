@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,7 +28,7 @@ from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
 from training.precision import Choice, best_here
-from training.step import Step, TrainState, regroup
+from training.step import Step, TrainState
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
@@ -239,6 +241,17 @@ def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
     return Choice(kept, "auto: as the run began")
 
 
+def in_parts_as_began(config: ConfigDict, meta: dict[str, Any], workdir: Path) -> ConfigDict:
+    """A config of micro_batch="auto" with a checkpoint's micro-batches, or parts of them if they divide no batch_size.
+
+    Raises UserError if there are now more devices than these can be divided among.
+    """
+    if config.micro_batch and IMPORTED_FROM not in meta:
+        config = config_lib.in_parts(config, math.gcd(config.batch_size, config_of(meta, workdir).batch_size))
+        config_lib.check_devices(config, len(devices.start_jax()))
+    return config
+
+
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint.
 
@@ -405,6 +418,17 @@ def require_same_run(meta: dict[str, Any], config: ConfigDict, workdir: Path, re
             f"config.accumulation_steps: the run in {workdir} stopped after {under_way} of the {k} micro-batches of a "
             f"step; finish that first, with accumulation_steps={k} and max_steps={real_step_of(meta) + 1}"
         )
+
+
+def regroup(state: TrainState, old: int, new: int) -> TrainState:
+    """Converts the state of a run, between two real steps, from accumulation over `old` micro-batches to `new`.
+
+    With more than one, optax's MultiSteps wraps the inner optimizer's state. The number of real steps stays the same.
+    """
+    opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
+    if new > 1:
+        opt_state = optax.MultiSteps(optax.identity(), new).init(state.params)._replace(inner_opt_state=opt_state)
+    return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
 def resume(

@@ -61,6 +61,7 @@ def train(
     Raises Interrupted after a signal, when the state is saved, and the errors of `runtime.errors`.
     """
     config_lib.check(config)
+    config = config_lib.in_parts(config)
     with removed_if_unused(workdir), Console(silent=not is_first()) as console:
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
@@ -100,10 +101,11 @@ class Trainer:
         rebatch: bool,
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-        self.console, self.stop, self.watchdog = console, stop, watchdog
+        self.console, self.stop, self.watchdog, self.tracing = console, stop, watchdog, False
         latest = checkpoints.latest()
         allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # checked before anything is loaded
+            config = self.config = run_lib.in_parts_as_began(config, checkpoints.meta(latest), workdir)
             allow(latest)
         source = workdir if checkpoints.steps() else Path(config.init_from) if config.init_from else None
         console.doing("reading the text")
@@ -119,6 +121,11 @@ class Trainer:
         self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = make_mesh(config.mesh, devices=devices.start_jax())
+        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        if config.micro_batch:
+            console.doing("looking how many sequences fit at once")
+            config = self.config = config_lib.in_largest_parts(config, self.model_config, self.mesh, dropout_key)
+            console.line(f"micro_batch auto: {config.batch_size:,} sequences at once, the most that fit")
         of_model, of_batch = most_parts(self.mesh)
         devices.require_memory(
             3 * 4 * sum(parameter_counts(self.model_config).values()) // of_model,
@@ -126,7 +133,6 @@ class Trainer:
         )
         self.placement = partial(shardings_of, mesh=self.mesh)
         self.arithmetic = run_lib.arithmetic_of(self.model_config, self.mesh)
-        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         self.evaluate = Evaluator(self.model_config, self.mesh, config.batch_size)
         periods = {key: config[key] for key in ("eval_every", "sample_every", "save_every")}
         self.tokens_per_step = config.batch_size * config.context_len * config.accumulation_steps
@@ -140,8 +146,8 @@ class Trainer:
         several = config.steps_per_dispatch > 1
         self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
-        measured = config.report and self.model_config.has_sinks
-        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val) if measured else None
+        to_measure = workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer
+        self.sinks = SinkLog(*to_measure) if config.report else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
@@ -161,10 +167,14 @@ class Trainer:
         watched = config.max_bad_steps, config.skip_spikes, step.state.params, jax.device_get(self.state.metrics)
         self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
-        self.tracing = False
         settings = config_lib.to_dict(config)
+<<<<<<< HEAD
         told = {"timed_steps": self.timed, "flops_per_token": flops_per_token(self.model_config)}
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **told, **devices.environment()})
+=======
+        record = {"config": settings, "timed_steps": self.timed, **devices.environment()}
+        write_json(workdir / run_lib.CONFIG_FILE, record)
+>>>>>>> main
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)
@@ -190,9 +200,8 @@ class Trainer:
 
         def total(c: ConfigDict, batches: Batches) -> int:
             k, epochs = c.accumulation_steps, batches.steps(c.epochs) if c.epochs else None
-            return total_steps(
-                epochs, k, c.max_steps, self.timed, c.max_flops, flops * c.context_len * c.batch_size * k
-            )
+            of_a_step = flops * c.context_len * c.batch_size * k
+            return total_steps(epochs, k, c.max_steps, self.timed, c.max_flops, of_a_step)
 
         if config.max_seconds and not meta:
             self.timed = self._time(make(total(config, self.batches)), key)
@@ -246,9 +255,7 @@ class Trainer:
             self.console.warn(f"not as in the session before: {changed}; the numbers will differ (docs/exactness.md)")
         for name, path in self.growing.items():
             cut_back(path, meta["sizes"].get(name, 0), self.console.warn)
-        self.console.line(
-            f"resuming at step {self.step}" if self.step < self.total else f"already at step {self.total}"
-        )
+        self.console.line(f"{'resuming' if self.step < self.total else 'already'} at step {self.step}")
         if self.step < self.total != self.total_before:
             rates = partial(schedule_shape, config_lib.optimizer_config(self.config), first_total=self.first_total)
             self.console.line(summary.going_on(rates, self.step, self.total_before, self.total))

@@ -8,7 +8,6 @@ import textwrap
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,10 +20,11 @@ from runtime.errors import UserError
 from runtime.screen.console import Console
 from runtime.screen.text import duration, human
 from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
+from training.micro_batch import compiled, program_bytes
 from training.step import make_step
 from training.traffic import Collective, axes_of_group, collectives
 from transformer.config import TransformerConfig
-from transformer.sharding import batch_sharded, make_mesh, parse_mesh
+from transformer.sharding import make_mesh, parse_mesh
 
 MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     values = parse_flags("plan", __doc__, argv, _define, config=True)
     config, console = values.config, Console()
     config_lib.check(config)
+    config = config_lib.in_parts(config)
     if not 0 < values.mfu <= 1:
         raise UserError("--mfu: must be above 0 and at most 1")
     if values.tokens < 0 or values.devices < 0:
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> None:
     devices.set_up_compile_cache(console.warn)
     config_lib.check_devices(config, len(devices.start_jax()))
     with console.busy("compiling the step"):
-        planned = plan_step(config, *vocabulary(config, console), make_mesh(config.mesh, devices=devices.start_jax()))
+        mesh = make_mesh(config.mesh, devices=devices.start_jax())
+        planned = plan_step(config, *vocabulary(config, console), mesh, MEMORY[values.hardware])
     report(planned, values.hardware, values.mfu, values.tokens, console)
 
 
@@ -104,20 +106,20 @@ class Planned:
         return flops_per_token(self.model) * self.tokens
 
 
-def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> Planned:
-    """The config's step for a mesh; the dtype is the config's own, which names one."""
+def plan_step(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh, memory: float = math.inf) -> Planned:
+    """The config's step for a mesh of devices of `memory` bytes; the dtype is the config's own, which names one."""
     key, model = jax.random.key(config.seed), config_lib.model_config_of(config, vocab_size, eot)
+    if config.micro_batch:
+        config = config_lib.in_largest_parts(config, model, mesh, key, memory)
     settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
     step = make_step(settings, model, config.max_steps or 1000, key, mesh, *spikes)
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    program = step.run.lower(step.state, batch).compile()
-    held = program.memory_analysis()
+    program = compiled(step, config.batch_size, config.context_len, mesh)
     return Planned(
         mesh=mesh,
         config=config,
         model=model,
         memory=held_bytes(settings, model, config.batch_size, step.state, mesh),
-        compiled_bytes=held.argument_size_in_bytes + held.temp_size_in_bytes,
+        compiled_bytes=program_bytes(program) or 0,
         traffic=collectives(program.as_text(), mesh.size),
     )
 
@@ -131,6 +133,7 @@ def report(planned: Planned, hardware: str, mfu: float, budget: float, console: 
     row("model", f"{human(parameters)} parameters, {config.dtype}", "exact")
     row("mesh", f"{n:,} x {hardware}: {shape}", "")
     row("step", f"{human(planned.tokens)} tokens, {human(planned.flops)} FLOPs in the model", "counted")
+    row("micro-batch", f"{config.batch_size:,} sequences, {config.accumulation_steps:,} a step", "")
     console.line("")
     console.line("memory on each device")
     for name, size in planned.memory.items():

@@ -4,7 +4,9 @@ python main.py --config=configs/chat.py:RUN --config.dataset=FILE.jsonl [--workd
 
 RUN's tokenizer has to be one that `main.py tokenizer` made: it has the tokens around the turns. A line of FILE is
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The rest is as in
-configs/finetune.py, with three passes over the conversations. Not measured on a corpus of real ones.
+configs/finetune.py, with three passes over the conversations, at RUN's own rate: the tokens around the turns are new to
+it. After 35 steps on 600 made-up conversations, from a short run of configs/stories.py, val_loss was 0.97 at its 0.002
+and 3.2 at finetune.py's 0.0001. Not measured on a corpus of real ones.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +15,7 @@ from configs import finetune
 
 
 def get_config(run: str = "") -> ConfigDict:
-    config = finetune.get_config(run, "chat")
+    config = finetune.get_config(run, "chat", also=("lr",))
     config.chat = True
     config.mask_documents = True
     config.text_column = "messages"

@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
     config.sink_pattern = "S"  # S sinks, N none, repeated over the layers; "SN" with window_pattern "LG": in local ones
     config.attention_gate = "none"  # attention's output times a sigmoid of its input: none | head | channel
     config.exclusive_attention = False  # attention's output loses its component along the token's own value
+    config.value_embeddings = False  # every other layer adds a second, gated embedding of each token to its values
+    config.residual_scalars = False  # each block scales the residual stream, and adds some of what entered the first
     config.sliding_window = 0  # how many keys a query in a local layer sees, its own included; 0: all
     config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates
     config.qkv_bias = False  # bias of the query, key and value projections
@@ -102,6 +104,9 @@ def get_config() -> ConfigDict:
 
     # --- Training ----------------------------------------------------------------------------------------------
     config.batch_size = 16  # sequences in a micro-batch, over all devices
+    config.micro_batch = ""  # "": as above. A number, or auto: batch_size is that of a real step, which is made in
+    # micro-batches of so many sequences; auto: the most that fit the devices' memory. A run keeps what was found, and
+    # is the one that such a batch_size and accumulation_steps give
     config.epochs = 1  # passes over the training text; 0: no limit
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever limit comes first
     config.max_flops = 0.0  # floating-point operations of the whole run, as its MFU counts them; 0: no limit
@@ -138,7 +143,7 @@ def get_config() -> ConfigDict:
     config.sample_prompt = "\n"  # what the samples begin with
     config.sample_tokens = 256  # tokens in a sample
     config.temperature = 0.8  # of the samples; 0 is greedy
-    config.report = True  # measure the sinks' shares of attention at each evaluation; at the end, write report.html
+    config.report = True  # at each evaluation, measure what heads attend to; at the end, write report.html
     config.print_per_layer_params = False  # list every parameter at the start
     config.trackers = ""  # services that take the numbers too: some of wandb,tensorboard,trackio
     config.wandb_enabled = False  # as trackers="wandb": Weights & Biases, whose settings are in the environment or .env

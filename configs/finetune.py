@@ -17,18 +17,18 @@ from runtime.files import read_json
 from transformer.config import TransformerConfig
 
 
-def get_config(run: str = "", name: str = "finetune") -> ConfigDict:
+def get_config(run: str = "", name: str = "finetune", also: tuple[str, ...] = ()) -> ConfigDict:
+    """`also` names more keys that are RUN's."""
     if not run:
         raise UserError(f"--config=configs/{name}.py: needs a run to start from; write configs/{name}.py:RUN")
     config = default.get_config()
     settings = read_json(Path(run) / "config.json").get("config")
     if settings is None:
         raise UserError(f"{run}: is no run's directory; make one of it with python main.py import --from={run} first")
-    shape = {field.name for field in fields(TransformerConfig)}
-    config.update({key: value for key, value in settings.items() if key in shape | {"tokenizer"}})
-    config.init_from = run
-
     config.lr = 1e-4
+    kept = {"tokenizer", *also, *(field.name for field in fields(TransformerConfig))}
+    config.update({key: value for key, value in settings.items() if key in kept})
+    config.init_from = run
     config.use_muon = False
     config.schedule = "cosine"
     config.lr_warmup_ratio = 0.05

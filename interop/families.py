@@ -77,7 +77,10 @@ class Family:
     constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
 
 
-_PLAIN_ATTENTION = {"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False}
+_PLAIN_BLOCKS = {
+    **{"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False},
+    **{"value_embeddings": False, "residual_scalars": False},
+}
 
 GPT2 = Family(
     "gpt2",
@@ -113,7 +116,7 @@ GPT2 = Family(
     },
     fixed={
         **{"norm": "layernorm", "norm_bias": True, "position": "learned", "qk_norm": "none", "attention_sink": "none"},
-        **_PLAIN_ATTENTION,
+        **_PLAIN_BLOCKS,
         **{"sliding_window": 0, "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "logit_softcap": 0.0},
     },
     activations={"gelu_new": "gelu_tanh", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"},
@@ -164,7 +167,7 @@ _LLAMA_SETTINGS = {
 }
 _LLAMA_FIXED = {
     **{"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": "none", "logit_softcap": 0.0},
-    **_PLAIN_ATTENTION,
+    **_PLAIN_BLOCKS,
 }
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
 

@@ -60,9 +60,19 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("seconds", "{:,.1f}".format),  # of the whole run, all its sessions, without compilation
     "tokens_per_second": ("tokens/s", human),  # the median of the logged ones
     "peak_mib": ("peak MiB", "{:,.0f}".format),
+    "sink_share": ("to sinks", "{:.1%}".format),  # of all attention, as all that follows at the last evaluation
+    "first_share": ("to first token", "{:.1%}".format),
+    "separator_share": ("to separators", "{:.1%}".format),
+    "sink_rate": ("sink rate", "{:.2f}".format),  # share of heads that give the first token more than 0.3
+    "attention_entropy": ("entropy", "{:.2f}".format),  # nats
+    "largest_activation": ("largest activation", "{:.1f}".format),
+    "kurtosis": ("kurtosis", "{:.1f}".format),
+    "first_key_norm": ("key norm, first", "{:.2f}".format),  # over that of the other positions
+    "first_value_norm": ("value norm, first", "{:.2f}".format),
 }
 _LOSS = ("steps", "tokens", "val_loss", "best", "best_step", "averaged", "bits_per_byte")
 _COST = ("tokens_to", "seconds_to", "seconds", "tokens_per_second", "peak_mib")
+_ATTENTION = tuple(_COLUMNS)[list(_COLUMNS).index("sink_share") :]
 _MEAN_LOSS = ("steps", "val_loss", "best", "averaged", "bits_per_byte")
 
 
@@ -155,6 +165,7 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
         "seconds": last["training_seconds"],
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_mib": max(peaks) / 2**20 if peaks else None,
+        **{key: (known(key) or [None])[-1] for key in _ATTENTION},
     }
 
 
@@ -317,6 +328,9 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         _table("Loss", ["run"], single, _LOSS, heading, score_by),
         _table("Cost", ["run"], single, _COST, heading, score_by),
     ]
+    measured = any(result["first_share"] is not None for [result] in single.values())
+    if measured:
+        tables.append(_table("Attention and residual stream", ["run"], single, _ATTENTION, heading, None))
     whose = ", the worst of the runs' best" if target is None and goal is not None else ""
     notes = ["Losses in nats per token. Seconds without compilation, where the run tells them apart."]
     if goal is not None:
@@ -333,6 +347,8 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         first = ["config", "n"]
         tables.append(_table("Loss, mean over seeds", first, means, _MEAN_LOSS, heading, score_by))
         tables.append(_table("Cost, mean over seeds", first, means, _COST, heading, score_by))
+        if measured:
+            tables.append(_table("Attention, mean over seeds", first, means, _ATTENTION, heading, None))
         notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
     if compares and len(groups) > 1:
         more, said = _paired_table(groups, metric, unit)

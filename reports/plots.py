@@ -184,11 +184,11 @@ def plot_series(rows: list[dict[str, Any]], keys: dict[str, str], title: str, lo
     return _curves_by_step(figure, axes, plain, legend=len(keys) > 1)
 
 
-def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray) -> bytes:
+def plot_shares_over_training(steps: Sequence[int], shares_ELN: np.ndarray, of: str = "the sinks") -> bytes:
     """Each head's share [E, L, N] as a thin line, and each layer's mean as a strong one, the first layer palest."""
     from matplotlib import colormaps
 
-    figure, axes = _figure(3.1, "attention to the sinks, by layer (thin: by head)")
+    figure, axes = _figure(3.1, f"attention to {of}, by layer (thin: by head)")
     layers = shares_ELN.shape[1]
     for layer in range(layers):
         color = colormaps["plasma"](0.3 + 0.55 * layer / max(1, layers - 1))
@@ -208,10 +208,10 @@ def _curves_by_step(figure: "Figure", axes: "Axes", written: Callable[..., str],
     return _png(figure)
 
 
-def plot_shares(shares_LN: np.ndarray) -> bytes:
+def plot_shares(shares_LN: np.ndarray, of: str = "the sink") -> bytes:
     """The shares [L, N] as bars: a row for each layer, a column for each head."""
     L, N = shares_LN.shape
-    figure, axes = _figure(min(9.0, 0.9 + 0.5 * L), "share of attention that goes to the sink")
+    figure, axes = _figure(min(9.0, 0.9 + 0.5 * L), f"share of attention that goes to {of}")
     layer_LN, head_LN = np.indices((L, N))
     floor_LN = L - 1 - layer_LN
     height_LN = 0.6 * shares_LN / max(shares_LN.max(), 1e-9)

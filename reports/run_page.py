@@ -1,6 +1,6 @@
 """The report of a run: one self-contained page with curves, samples, config, and what the sinks do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from corpus.tokenizer import Tokenizer, UnknownCharacters
 from reports.compare import RunRecord, comparable, read_runs, result_of
 from reports.html import Block, Fold, Heading, Picture, Verbatim, html_page
 from reports.plots import plot_all_maps, plot_map, plot_series, plot_shares, plot_shares_over_training
-from reports.sinks import TOKENS, attention_maps, read_shares
+from reports.sinks import TOKENS, Measured, attention_maps, described, read_measured, token_name
 from runtime.errors import one_line
 from runtime.files import read_json, write_text
 from runtime.screen.text import Table, duration, human
@@ -26,7 +26,6 @@ _MAP_TOKENS = 48  # of the text whose attention is shown
 _LABELLED_TOKENS = 32  # of the maps with labelled tokens
 _MOST_MAPS = 8  # layers to draw, and heads of each
 _MOST_SAMPLES = 12
-_VISIBLE = str.maketrans({"\n": "⏎", " ": "␣", "\t": "⇥"})
 
 
 def write_after_training(run: run_lib.Run, warn: Callable[[str], None]) -> None:
@@ -55,12 +54,12 @@ def write_report(
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = run_lib.model_config_for(run_lib.read_config(workdir), tokenizer)
     samples = run_lib.read_samples(workdir)
-    steps, shares_ELN = read_shares(workdir / run_lib.SINKS_FILE, model_config, warn)
+    measured = read_measured(workdir / run_lib.SINKS_FILE, model_config, warn)
     blocks = [
         _summary(run, model_config),
         *_curves(comparable([run], "val_loss")[0][0]),
-        *_sinks(model_config, steps, shares_ELN),
-        *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer), not len(steps)),
+        *_sinks(model_config, measured, tokenizer),
+        *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer), not measured),
         *_samples(samples),
         *_config(run),
         _environment(saved),
@@ -129,25 +128,31 @@ def _curves(run: RunRecord) -> list[Block]:
     return [Heading("Curves"), pictures] if pictures else ["No step was logged."]
 
 
-def _sinks(model_config: TransformerConfig, steps: Sequence[int], shares_ELN: np.ndarray) -> list[Block]:
-    heading = Heading("Sinks")
+def _sinks(model_config: TransformerConfig, measured: dict[int, Measured], tokenizer: Tokenizer) -> list[Block]:
+    blocks: list[Block] = [Heading("Sinks")]
     if not model_config.has_sinks:
-        return [heading, "This model has no attention sinks (attention_sink = none)."]
-    if not len(steps):
-        return [heading, "No shares were measured in this run: it has no evaluation with report = True."]
-    last_LN = shares_ELN[-1]
-    most, least = _extremes(last_LN).values()
-    name = lambda at: f"head {at[1] + 1} of layer {at[0] + 1}"
-    said = (
-        f"What a head gives to its sink, it gives to no token. At step {steps[-1]:,} the sinks take "
-        f"{last_LN.mean():.1%} of all attention; most in {name(most)} ({last_LN[most]:.1%}), least in {name(least)} "
-        f"({last_LN[least]:.1%}). Means over up to {TOKENS:,} tokens of the validation text, always the same."
-    )
-    pictures = [Picture(plot_shares(last_LN), f"Share of attention to the sink by layer and head: {said}", clear=True)]
-    if len(steps) > 1:
-        over = plot_shares_over_training(steps, shares_ELN)
-        pictures.append(Picture(over, "The shares by layer and head over training", clear=True))
-    return [heading, said, pictures]
+        blocks.append("This model has no attention sinks (attention_sink = none).")
+    if not measured:
+        return [*blocks, "No shares were measured in this run: it has no evaluation with report = True."]
+    steps, last = list(measured), list(measured.values())[-1]
+    pictures, shown = [], {"the sinks": "shares"} if model_config.has_sinks else {}
+    if np.isfinite(last.where).all():  # an older build measured shares alone
+        table, sentences = described(last, tokenizer)
+        blocks, shown = [*blocks, *sentences, table], {**shown, "the first token": "first"}
+    for of, name in shown.items():
+        shares_ELN = np.array([getattr(each, name) for each in measured.values()])
+        most, least = (
+            f"{word} in head {head + 1} of layer {layer + 1} ({shares_ELN[-1, layer, head]:.1%})"
+            for word, (layer, head) in _extremes(shares_ELN[-1]).items()
+        )
+        said = f"At step {steps[-1]:,} {shares_ELN[-1].mean():.1%} of all attention goes to {of}; {most}, {least}."
+        blocks.append(said)
+        pictures.append(Picture(plot_shares(shares_ELN[-1], of), f"Attention to {of} by head: {said}", clear=True))
+        if len(steps) > 1:
+            over = plot_shares_over_training(steps, shares_ELN, of)
+            pictures.append(Picture(over, f"Attention to {of} by layer and head over training", clear=True))
+    about = f"Means over up to {TOKENS:,} tokens of the validation text, always the same."
+    return [*blocks, f"What a head gives to its sink, it gives to no token. {about}", pictures]
 
 
 def _extremes(shares_LN: np.ndarray) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def _attention(
     shares_LNT = maps_LNTS[..., 0]
     shares_LN = shares_LNT.mean(-1)
     parts = [tokenizer.decode_bytes([token]).decode("utf-8", "replace") for token in ids.tolist()]  # spaces too
-    labels = [part.translate(_VISIBLE) for part in parts]
+    labels = [token_name(tokenizer, token) for token in ids.tolist()]
     L, N = shares_LN.shape
     layers, heads = _spread(L, _MOST_MAPS), _spread(N, _MOST_MAPS)
     said = (

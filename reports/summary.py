@@ -26,8 +26,8 @@ Facts = dict[str, dict[str, str]]  # by group and name
 # A line's name -> the facts that it shows, with a colon between them.
 _LINES = {
     **{"run": ["run"], "device": ["devices"], "mesh": ["mesh"], "parameters": ["parameters"]},
-    **{"data": ["text", "split"], "shards": ["shards"], "optimizer": ["parts"], "memory": ["memory"]},
-    **{"steps": ["steps"], "first loss": ["first loss"]},
+    **{"data": ["text", "split"], "shards": ["shards"], "optimizer": ["parts"], "batch": ["batch"]},
+    **{"memory": ["memory"], "steps": ["steps"], "first loss": ["first loss"]},
 }
 _LINES_ALONE = {"mesh", "first loss"}  # no panel shows them
 

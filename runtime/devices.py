@@ -220,7 +220,7 @@ def require_memory(model: int, batch: int) -> None:
 
     Both are bytes that each device needs at least, for weights and optimizer, and for its part of a micro-batch.
     """
-    there, of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), 1
+    there, of_device = _own_memory(), 1
     if not there:  # CPU devices share the machine's memory
         there, of_device = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), jax.local_device_count()
     for key, need, advice in (
@@ -231,6 +231,23 @@ def require_memory(model: int, batch: int) -> None:
             raise UserError(
                 f"config.{key}: needs {need / 2**30:,.1f} GiB or more, {there / 2**30:,.1f} GiB are there; {advice}"
             )
+
+
+def _own_memory() -> int | None:
+    """Bytes that a device lets this process have; None for a CPU, whose devices share the machine's."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def memory_available() -> int:
+    """Bytes that each device here can take: its own, or of a CPU its share of what the machine, or its cgroup, has."""
+    if there := _own_memory():
+        return there
+    told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        told.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(OSError):
+        told += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
+    return min(told) // jax.local_device_count()
 
 
 @contextmanager

@@ -100,6 +100,7 @@ class Completion(Ask):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
     return_token_ids: bool = False
+    chat: bool = False  # a prompt that is text is what a user says
     kind: ClassVar = "cmpl", "text_completion", "text_completion"
 
 
@@ -125,6 +126,7 @@ class Chat(Ask):
 class Written(_Body):
     prompt: str | Ids = ""
     token_ids: Ids
+    chat: bool = False
 
 
 # --- What is answered -------------------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class Service:
         self._config, self._chat_tokens, self._hosts = engine.model.config, chat_tokens, hosts
         self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you"}
         self._model |= {"max_model_len": self._config.context_len, "max_tokens": self.max_tokens}
-        self._model |= {"attention_sink": self._config.has_sinks}
+        self._model |= {"attention_sink": self._config.has_sinks, "chat": chat_tokens is not None}
         self._measuring = ThreadPoolExecutor(1)
         self._page = read_file(Path(__file__).parent / "page.html").decode()
         inside = [re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL)[1] for tag in ("script", "style")]
@@ -254,30 +256,35 @@ class Service:
         if ask.echo and ask.logprobs is not None:
             raise Refusal("echo: not together with logprobs", "echo")
         one = isinstance(ask.prompt, str) or isinstance(ask.prompt[0], int)
-        prompts = [self._read(prompt) for prompt in ([ask.prompt] if one else ask.prompt)]
+        prompts = [self._read(prompt, chat=ask.chat) for prompt in ([ask.prompt] if one else ask.prompt)]
         return await self._answer(call, ask, prompts, ("max_tokens", ask.max_tokens or min(16, self.max_tokens)))
 
     async def _chat(self, call: Call, body: bytes) -> Response:
         ask = Chat.model_validate_json(body)
         if ask.top_logprobs and not ask.logprobs:
             raise Refusal("top_logprobs: needs logprobs to be true", "top_logprobs")
-        if self._chat_tokens is None:
-            raise Refusal("this model was not trained on conversations (configs/chat.py)", "messages")
         flat = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
-        try:
-            ids = self._chat_tokens([{"role": m.role, "content": flat(m.content)} for m in ask.messages])
-        except ValueError as error:  # UnknownCharacters too
-            raise Refusal(f"messages: {error}", "messages") from error
+        ids = self._turns([{"role": m.role, "content": flat(m.content)} for m in ask.messages], "messages")
         name = "max_completion_tokens" if ask.max_completion_tokens else "max_tokens"
         most = getattr(ask, name) or self.max_tokens
-        return await self._answer(call, ask, [("", list(map(int, ids)))], (name, most))
+        return await self._answer(call, ask, [("", ids)], (name, most))
 
-    def _read(self, prompt: str | list[int], name: str = "prompt") -> tuple[str, list[int]]:
-        """A prompt's text and ids."""
+    def _turns(self, messages: list[dict[str, str]], name: str) -> list[int]:
+        if self._chat_tokens is None:
+            raise Refusal("this model was not trained on conversations (configs/chat.py)", name)
+        try:
+            return list(map(int, self._chat_tokens(messages)))
+        except ValueError as error:  # UnknownCharacters too
+            raise Refusal(f"{name}: {error}", name) from error
+
+    def _read(self, prompt: str | list[int], name: str = "prompt", chat: bool = False) -> tuple[str, list[int]]:
+        """A prompt's text and ids; with `chat`, text is what a user says."""
         if isinstance(prompt, list):
             if max(prompt) >= self._config.vocab_size:
                 raise Refusal(f"{name}: ids must be below {self._config.vocab_size}", name)
             return b"".join(self.tokenizer.pieces[i] for i in prompt).decode(errors="replace"), prompt
+        if chat:
+            return prompt, self._turns([{"role": "user", "content": prompt}], name)
         try:
             return prompt, prompt_tokens(self.tokenizer, prompt).tolist()
         except UnknownCharacters as error:
@@ -314,7 +321,7 @@ class Service:
         ask = Written.model_validate_json(body)
         if not self._config.has_sinks:
             raise Refusal("this model has no attention sinks", None, 404)
-        (_, prompt), (_, new) = self._read(ask.prompt), self._read(ask.token_ids, "token_ids")
+        (_, prompt), (_, new) = self._read(ask.prompt, chat=ask.chat), self._read(ask.token_ids, "token_ids")
         ids = [*prompt, *new][:-1][-self._config.context_len :]
         tokens_T = np.zeros(min(self._config.context_len, power_of_two(len(ids))), np.int32)
         tokens_T[: len(ids)] = ids

@@ -11,8 +11,8 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from helpers import SOONER
 from hypothesis import HealthCheck, settings
+from xla_flags import SOONER
 
 from runtime import devices
 from transformer.config import TransformerConfig

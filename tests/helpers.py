@@ -49,8 +49,6 @@ if "TESTS_SCRATCH" not in os.environ:  # the processes that tests start share th
     atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
     os.environ["TESTS_SCRATCH"] = str(SCRATCH)
 
-SOONER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # XLA compiles in half the time
-
 TINY = {
     "num_blocks": 1,
     "num_heads": 2,

@@ -14,9 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+<<<<<<< HEAD
 import optax
 from helpers import SOONER, tiny_config, train_until
+=======
+from helpers import tiny_config, train_until
+>>>>>>> main
 from jax.sharding import PartitionSpec
+from xla_flags import SOONER
 
 import config_lib
 import train_lib
@@ -68,6 +73,9 @@ MORE = {  # what else a step can be asked for, all at once
     "attention_sink": "key",
     "attention_gate": "head",
     "exclusive_attention": True,
+    "num_blocks": 4,
+    "value_embeddings": True,
+    "residual_scalars": True,
 }
 
 

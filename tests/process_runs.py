@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ROOT, SOONER
+from helpers import ROOT
+from xla_flags import SOONER
 
 DEVICES = f"--xla_cpu_multi_thread_eigen=false {SOONER} --xla_force_host_platform_device_count={{}}"
 # The signal comes at the step, once the save that has begun is whole; then JAX, which looks once a second, gets time.

@@ -307,7 +307,13 @@ def learned():
     config = chat.get_config(str(folder / "text"))
     usual = tiny_config()
     config.update({key: usual[key] for key in ("data_dir", "cpu_devices", "report", "sample_tokens")})
-    settings = {"dataset": path, "val_fraction": 0.5, "epochs": 0, "max_steps": 150, "lr": 0.01, "eval_every": 150}
+    settings = {
+        "dataset": path,
+        "val_fraction": 0.5,
+        "epochs": 0,
+        "max_steps": 150,
+        "eval_every": 150,
+    }  # at the run's own rate
     config.update({**settings, "save_every": 150, "sample_prompt": TALKS[0][0]["content"] + "\n"})
     return train_lib.train(config, folder / "chat")
 

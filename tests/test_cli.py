@@ -119,7 +119,7 @@ def test_any_number_is_taken_or_refused_in_one_line(key, capsys, trained):
         (["--profile_steps=15:10"], "--profile_steps: ", "'15:10'"),
         (["--profile_steps=a:b"], "--profile_steps: ", "'a:b'"),
         (["--profile_steps=-1:3"], "--profile_steps: ", "'-1:3'"),
-        (["sample", "--num_tokens=-1"], "--num_tokens: ", "-1"),
+        (["sample", "--num_tokens=-1"], "--num_tokens=-1: ", ""),
         (["sample", "--num_tokens=many"], "--num_tokens=many: ", ""),
         (["sample", "--temperature=nan"], "--temperature: ", "nan"),
         (["sample", "--temperature=-0.5"], "--temperature: ", "-0.5"),

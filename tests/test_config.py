@@ -64,14 +64,15 @@ def test_every_key_is_documented_where_it_is_set():
 
 
 def reads(tree: ast.AST) -> set[str]:
-    """Keys that are read from a config: config.KEY, self.config.KEY, c.KEY and the like; checks do not count."""
+    """Keys that are read from a config, or from `Wanted`, which is made of one: config.KEY, self.config.KEY, c.KEY and
+    the like; checks do not count."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef) and re.match("_?check", node.name):
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
-            if base in ("config", "c"):
+            if base in ("config", "c", "wanted"):
                 found.add(node.attr)
         found |= reads(node)
     return found

@@ -3,7 +3,8 @@
 from itertools import pairwise
 
 import pytest
-from helpers import SOONER, arguments, assert_same_state, losses, run_main, tiny_config, train_until
+from helpers import arguments, assert_same_state, losses, run_main, tiny_config, train_until
+from xla_flags import SOONER
 
 import input_pipeline
 import train_lib

@@ -10,11 +10,15 @@ Commands of the README, which train for minutes and read corpora, are parsed alo
 """
 
 import argparse
+import gzip
 import importlib
+import importlib.util
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +68,10 @@ def main_arguments(words: list[str]) -> list[str] | None:
     return words[words.index("main.py") + 1 :] if "main.py" in words[:3] else None
 
 
+def is_file_of_page(words: list[str]) -> bool:
+    return words[0] == "python" and Path(words[1]).exists()
+
+
 def parse_only(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line up to where the work would begin. Raises SystemExit or an error for what it does not take."""
     command, arguments = ("train", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
@@ -96,7 +104,7 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             check_benchmark(words[2], words[3:], monkeypatch)
         elif words[0].endswith("pytest"):
             assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests"))
-        else:
+        elif not is_file_of_page(words):
             assert re.match(OTHER, " ".join(words)), f"not known to the test: {line}"
 
 
@@ -132,6 +140,8 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "data" / "text.txt").write_text(make_text(), encoding="utf-8")
     talk = [{"role": "user", "content": "A lamp?"}, {"role": "assistant", "content": "It."}]
     (tmp_path / "talks.jsonl").write_text(4 * (json.dumps({"messages": talk}) + "\n"))
+    stories = [json.dumps({"text": line}) for line in make_text().splitlines()]
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress("\n".join(stories).encode()))
     for name in "shakespeare", "imported":
         shutil.copytree(finished_run().workdir, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
@@ -173,6 +183,8 @@ def test_the_commands_of_a_page_run(page, place):
             elif argv is not None and argv[0].startswith("-"):  # two steps, by bytes: the next line may give any text
                 short = ["--config.max_steps=2", "--config.tokenizer=byte"]
                 run([word for word in argv if not word.startswith("--config.max_steps")] + short)
+            elif is_file_of_page(words) and importlib.util.find_spec("torch"):  # for transformers
+                subprocess.run([sys.executable, *words[1:]], check=True)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
@@ -191,7 +203,8 @@ def test_the_python_of_a_page(page, place, monkeypatch):
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_a_page_says_what_the_command_line_takes(page, place, monkeypatch):
     write_new_files(page, place)
-    shutil.copytree("runs/imported", "runs/base")  # which a line begins from that an earlier one would have made
+    for name in "base", "stories":  # which a line begins from that an earlier one would have made
+        shutil.copytree("runs/imported", f"runs/{name}")
     lines = shell_lines(page)
     assert page != README or len(lines) + len(shell_lines(ROOT / "docs" / "using.md")) > 20
     for line in lines:

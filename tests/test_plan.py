@@ -10,7 +10,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, SOONER, tiny_config
+from helpers import ROOT, tiny_config
+from xla_flags import SOONER
 
 import config_lib
 import main

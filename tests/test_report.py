@@ -12,7 +12,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, SCRATCH, assert_one_line, assert_same_state, finished_run, losses, tiny_config, train_until
@@ -24,7 +23,8 @@ import run_lib
 import train_lib
 from configs import default
 from reports import run_page, sinks
-from reports.sinks import sink_shares
+from reports.compare import read_runs, tables_of
+from reports.sinks import as_json, measure, scalars_of, separators_of
 from transformer.model import model_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,7 +49,7 @@ def page_of(workdir: Path) -> tuple[str, str]:
 # --- On the way ---------------------------------------------------------------------------------------------------
 
 
-def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
+def test_attention_is_measured_at_each_evaluation_and_nothing_else_changes():
     run, without, config = reported_run(), finished_run(), tiny_config()
     assert losses(run.workdir) == losses(without.workdir)
     assert_same_state(run.workdir, without, config, run.step)
@@ -58,9 +58,14 @@ def test_shares_are_measured_at_each_evaluation_and_nothing_else_changes():
     evaluated = [(row["step"], row["tokens"]) for row in run.history if row.get("val_loss") is not None]
     assert [(row["step"], row["tokens"]) for row in rows] == evaluated
     data = run_lib.load_data(config, lambda text: None)
-    want_LN = sink_shares(run.model, jnp.asarray(sinks.stretch(data.val, config.context_len)))
-    np.testing.assert_allclose(rows[-1]["shares"], want_LN, rtol=0, atol=5.1e-8)
+    tokens_BT = sinks.stretch(data.val, config.context_len)
+    want = measure(run.model, tokens_BT, separators_of(run.tokenizer))
+    assert rows[-1] == {"step": 30, "tokens": rows[-1]["tokens"], **as_json(want)} and want.separators.any()
+    np.testing.assert_allclose(rows[-1]["shares"], want.shares, rtol=1e-6)
     assert rows[0]["shares"] != rows[-1]["shares"]
+    scalars = scalars_of(want)
+    assert {key: run.history[-1][key] for key in scalars} == scalars  # and only where there is an evaluation
+    assert all((key in row) == (row.get("val_loss") is not None) for key in scalars for row in run.history)
 
 
 def test_a_run_that_goes_on_has_the_same_shares(tmp_path):
@@ -109,7 +114,7 @@ def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
     source, text = page_of(workdir)
     page = Page(source)
     assert not {"script", "link", "iframe", "i"} & set(page.tags) and "http" not in source and "url(" not in source
-    assert len(page.links) == page.tags.count("img") == first.count("<img") == 4 + 2 + 3
+    assert len(page.links) == page.tags.count("img") == first.count("<img") == 4 + 4 + 3
     for link in page.links:
         kind, data = link.split(",")
         assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
@@ -117,7 +122,7 @@ def test_the_page_at_the_end_of_a_run_and_the_commands(tmp_path, capsys):
         assert expected in text
     last_LN = np.array(shares_of(workdir)[-1]["shares"])
     most, least = (np.unravel_index(at, last_LN.shape) for at in (last_LN.argmax(), last_LN.argmin()))
-    assert f"the sinks take {last_LN.mean():.1%} of all attention" in text
+    assert f"{last_LN.mean():.1%} of all attention goes to the sinks; " in text
     assert f"most in head {most[1] + 1} of layer {most[0] + 1} ({last_LN.max():.1%})" in text
     assert f"least in head {least[1] + 1} of layer {least[0] + 1} ({last_LN.min():.1%})" in text
     assert "My aunt paints" in text and "on a text of 14 tokens" in text
@@ -133,9 +138,28 @@ def test_a_model_without_sinks_says_so(tmp_path, random_params):
     saved["config"]["attention_sink"] = False
     (workdir / "config.json").write_text(json.dumps(saved))
     config = dataclasses.replace(run.model.config, attention_sink=False)
-    run_page.write_report(workdir, model_of(config, random_params(config)), run.tokenizer, "step 30", pytest.fail)
-    _, text = page_of(workdir)
-    assert "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "sinks take" not in text
+    model = model_of(config, random_params(config))
+    run_page.write_report(workdir, model, run.tokenizer, "step 30", pytest.fail)
+    source, text = page_of(workdir)
+    measured = measure(model, np.arange(32).reshape(2, 16), separators_of(run.tokenizer))
+    (workdir / "sinks.jsonl").write_text(json.dumps({"step": 30, "tokens": 9, **as_json(measured)}) + "\n")
+    run_page.write_report(workdir, model, run.tokenizer, "step 30", pytest.fail)
+    more, told = page_of(workdir)
+    assert f"{measured.first.mean():.1%} of all attention goes to the first token; " in told
+    assert "No shares were measured" in text and more.count("<img") == source.count("<img") + 1
+    assert (
+        "This model has no attention sinks" in text and "on a text of 16 tokens" in text and "to the sinks" not in text
+    )
+
+
+def test_a_comparison_shows_what_was_measured():
+    last, shown = reported_run().history[-1], lambda *runs: tables_of(read_runs([*runs], pytest.fail), None)[0]
+    [table] = [t for t in shown(reported_run().workdir, finished_run().workdir) if "Attention" in t.title]
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows[reported_run().workdir.name]["to first token"] == f"{last['first_share']:.1%}"
+    assert rows[reported_run().workdir.name]["kurtosis"] == f"{last['kurtosis']:.1f}"
+    assert rows["finished"]["to first token"] == "-"
+    assert not any("Attention" in t.title for t in shown(finished_run().workdir))
 
 
 def test_what_is_missing_or_odd(tmp_path, capsys):
@@ -188,7 +212,7 @@ def test_the_page_in_a_browser(tmp_path):
     shutil.copy(reported_run().workdir / "report.html", page)
     for width in (390, 1280):
         found, console = seen_in_chromium(page, width)
-        assert console == [] and found["wide"] <= width and found["images"] == 9 and not found["broken"], found
+        assert console == [] and found["wide"] <= width and found["images"] == 11 and not found["broken"], found
         assert found["paper"] == "rgb(255, 255, 255)"
     found, console = seen_in_chromium(page, 390, "--blink-settings=preferredColorScheme=0")
     assert console == [] and found["paper"] == "rgb(22, 24, 28)"

@@ -24,7 +24,7 @@ from test_sampling import CONFIGS, C, all_logits, prompts, recompute
 
 import main
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
-from reports.sinks import sink_shares, sink_shares_by_position
+from reports.sinks import measure, sink_shares_by_position
 from serving import engine as engine_module
 from serving.engine import Engine, Full, Request, Token
 from transformer.config import TransformerConfig
@@ -191,9 +191,8 @@ def test_a_failure_without_a_new_cache_ends_the_engine(model, monkeypatch):
 
 def test_shares_by_position_average_to_those_of_the_report(model):
     tokens_T = np.arange(24) % 29
-    np.testing.assert_allclose(
-        sink_shares_by_position(model, tokens_T).mean(0), sink_shares(model, tokens_T[None]).mean(1), rtol=1e-5
-    )
+    shares_LN = measure(model, tokens_T[None]).shares
+    np.testing.assert_allclose(sink_shares_by_position(model, tokens_T).mean(0), shares_LN.mean(1), rtol=1e-5)
 
 
 # --- Text out of tokens -------------------------------------------------------------------------------------------
@@ -334,6 +333,16 @@ def test_a_conversation_in_each_form(client, model):
     parts = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(part.choices[0].delta.content for part in parts) == want
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
+
+
+def test_a_prompt_as_what_a_user_says(client, url, model):
+    """As the page asks for it."""
+    assert client.models.retrieve("letters").chat is True
+    ask = {"model": "letters", "max_tokens": 12, "temperature": 0}
+    said = client.completions.create(**ask, prompt="hi", extra_body={"chat": True}).choices[0].text
+    assert said == text_of(model, "user hi\n", 12, temperature=0)
+    sinks = lambda **ask: httpx.post(f"{url}/sinks", json={"token_ids": [1, 2], **ask}, timeout=60).json()["shares"]
+    assert sinks(prompt="hi", chat=True) == sinks(prompt="user hi\n") != sinks(prompt="hi")
 
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -569,7 +578,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
             while not (said := re.search(r" at (http://\S+) and ", capsys.readouterr().out)):
                 time.sleep(0.05)
             url = said[1]
-            ask = {"prompt": "A heron", "max_tokens": 400, "temperature": 0, "stream": True}
+            # long enough for the server, which looks for a signal ten times a second, to close before the text ends
+            ask = {"prompt": "A heron", "max_tokens": 2000, "temperature": 0, "stream": True}
             with httpx.stream("POST", url + COMPLETIONS, json=ask, timeout=60) as answer:
                 lines = answer.iter_lines()
                 found["first"] = next(lines)
@@ -587,8 +597,8 @@ def test_the_command_answers_and_a_signal_lets_it_finish(capsys):
     assert found["rest"][-1] == "data: [DONE]" and "late" not in found
     events = [json.loads(line.removeprefix("data: ")) for line in [found["first"], *found["rest"][:-1]]]
     run = finished_run()
-    want = generate(run.model, run.tokenizer, ["A heron"], 400, Sampling(0))[0]
-    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 400
+    want = generate(run.model, run.tokenizer, ["A heron"], 2000, Sampling(0))[0]
+    assert "".join(event["choices"][0]["text"] for event in events) == want and len(want) == 2000
 
 
 def test_what_cannot_be_served_is_one_line(capsys, monkeypatch, tmp_path):

@@ -32,6 +32,8 @@ MODEL = TransformerConfig(
     sliding_window=3,
     window_pattern="LG",
     dropout=0.3,
+    value_embeddings=True,
+    residual_scalars=True,
 )
 
 

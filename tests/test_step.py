@@ -13,7 +13,7 @@ import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SOONER
+from xla_flags import SOONER
 
 from training import muon, step
 from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape

@@ -19,7 +19,7 @@ LAYERS = [
     *("training", "input_pipeline", "interop", "corpus", "runtime", "transformer"),
 ]
 ALONE = {"runtime", "transformer"}  # import nothing else of the project
-SHARED_BY_COMMANDS = ("commands.flags",)
+SHARED_BY_COMMANDS = ("commands.flags", "commands.foreign")
 INSIDE_TRANSFORMER = [
     *({"sampling"}, {"model"}, {"config"}, {"stack", "kernels.choose"}, {"kernels.plain", "kernels.chunked"}),
     *({"kernels.vendor", "attention", "rotary", "half"}, {"xla"}, {"sharding", "ranges", "forms"}),

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    SOONER,
     arguments,
     finished_run,
     losses,
@@ -21,6 +20,7 @@ from helpers import (
     tiny_config,
     train_until,
 )
+from xla_flags import SOONER
 
 import config_lib
 import input_pipeline

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from training.optimizer import OptimizerConfig
 from training.step import TrainState
 from transformer.config import TransformerConfig
+from transformer.forms import VALUE_GATE_CHANNELS
 from transformer.kernels.choose import choose
 from transformer.sharding import DATA, FSDP, SEQUENCE, TENSOR
 
@@ -25,10 +26,12 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     return {
         "embedding": c.vocab_size * D,
         "positions": c.context_len * D if c.position == "learned" else 0,
-        "attention": L * attention,
+        "attention": L * attention + _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * K,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
         "sinks": sum({"logit": N, "key": K * H}.get(c.sink(layer), 0) for layer in range(L)),
+        "value embeddings": _value_embeddings(c) * c.vocab_size * K * H,
+        "residual scalars": 2 * L * c.residual_scalars,
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
     }
 
@@ -36,6 +39,11 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
 def _gate(config: TransformerConfig) -> int:
     """Numbers in a token's gate, in one layer."""
     return config.num_heads * {"none": 0, "head": 1, "channel": config.head_dim}[config.attention_gate]
+
+
+def _value_embeddings(config: TransformerConfig) -> int:
+    """How many layers have one."""
+    return sum(config.has_value_embedding(layer) for layer in range(config.num_blocks))
 
 
 def flops_per_token(config: TransformerConfig) -> float:
@@ -48,7 +56,9 @@ def flops_per_token(config: TransformerConfig) -> float:
     keys = sum(min(c.window(i) or c.context_len, c.context_len) for i in range(c.num_blocks))
     attention = 2 * c.head_dim * (c.num_heads + c.num_kv_heads) + _gate(c)
     mlp = (3 if c.mlp.startswith("swiglu") else 2) * c.mlp_dim
-    return 6 * D * (c.num_blocks * (attention + mlp) + c.vocab_size) + 12 * keys * c.num_heads * c.head_dim
+    matrices = D * (c.num_blocks * (attention + mlp) + c.vocab_size)
+    matrices += _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * c.num_kv_heads
+    return 6 * matrices + 12 * keys * c.num_heads * c.head_dim
 
 
 def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> dict[str, int]:
@@ -64,12 +74,12 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
     tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
-    qkv = (N + 2 * K) * H
+    qkv = (N + 2 * K) * H + K * H * c.value_embeddings
     attended = 2 * N * H + (N * H + 2 * _gate(c) if _gate(c) else 0)
     inner = qkv + attended + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     kernel = c.attention_kernel, c.context_len, N, K, H
     probs = N * c.context_len * (choose(*kernel, jnp.dtype(c.operand_dtype), c.document_start >= 0) == "plain")
-    whole = size * (6 * D + inner // tensor) + 4 * probs // tensor
+    whole = size * ((6 + c.residual_scalars) * D + inner // tensor) + 4 * probs // tensor
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -189,17 +188,6 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
         total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # vdot would gather a split array
         result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
     return result
-
-
-def regroup(state: TrainState, old: int, new: int) -> TrainState:
-    """Converts the state of a run, between two real steps, from accumulation over `old` micro-batches to `new`.
-
-    With more than one, optax's MultiSteps wraps the inner optimizer's state. The number of real steps stays the same.
-    """
-    opt_state = state.opt_state if old == 1 else state.opt_state.inner_opt_state
-    if new > 1:
-        opt_state = optax.MultiSteps(optax.identity(), new).init(state.params)._replace(inner_opt_state=opt_state)
-    return state._replace(opt_state=opt_state, micro_step=state.micro_step // old * new)
 
 
 # --- The step of a run --------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class TransformerConfig(Execution):
     sink_pattern: str = "S"
     attention_gate: str = "none"
     exclusive_attention: bool = False
+    value_embeddings: bool = False
+    residual_scalars: bool = False
     sliding_window: CountOrNone = 0
     window_pattern: str = "L"
     qkv_bias: bool = False
@@ -105,23 +107,22 @@ class TransformerConfig(Execution):
             raise ValueError(f"head_dim: rotary positions need an even number, got {self.head_dim}")
         if self.rope_scaling == "llama3" and self.yarn_beta_fast <= self.yarn_beta_slow:
             raise ValueError(f"yarn_beta_fast: must exceed yarn_beta_slow {self.yarn_beta_slow} under llama3")
-        if set(self.window_pattern) - set("LG") or not self.window_pattern:
-            raise ValueError(f"window_pattern: must be letters L (local) and G (global), got {self.window_pattern!r}")
-        if set(self.sink_pattern) - set("SN") or not self.sink_pattern:
-            raise ValueError(f"sink_pattern: must be letters S (sink) and N (none), got {self.sink_pattern!r}")
+        for name, one, other in ("window_pattern", "L (local)", "G (global)"), ("sink_pattern", "S (sink)", "N (none)"):
+            if not (pattern := getattr(self, name)) or set(pattern) - {one[0], other[0]}:
+                raise ValueError(f"{name}: must be letters {one} and {other}, got {pattern!r}")
         if not self.has_sinks:
             object.__setattr__(self, "attention_sink", "none")
             object.__setattr__(self, "sink_pattern", "S")
         if self.scan_blocks and self.period == self.num_blocks > 1:
             raise ValueError(
-                f"scan_blocks: window_pattern {self.window_pattern!r} and sink_pattern {self.sink_pattern!r} do not "
-                f"repeat in {self.num_blocks} blocks; use False, or a multiple of the patterns' lengths"
+                f"scan_blocks: window_pattern {self.window_pattern!r}, sink_pattern {self.sink_pattern!r} and "
+                f"value_embeddings do not repeat in {self.num_blocks} blocks; use False, or a multiple of their lengths"
             )
 
     @property
     def period(self) -> int:
-        """The number of layers after which windows and sinks repeat: the least such divisor of num_blocks."""
-        layers = [(self.window(layer), self.sink(layer)) for layer in range(self.num_blocks)]
+        """The number of layers after which their kinds repeat: the least such divisor of num_blocks."""
+        layers = [(self.window(i), self.sink(i), self.has_value_embedding(i)) for i in range(self.num_blocks)]
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
         return next(p for p in sizes if layers == layers[:p] * (self.num_blocks // p))
 
@@ -151,6 +152,10 @@ class TransformerConfig(Execution):
     def sink(self, layer: int) -> str:
         """The form of this layer's sinks."""
         return self.attention_sink if self.sink_pattern[layer % len(self.sink_pattern)] == "S" else "none"
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether this layer has one: every other layer, the last among them."""
+        return self.value_embeddings and (self.num_blocks - layer) % 2 == 1
 
     @property
     def has_sinks(self) -> bool:

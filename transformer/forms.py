@@ -1,6 +1,6 @@
-"""Forms of attention that can be switched on: what a sink's logit is, and what is done to the output of each head.
+"""Forms of attention that can be switched on: what a sink's logit is, what is done to values and to heads' outputs.
 
-Shapes: B batch, T time, N query heads, K key/value heads, H head_dim.
+Shapes: B batch, T time, D embedding_dim, N query heads, K key/value heads, H head_dim.
 """
 
 import math
@@ -32,6 +32,18 @@ def key_sink(q_BTNH: jax.Array, key_KH: jax.Array) -> jax.Array:
     return jnp.einsum("BTKGH,KH->BTKG", q_BTKGH, key_KH).reshape(B, T, N) / math.sqrt(H)
 
 
+def sink_logits(form: str, q_BTNH: jax.Array, sink: Any, key: Any) -> jax.Array | None:
+    """The logits of a form of SINKS, as `attend` takes them; `sink` and `key` are the layer's parameters, if any."""
+    match form:
+        case "logit":
+            return sink[...]
+        case "zero":
+            return jnp.zeros(q_BTNH.shape[2], jnp.float32)
+        case "key":
+            return key_sink(q_BTNH, key[...])
+    return None
+
+
 def gated(y_BTNH: jax.Array, gate_BTX: jax.Array) -> jax.Array:
     """Each head's output times a sigmoid of what the token itself asks for (arXiv:2505.06708).
 
@@ -48,3 +60,23 @@ def exclusive(y_BTNH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     y_BTKGH, v_BTK1H = y_BTNH.astype(jnp.float32).reshape(B, T, v_BTKH.shape[2], -1, H), v_BTKH[:, :, :, None]
     own_BTKG1 = (y_BTKGH * v_BTK1H).sum(-1, keepdims=True)
     return (y_BTKGH - own_BTKG1 * v_BTK1H).reshape(B, T, N, H).astype(y_BTNH.dtype)
+
+
+VALUE_GATE_CHANNELS = 12  # of the token's input, which the gate of its value embedding reads
+
+
+def with_value_embedding(v_BTKH: jax.Array, embedded_BTX: jax.Array, gate_BTK: jax.Array) -> jax.Array:
+    """Values plus a second embedding of each token, X = K H, times a gate from 0 to 3 for each head (nanochat)."""
+    return v_BTKH + 3 * jax.nn.sigmoid(gate_BTK)[..., None] * embedded_BTX.reshape(v_BTKH.shape)
+
+
+def first_residual_scalars(layer: int, num_blocks: int) -> jax.Array:
+    """What a block multiplies the residual stream by, and the first block's input that it adds to it: nanochat's."""
+    depth = layer / max(1, num_blocks - 1)
+    return jnp.float32([1.15 - 0.1 * depth, 0.2 - 0.15 * depth])
+
+
+def scaled_residual(x_BTD: jax.Array, first_BTD: jax.Array, scalars: jax.Array) -> jax.Array:
+    """The residual stream with some of what entered the first block."""
+    keep, add = scalars.astype(x_BTD.dtype)
+    return keep * x_BTD + add * first_BTD

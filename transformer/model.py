@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer import forms
 from transformer.attention import Cache, LayerCache, attend_heads_first, visible_slots, write
 from transformer.config import TransformerConfig
-from transformer.forms import exclusive, gated, key_sink
 from transformer.half import half_dot_general, half_product
 from transformer.kernels.choose import causal_attention
 from transformer.rotary import rope_frequencies, rotate, rotation
@@ -28,10 +28,12 @@ Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
 
 class TokenInfo(NamedTuple):
-    """Rotary cosines and sines, and each token's document number. Document 0 may lack its beginning."""
+    """What the blocks know of the tokens besides the residual stream. Document 0 may lack its beginning."""
 
-    turn: Rotation | None
-    document_BT: jax.Array | None
+    turn: Rotation | None  # rotary cosines and sines
+    document_BT: jax.Array | None  # each token's document number
+    tokens_BT: jax.Array
+    first_BTD: jax.Array  # what entered the first block
 
 
 _normal = nnx.initializers.normal(0.02)
@@ -49,6 +51,10 @@ def _linear(n_in: int, n_out: int, bias: bool, config: TransformerConfig, rngs: 
     product = half_dot_general if config.dtype == "bfloat16_matmul" else dot_general
     options: dict[str, Any] = {"dtype": config.activation_dtype, "dot_general": product}
     return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init or _normal, rngs=rngs, **options)
+
+
+def _embed(rows: int, width: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(rows, width, embedding_init=_normal, dtype=config.activation_dtype, rngs=rngs)
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -82,8 +88,12 @@ class Attention(nnx.Module):
         if c.attention_gate != "none":
             width = c.num_heads * (c.head_dim if c.attention_gate == "channel" else 1)
             self.gate = _linear(c.embedding_dim, width, False, c, rngs)
+        self.embeds_values = c.has_value_embedding(layer)
+        if self.embeds_values:
+            self.value_embedding = _embed(c.vocab_size, c.num_kv_heads * c.head_dim, c, rngs)
+            self.value_gate = _linear(min(forms.VALUE_GATE_CHANNELS, c.embedding_dim), c.num_kv_heads, False, c, rngs)
 
-    def project(self, x_BTD: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    def project(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands; and the
         sinks' logits, as `attend` takes them."""
         c, B, T = self.config, *x_BTD.shape[:2]
@@ -91,26 +101,19 @@ class Attention(nnx.Module):
         k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        sink = self._sink(q_BTNH)
-        if turn is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+        if self.embeds_values:
+            gate_BTK = self.value_gate(x_BTD[..., : forms.VALUE_GATE_CHANNELS])
+            v_BTKH = forms.with_value_embedding(v_BTKH, self.value_embedding(info.tokens_BT), gate_BTK)
+        sink = forms.sink_logits(self.sinks, q_BTNH, getattr(self, "sink", None), getattr(self, "sink_key", None))
+        if info.turn is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, info.turn), rotate(k_BTKH, info.turn)
         return q_BTNH.astype(c.operand_dtype), k_BTKH.astype(c.operand_dtype), v_BTKH.astype(c.operand_dtype), sink
-
-    def _sink(self, q_BTNH: jax.Array) -> jax.Array | None:
-        match self.sinks:
-            case "logit":
-                return self.sink[...]
-            case "zero":
-                return jnp.zeros(self.config.num_heads, jnp.float32)
-            case "key":
-                return key_sink(q_BTNH, self.sink_key[...])
-        return None
 
     def __call__(
         self, x_BTD: jax.Array, info: TokenInfo, access: CacheAccess | None
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
-        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, info.turn)
+        q_BTNH, k_BTKH, v_BTKH, sink = self.project(x_BTD, info)
         if access is None:
             how = self.window, c.attention_kernel, info.document_BT
             cache, y_BTNH = None, causal_attention(q_BTNH, k_BTKH, v_BTKH, sink, *how)
@@ -119,9 +122,9 @@ class Attention(nnx.Module):
             cache = write(before, k_BTKH, v_BTKH, slot)
             y_BTNH = attend_heads_first(q_BTNH, *cache, masks[self.window], sink)
         if c.exclusive_attention:
-            y_BTNH = exclusive(y_BTNH, v_BTKH)
+            y_BTNH = forms.exclusive(y_BTNH, v_BTKH)
         if c.attention_gate != "none":
-            y_BTNH = gated(y_BTNH, self.gate(x_BTD))
+            y_BTNH = forms.gated(y_BTNH, self.gate(x_BTD))
         return self.out(y_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)), cache
 
 
@@ -162,10 +165,14 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(config, rngs)
         self.dropout = nnx.Dropout(config.dropout)
+        if config.residual_scalars:
+            self.residual_scalars = nnx.Param(forms.first_residual_scalars(layer, config.num_blocks))
 
     def __call__(
         self, x_BTD: jax.Array, info: TokenInfo, rngs: nnx.Rngs | None, access: CacheAccess | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
+        if hasattr(self, "residual_scalars"):
+            x_BTD = forms.scaled_residual(x_BTD, info.first_BTD, self.residual_scalars[...])
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), info, access)
         x_BTD = materialize(constrain(x_BTD + self.dropout(y_BTD, deterministic=rngs is None, rngs=rngs), "BTD"))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -178,10 +185,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c = config
         self.config = c
-        embed: dict[str, Any] = {"embedding_init": _normal, "dtype": c.activation_dtype, "rngs": rngs}
-        self.embedding = nnx.Embed(c.vocab_size, c.embedding_dim, **embed)
+        self.embedding = _embed(c.vocab_size, c.embedding_dim, c, rngs)
         if c.position == "learned":
-            self.positions = nnx.Embed(c.context_len, c.embedding_dim, **embed)
+            self.positions = _embed(c.context_len, c.embedding_dim, c, rngs)
         self.blocks = nnx.List([Block(c, layer, rngs) for layer in range(c.num_blocks)])
         self.final_norm = _norm(c, rngs)
         if not c.tie_embeddings:
@@ -208,16 +214,17 @@ class Transformer(nnx.Module):
         turn = None
         if c.position == "rope":
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
+        documents = cache is None and c.document_start >= 0
+        document_BT = jnp.cumsum(tokens_BT == c.document_start, axis=1) if documents else None
+        info = TokenInfo(turn, document_BT, tokens_BT, x_BTD)
         if cache is None:
             period = c.period if c.scan_blocks else 0
-            document_BT = None if c.document_start < 0 else jnp.cumsum(tokens_BT == c.document_start, axis=1)
-            info = TokenInfo(turn, document_BT)
             return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None
         windows = {block.attention.window for block in self.blocks}
         masks = {window: visible_slots(cache, T, window) for window in windows}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
-            x_BTD, after = block(x_BTD, TokenInfo(turn, None), rngs, (before, cache.length, masks))
+            x_BTD, after = block(x_BTD, info, rngs, (before, cache.length, masks))
             layers.append(after)
         return self.final_norm(x_BTD), Cache(layers, cache.start_B, cache.length + T)
 
