@@ -14,12 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-<<<<<<< HEAD
 import optax
-from helpers import SOONER, tiny_config, train_until
-=======
 from helpers import tiny_config, train_until
->>>>>>> main
 from jax.sharding import PartitionSpec
 from xla_flags import SOONER
 

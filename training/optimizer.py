@@ -26,18 +26,10 @@ from training.soap import scale_by_soap
 from transformer.model import Params
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
 
-<<<<<<< HEAD
-HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|gate)|mlp\.(gate|up|down))\.kernel")
-EMBEDDING = re.compile(r"(embedding|positions)\.embedding")
-BY_HEAD = re.compile(r"blocks\.\d+\.attention\.(query|key|value)\.kernel")  # [width, heads * head_dim]
-VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key)")
-=======
-Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
-
 HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|(value_)?gate)|mlp\.(gate|up|down))\.kernel")
 EMBEDDING = re.compile(r"(embedding|positions|blocks\.\d+\.attention\.value_embedding)\.embedding")
+BY_HEAD = re.compile(r"blocks\.\d+\.attention\.(query|key|value)\.kernel")  # [width, heads * head_dim]
 VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key|residual_scalars)")
->>>>>>> main
 HEAD = "head.kernel"
 
 CHOICES = {
