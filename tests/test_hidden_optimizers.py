@@ -36,7 +36,7 @@ def gradients(step):
     }
 
 
-def compare(config, restate, tolerance=2e-5):
+def compare(config, restate, tolerance=1e-4):
     """Steps with our optimizer and with `restate(name, number of the step, gradient, weight)` -> the new weight."""
     params = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
     want = {name: w.astype(np.float64) for name, w in params.items()}
