@@ -102,8 +102,8 @@ def check(config: ConfigDict) -> None:
             near = nearest(given, choices) or f"; use one of {', '.join(choices)}"
             raise UserError(f"config.{key}: unknown value {given!r}{near}")
     with _of_the_config():
-        optimizer_config(config)
         transformer_config(config, vocab_size=2, dtype="float32")
+        optimizer_config(config)
         parse_mesh(config.mesh)
     _check_together(config)
 
@@ -141,6 +141,9 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
     if not any(config[key] for key in ("epochs", "max_steps", "max_flops", "max_seconds")):
         raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
+    kept = optimizer_lib.GROUPS[optimizer_config(config).hidden].keeps_norm
+    if kept and config.output_init == "zero" and not config.init_from:
+        raise UserError(f"config.output_init: zeros have no norm that {config.hidden_optimizer} could keep; use scaled")
     if config.chat and not config.mask_documents:
         raise UserError("config.chat: a row holds several conversations, which only mask_documents keeps apart; set it")
     if not config.sample_prompt:
@@ -160,6 +163,9 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         below = config.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
+    alone = optimizer_lib.GROUPS[optimizer_config(config).hidden].one_cpu_device
+    if alone and num_devices > 1 and target().platform == "cpu":
+        raise UserError(f"config.hidden_optimizer: {config.hidden_optimizer} takes one CPU device; set cpu_devices=1")
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on a GPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
     if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
@@ -234,7 +240,8 @@ def trackers_of(config: ConfigDict) -> list[str]:
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    return OptimizerConfig(**{field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)})
+    settings = {field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)}
+    return OptimizerConfig(**settings | {"head_dim": config.head_dim or config.embedding_dim // config.num_heads})
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -270,20 +277,21 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
                 f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "
                 f"old run aside), or --config.init_from={workdir} in another --workdir"
             )
-    if new.schedule not in ("cosine", "linear"):
+    laid_out = next((key for key in ("schedule", "decay_schedule") if new[key] in ("cosine", "linear")), None)
+    if laid_out is None:
         return
     differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]
     if differs:
         raise UserError(
-            f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot become "
-            f"{new[differs[0]]} now; schedule constant or constant_linear could, or start a new run with "
+            f"config.{differs[0]}: {laid_out} {new[laid_out]!r} was laid out for {old[differs[0]]}, so it cannot "
+            f"become {new[differs[0]]} now; a constant one could, or start a new run with "
             f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
     if new.epochs and sequences(old) != sequences(new):
         raise UserError(
-            f"config.batch_size: schedule {new.schedule!r} was laid out in steps of {sequences(old)} sequences, which "
-            f"would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
+            f"config.batch_size: {laid_out} {new[laid_out]!r} was laid out in steps of {sequences(old)} sequences, "
+            f"which would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
             f"--config.init_from={workdir}"
         )
 

@@ -168,8 +168,8 @@ class Trainer:
         self.divergence = Divergence(*watched, console.warn, self.model_config.vocab_size)
 
         settings = config_lib.to_dict(config)
-        record = {"config": settings, "timed_steps": self.timed, **devices.environment()}
-        write_json(workdir / run_lib.CONFIG_FILE, record)
+        told = {"timed_steps": self.timed, "flops_per_token": flops_per_token(self.model_config)}
+        write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **told, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
             enabled, logged = config_lib.trackers_of(config) if is_first() else [], self.step - (not self.reported)

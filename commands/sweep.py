@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import stat
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
@@ -22,6 +24,7 @@ from commands.flags import default_workdir, parse_flags
 from config_lib import written
 from configs import default
 from reports import compare
+from reports.paired import always_valid_p
 from runtime.errors import ExpectedError, Interrupted, UserError
 from runtime.files import PROGRAM, read_json, write_json
 from runtime.screen.console import Console
@@ -46,6 +49,9 @@ def _define(values: flags.FlagValues) -> None:
     sets = "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
     flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", **define)
     flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", **define)
+    until = "Add seeds until the end losses of two configs differ with this always-valid p (arXiv:2310.03722)."
+    flags.DEFINE_float("until_p", None, until, 1e-9, 0.5, **define)
+    flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", 1, **define)
     where = "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>."
     flags.DEFINE_string("workdir", None, where, **define)
     flags.DEFINE_float("target", None, "As in compare.", **define)
@@ -87,6 +93,31 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
                 raise UserError(f"--set: {name} is there twice; give each value once")
             points[name] = point
     return [Point(name, config) for name, config in points.items()]
+
+
+def question(values: flags.FlagValues, argv: list[str]) -> list[Point]:
+    """The runs of a sweep with --until_p, pair by pair, the seeds in their order. Raises UserError."""
+    points = grid(argv, values.set, values.most)
+    if len(points) != 2 * values.most:
+        raise UserError(f"--until_p: settles one question between two configs, got {len(points) // values.most}")
+    return [point for pair in zip(points[: values.most], points[values.most :], strict=True) for point in pair]
+
+
+def answer(pairs: Sequence[tuple[Path, Path]], until_p: float, most: int, console: Console) -> tuple[bool, str]:
+    """Whether the runs' last losses settle which config of the two is better, and that in words."""
+    runs = compare.read_runs([path for pair in pairs for path in pair], console.warn)
+    metric = compare.metric_of(runs)
+    runs, tokens = compare.comparable(runs, metric)
+    if (metric == "val_loss" and tokens is None) or not all(run.evaluations for run in runs):
+        raise UserError("--until_p: the runs were not evaluated on the same tokens; set eval_tokens the same in both")
+    ends = [run.evaluations[-1][metric] for run in runs]
+    differences = [b - a for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    p, mean = always_valid_p(differences), statistics.fmean(differences)
+    names = [re.sub(r",seed=\d+$", "", path.name) for path in pairs[0]]
+    better, other = names if mean > 0 else reversed(names)
+    found = f"ettled by {len(pairs)} of at most {most} pairs: {better} ends {abs(mean):.4f} below {other} on the mean, "
+    found += f"p = {p:.2g} (always valid, as seeds were added until it would be at most {until_p:g})."
+    return p <= until_p, f"S{found}" if p <= until_p else f"Not s{found} A higher --most goes on."
 
 
 def point_name(values: dict[str, Any]) -> str:
@@ -159,7 +190,7 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
 
 def main(argv: list[str]) -> None:
     values = parse_flags("sweep", __doc__, argv, _define, config=True)
-    points = grid(argv, values.set, values.seeds)
+    points = grid(argv, values.set, values.seeds) if values.until_p is None else question(values, argv)
     usual = default_workdir(argv, values.config)
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
     if (sweep_dir / run_lib.CONFIG_FILE).exists():
@@ -168,26 +199,34 @@ def main(argv: list[str]) -> None:
     for name in ("compare", *(point.name for point in points)):
         require_own(own, own / name, stat.S_ISDIR)
     failed: dict[str, int] = {}
+    settled, said = False, ""
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"
         finished, settings = workdir / FINISHED_FILE, config_lib.to_dict(config)
         if finished.exists() and read_json(finished) == settings:
             console.line(f"{place}: finished before")
-            continue
-        console.line(place)
-        status, signum = run_child(command_line(config, workdir))
-        if status == 0:
-            write_json(finished, settings)
+            status, signum = 0, None
+        else:
+            console.line(place)
+            status, signum = run_child(command_line(config, workdir))
+            if status == 0:
+                write_json(finished, settings)
         if signum is not None:
             console.line(f"stopped in {place}; the same command goes on from here")
             raise Interrupted(signum)
         if status:
             failed[name] = status if status > 0 else 128 - status
             console.warn(f"{name}: ended with status {failed[name]}; the sweep goes on")
+        if values.until_p is not None and number % 2 == 0:
+            tried = zip(points[:number:2], points[1:number:2], strict=True)
+            pairs = [(sweep_dir / a.name, sweep_dir / b.name) for a, b in tried if not {a.name, b.name} & failed.keys()]
+            settled, said = answer(pairs, values.until_p, values.most, console) if pairs else (False, "")
+        if settled:
+            break
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
-        compare.compare(there, sweep_dir / "compare", values.target, console)
+        compare.compare(there, sweep_dir / "compare", values.target, console, [said] * bool(said))
     if failed:
         problem = f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)})"
         error = ExpectedError(f"{problem}; mend the cause, then the same command runs those again")

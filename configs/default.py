@@ -78,6 +78,9 @@ def get_config() -> ConfigDict:
     config.lr = 3e-4  # peak learning rate of AdamW
     config.muon_lr = 0.02  # peak learning rate of Muon
     config.use_muon = True  # False: AdamW for every parameter
+    config.hidden_optimizer = "muon"  # of the 2-D hidden weights: muon | normuon (neurons evened out) | adamw (at lr) |
+    # muonh (weights of fixed norms; muon_lr is a step's share of them) | soap (Adam in rotating bases, at lr)
+    config.muon_by_head = False  # queries, keys and values are orthogonalised head by head
     config.muon_momentum = 0.95  # Nesterov
     config.muon_momentum_start = 0.95  # momentum at step 0
     config.muon_momentum_warmup_steps = 0  # real steps from muon_momentum_start to muon_momentum
@@ -87,6 +90,8 @@ def get_config() -> ConfigDict:
     config.betas = (0.9, 0.95)  # AdamW
     config.eps = 1e-8  # AdamW
     config.weight_decay = 0.0  # decoupled, times the learning rate; never on norms, biases, sinks
+    config.cautious_decay = False  # no decay of entries that the update makes larger
+    config.decay_schedule = "constant"  # of weight_decay, beside the rates' own: constant | cosine | linear (to 0)
     config.decay_embeddings = False  # weight decay on token and position embeddings too
     config.grad_clip = 1.0  # largest global norm of the gradient; 0: off
     config.accumulation_steps = 1  # micro-batches in a real step

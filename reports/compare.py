@@ -15,6 +15,7 @@ import run_lib
 from config_lib import written
 from reports.evaluations import on_the_same_tokens
 from reports.html import Picture, html_page
+from reports.paired import LEVEL, POWER, losses_at, paired_t
 from reports.plots import Curve, plot_curves
 from runtime.errors import UserError
 from runtime.files import read_file, write_text
@@ -24,6 +25,7 @@ from runtime.screen.text import Table, human, nearest
 DEFAULT_OUT = "runs/compare"
 _NAMES_OF_A_RUN = {"seed", "run"}  # runs that differ in no other key are seeds of one config
 _ENVIRONMENT = ("device_kind", "device_count", "git_commit")
+_EQUAL = {"tokens": "tokens", "training_seconds": "time", "flops": "FLOPs"}  # key of a row -> in words
 _NONE = "-"
 
 
@@ -34,7 +36,8 @@ class RunRecord:
     name: str
     config: dict[str, Any]  # every key, in JSON's types
     environment: dict[str, Any]  # where it ran
-    rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; None for a value that is not a finite number
+    rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; None for a value that is not a finite number,
+    # and for flops, the model's so far, if the run did not note what a token takes
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -113,6 +116,8 @@ def read_runs(paths: Sequence[Path], warn: Callable[[str], None]) -> list[RunRec
         saved = run_lib.read_config_file(path)
         config, rows = run_lib.known_settings(path, saved["config"]), run_lib.read_metrics(path, warn)
         name, environment = os.path.relpath(path.resolve(), shared), {key: saved.get(key) for key in _ENVIRONMENT}
+        each = saved.get("flops_per_token")
+        rows = [row | {"flops": None if each is None else each * row["tokens"]} for row in rows]
         runs.append(RunRecord(name, config, environment, rows))
     return runs
 
@@ -231,6 +236,75 @@ def _table(
     return Table(title, [*first, *(_COLUMNS[key][0].format(target) for key in keys)], rows, bold=best)
 
 
+# --- Pairs of seeds -----------------------------------------------------------------------------------------------
+
+
+def paired(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
+    """The runs of two configs that share a seed, by seed."""
+    first, second = ({run.config["seed"]: run for run in runs} for runs in (a, b))
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:
+    """Each config against the first one, by seed: differences at equal cost, and in words what they say."""
+    (base, first), *others = groups.items()
+    rows, notes, level = [], [], LEVEL / len(others)
+    for name, group in others:
+        pairs, said = paired(first, group), {}
+        if len(pairs) < 2:
+            alone = f"{len(pairs) or 'no'} pair of the same seed, so nothing tells chance from a difference"
+            notes.append(f"{name} against {base}: {alone}; train more seeds.")
+            continue
+        for axis, word in _EQUAL.items():
+            at = losses_at([run.rows for pair in pairs for run in pair], axis, metric)
+            if at is None:
+                continue
+            d = paired_t([b - a for a, b in zip(at[1][::2], at[1][1::2], strict=True)], level)
+            verdict = "nothing" if d.p >= level else "is lower" if d.mean < 0 else "is higher"
+            said.setdefault(verdict, []).append((word, d.detectable))
+            where = {"time": f"{at[0]:,.1f} s", "FLOPs": f"{at[0]:.3g} FLOPs"}.get(word, f"{human(at[0])} {word}")
+            interval = f"{d.mean - d.margin:+.4f} to {d.mean + d.margin:+.4f}"
+            rows.append([f"{name} - {base}", where, str(d.pairs), f"{d.mean:+.4f}", interval, f"{d.p:.2g}"])
+            rows[-1].append(f"{d.detectable:.4f}")
+        notes += _conclusion(f"{name} against {base}", said, unit)
+        one, other = (runs[0].config for runs in (first, group))  # but for seeds, those of one config are the same
+        keys = [key for key in one if key not in _NAMES_OF_A_RUN and one[key] != other.get(key)]
+        if len(keys) > 1:
+            notes.append(f"They differ in {', '.join(keys)}: what is concluded is of all these together.")
+        alike = lambda key, pairs=pairs: all(a.environment[key] == b.environment[key] for a, b in pairs)
+        if elsewhere := [key for key in _ENVIRONMENT if not alike(key)]:
+            notes.append(f"Their {', '.join(elsewhere)} differ too, which may be the cause, of times above all.")
+    if not rows:
+        return [], notes
+    interval = f"{100 * (1 - level):.4g} % interval"
+    columns = ["pair", "at equal", "pairs", "difference", interval, "p", "detectable"]
+    judged = f"Each of {len(others)} comparisons is judged at {level:.2g}. " if len(others) > 1 else ""
+    notes.append(
+        f"{judged}p: paired t-test, for a number of seeds fixed beforehand (else: sweep --until_p). Detectable: what "
+        f"so many pairs find with a probability of {POWER:g}. Losses are read off the curves: a run whose rates still "
+        "fall at that point is judged too early; give all the same max_steps, max_seconds or max_flops."
+    )
+    return [Table("Differences by seed", columns, rows, left=2)], notes
+
+
+def _conclusion(pair: str, said: dict[str, list[tuple[str, float]]], unit: str) -> list[str]:
+    parts = []
+    for verdict, found in said.items():
+        where = ", ".join(word for word, _ in found)
+        if verdict != "nothing":
+            parts.append(f"the loss {verdict} at equal {where}, by more than chance explains, in this setting")
+            continue
+        most = max(detectable for _, detectable in found)
+        parts.append(
+            f"nothing can be concluded at equal {where}, not that they are equal either: a difference below {most:.4f} "
+            f"{unit} would often go unseen"
+        )
+    return [f"{pair}: {'; '.join(parts)}."] if parts else []
+
+
+# --- All of it ----------------------------------------------------------------------------------------------------
+
+
 def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Table], list[str]]:
     """The tables of a comparison, and notes to them.
 
@@ -276,11 +350,18 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         if measured:
             tables.append(_table("Attention, mean over seeds", first, means, _ATTENTION, heading, None))
         notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
+    if compares and len(groups) > 1:
+        more, said = _paired_table(groups, metric, unit)
+        tables, notes = tables + more, notes + said
     return tables, notes
 
 
-def compare(paths: Sequence[str | Path], out: Path, target: float | None, console: Console) -> None:
+def compare(
+    paths: Sequence[str | Path], out: Path, target: float | None, console: Console, last: Sequence[str] = ()
+) -> None:
     """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
+
+    `last` are notes that the caller adds.
 
     Raises UserError if there is no such run or `out` cannot be created, StorageError if a file cannot be written.
     """
@@ -290,6 +371,7 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; name a directory that can be written") from error
     tables, notes = tables_of(runs, target)
+    notes = [*notes, *last]
     for table in tables:
         console.table(table)
     for note in notes:
@@ -300,7 +382,7 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
     for x, file in ("tokens", "loss_by_tokens.png"), ("training_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))
         pictures.append(Picture(read_file(out / file), f"The runs' losses against {x.split('_')[-1]}"))
-    means = [table for table in tables if table.columns[:2] == ["config", "n"]]
+    means = [table for table in tables if table.columns[0] == "pair" or table.columns[:2] == ["config", "n"]]
     single = [table for table in tables if table not in means]
     title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name
     write_text(out / "compare.html", html_page(title, [pictures, *means, *single, *notes]))

@@ -15,7 +15,7 @@ import config_lib
 from corpus.dataset import SPLITS, Dataset
 from runtime.screen.text import Table, duration, human
 from training.cost import held_bytes, parameter_counts
-from training.optimizer import GROUPS, groups_of
+from training.optimizer import groups_of
 from training.step import Step
 from transformer.config import TransformerConfig
 from transformer.model import Params
@@ -52,9 +52,10 @@ def facts(
     mlp, sinks = f"MLP {model.mlp_dim} {model.mlp}", "with sinks" if model.has_sinks else "without sinks"
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     members = Counter(step.labels.values())
-    parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(GROUPS.items())]
+    groups = groups_of(step.labels)
+    parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(groups.items())]
     parts += [f"the weights averaged by {config.ema_decay:g}"] if config.ema_decay else []
-    rates = [f"{group.title} {config[group.rate]:g}" for group in groups_of(step.labels).values()]
+    rates = [f"{group.title} {config[group.rate]:g}" for group in groups.values()]
     batch = f"{config.batch_size} sequences of {config.context_len} tokens"
     if config.accumulation_steps > 1:
         batch += f", {config.accumulation_steps} a step"

@@ -66,7 +66,8 @@ def test_max_seconds_fixes_the_steps_and_the_run_is_that_of_max_steps(paced, tmp
     train_until(9, timed, tmp_path / "timed")
     assert len(paced) == 1 and all(seconds > 0 for seconds in paced[0])
     assert "max_seconds 7.5: enough for 7 steps of" in capsys.readouterr().out
-    assert json.loads((tmp_path / "timed" / "config.json").read_text())["timed_steps"] == 7
+    saved = json.loads((tmp_path / "timed" / "config.json").read_text())
+    assert saved["timed_steps"] == 7 and saved["flops_per_token"] > 0
     run = train_lib.train(timed, tmp_path / "timed")
     assert len(paced) == 1 and run.step == 7
     with Checkpoints(tmp_path / "timed", read_only=True) as checkpoints:

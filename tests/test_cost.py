@@ -19,9 +19,12 @@ MODEL = TransformerConfig(
 LARGE = {"vocab_size": 20_011, "loss_chunk": 32}
 
 
-def make(config, use_muon, k):
+def make(config, use_muon, k, **changes):
     """The step on one device, without any array, and what it is said to hold."""
-    settings, mesh = OptimizerConfig(use_muon=use_muon, accumulation_steps=k), make_mesh(devices=jax.devices()[:1])
+    settings, mesh = (
+        OptimizerConfig(use_muon=use_muon, accumulation_steps=k, **changes),
+        make_mesh(devices=jax.devices()[:1]),
+    )
     step = make_step(settings, config, 9, jax.random.key(0), mesh)
     return step, held_bytes(settings, config, ROWS, step.state, mesh)
 
@@ -36,6 +39,20 @@ def test_parameters_and_optimizer_are_counted_exactly(changes, use_muon, k):
     assert said["parameters"] == 4 * sum(size.values()) == 4 * sum(parameter_counts(config).values())
     counters = said["optimizer"] - 4 * sum(size[name] * (arrays(name) + (k > 1)) for name in size)
     assert 0 < counters < 100
+
+
+@pytest.mark.parametrize("hidden", ["normuon", "muonh", "soap"])
+def test_the_state_of_other_optimizers_is_counted_exactly(hidden):
+    step, said = make(MODEL, True, 1, hidden_optimizer=hidden)
+    held = 0
+    for name, leaf in step.state.params.items():
+        matrix = step.labels[name] == hidden
+        held += leaf.size * (2 if hidden == "soap" or not matrix else 1)
+        if matrix and hidden == "soap":
+            held += 2 * sum(n * n for n in leaf.shape)  # both factors, and their bases
+        elif matrix and hidden == "normuon":
+            held += leaf.shape[1]
+    assert 0 < said["optimizer"] - 4 * held < 100
 
 
 @pytest.mark.parametrize(

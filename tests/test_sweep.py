@@ -241,3 +241,40 @@ def test_a_real_sweep(tmp_path):
     assert saved == config_lib.to_dict(config) | {"keep": 3}
     assert json.loads((workdir / "sweep.json").read_text()) == saved
     assert "keep=3,seed=0  " in done.stdout.split("Loss\n")[1]
+
+
+# --- Until a question is settled ----------------------------------------------------------------------------------
+
+
+def test_seeds_are_added_until_the_question_is_settled(stand_in, monkeypatch, capfd):
+    """Differences of 0.1 without any spread: the evidence after n pairs is ((n + 1/4) / (1/4))^((n - 1) / 2)."""
+    argv = ["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.6", "--until_p=0.01"]
+    assert main.main([*argv, "--most=3"]) == 0  # 13^1 = 13
+    out = capfd.readouterr().out
+    assert "Not settled by 3 of at most 3 pairs: lr=0.5 ends 0.1000 below lr=0.6 on the mean, p = 0.077" in out
+    assert "A higher --most goes on." in (stand_in / "compare" / "compare.html").read_text()
+    assert main.main(argv) == 0  # 17^1.5 = 70, 21^2 = 441
+    out = capfd.readouterr().out
+    assert "Settled by 5 of at most 12 pairs" in out and "run 6 of 24: lr=0.6,seed=2: finished before" in out
+    assert set(calls(stand_in).values()) == {1} and len(calls(stand_in)) == 10
+    assert main.main(argv) == 0 and len(calls(stand_in)) == 10
+    assert "Settled by 5 of" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--set=lr=0.5,0.6,0.7"], ("--until_p: settles one question between two configs, got 3",)),
+        (["--set=lr=0.5,0.6", "--until_p=1"], ("--until_p=1", "in the range [1e-09, 0.5]")),
+        (["--set=lr=0.5,0.6", "--most=0"], ("--most=0", "positive integer")),
+    ],
+)
+def test_what_is_no_question_is_refused(flags, words, stand_in, capsys):
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}", "--until_p=0.01", *flags]) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert not stand_in.exists()
+
+
+def test_a_pair_of_which_a_run_failed_says_nothing(stand_in, capfd):
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.4", "--until_p=0.5", "--most=2"]) == 4
+    assert "ettled" not in capfd.readouterr().out

@@ -16,20 +16,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from training.decay import decay_weights
 from training.ema import average_weights
+from training.hyperball import keep_norm, unit_norm
 from training.muon import scale_by_muon
+from training.normuon import normalise_neurons
+from training.schedules import Schedule, descend, schedule_of
+from training.soap import scale_by_soap
 from transformer.model import Params
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
 
-Schedule = Callable[[Any], Any]  # real step -> factor of the peak learning rate
-
 HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|(value_)?gate)|mlp\.(gate|up|down))\.kernel")
 EMBEDDING = re.compile(r"(embedding|positions|blocks\.\d+\.attention\.value_embedding)\.embedding")
+BY_HEAD = re.compile(r"blocks\.\d+\.attention\.(query|key|value)\.kernel")  # [width, heads * head_dim]
 VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key|residual_scalars)")
 HEAD = "head.kernel"
 
 CHOICES = {
+    "hidden_optimizer": ("muon", "normuon", "muonh", "soap", "adamw"),
     "schedule": ("constant", "cosine", "linear", "constant_linear"),
+    "decay_schedule": ("constant", "cosine", "linear"),
     "newton_schulz": ("classical", "polar_express"),
     "muon_scale": ("aspect", "rms"),
 }
@@ -42,6 +48,9 @@ class OptimizerConfig:
     lr: Positive = 3e-4
     muon_lr: Positive = 0.02
     use_muon: bool = True
+    hidden_optimizer: str = "muon"
+    muon_by_head: bool = False
+    head_dim: int = 0  # the model says which are allowed; 0: unknown, and no matrix is cut
     muon_momentum: BelowOne = 0.95
     muon_momentum_start: BelowOne = 0.95
     muon_momentum_warmup_steps: CountOrNone = 0
@@ -51,6 +60,8 @@ class OptimizerConfig:
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
+    cautious_decay: bool = False
+    decay_schedule: str = "constant"
     decay_embeddings: bool = False
     grad_clip: NotNegative = 1.0
     accumulation_steps: Count = 1
@@ -64,6 +75,13 @@ class OptimizerConfig:
         require(vars(self), type(self).__annotations__)
         if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas: must be two numbers at least 0 and below 1, got {self.betas}")
+        if not self.use_muon and self.hidden_optimizer not in ("muon", "adamw"):
+            raise ValueError(f"use_muon: must be True with hidden_optimizer {self.hidden_optimizer}")
+
+    @property
+    def hidden(self) -> str:
+        """The label in GROUPS of the 2-D hidden weights."""
+        return self.hidden_optimizer if self.use_muon else "adamw"
 
 
 # --- Groups of parameters -----------------------------------------------------------------------------------------
@@ -76,17 +94,31 @@ class Group(NamedTuple):
     members: str  # what the parameters are called, in the plural
     rate: str  # the setting with their peak learning rate, under whose name the rate is logged; it ends in lr
     make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
+    keeps_norm: bool = False  # the matrices keep their norms, and do not decay
+    one_cpu_device: bool = False  # its decompositions wait for ever where a CPU is several devices
 
 
 def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
     warmup: dict[str, Any] = {"start_momentum": c.muon_momentum_start, "warmup_steps": c.muon_momentum_warmup_steps}
     iteration: dict[str, Any] = {"newton_schulz": c.newton_schulz, "newton_schulz_steps": c.newton_schulz_steps}
-    return scale_by_muon(c.muon_momentum, **warmup, **iteration, scale=c.muon_scale, mesh=mesh)
+    columns = lambda name: c.head_dim if c.muon_by_head and BY_HEAD.fullmatch(name) else 0
+    return scale_by_muon(c.muon_momentum, **warmup, **iteration, scale=c.muon_scale, columns=columns, mesh=mesh)
+
+
+def _normuon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
+    return optax.chain(_muon(c, mesh), normalise_neurons(c.muon_scale))
+
+
+def _muonh(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
+    return optax.chain(_muon(c, mesh), unit_norm())
 
 
 GROUPS = {  # by label, see `labels_of`
     "adamw": Group("AdamW", "other arrays", "lr", lambda c, _: optax.scale_by_adam(*c.betas, c.eps)),
     "muon": Group("Muon", "matrices", "muon_lr", _muon),
+    "normuon": Group("NorMuon", "matrices", "muon_lr", _normuon),
+    "muonh": Group("MuonH", "matrices", "muon_lr", _muonh, keeps_norm=True),
+    "soap": Group("SOAP", "matrices", "lr", lambda c, mesh: scale_by_soap(*c.betas, c.eps, mesh=mesh), False, True),
 }
 
 
@@ -98,7 +130,7 @@ def labels_of(params: Params, config: OptimizerConfig) -> dict[str, str]:
         other = [EMBEDDING.fullmatch(name), VECTOR.fullmatch(name), name == HEAD]
         if matrix + sum(map(bool, other)) != 1:
             raise ValueError(f"{name}: must belong to exactly one optimizer group")
-        labels[name] = "muon" if matrix and config.use_muon else "adamw"
+        labels[name] = config.hidden if matrix else "adamw"
     return labels
 
 
@@ -112,33 +144,11 @@ def decayed(name: str, decay_embeddings: bool) -> bool:
     return name == HEAD or bool(HIDDEN_MATRIX.fullmatch(name) or (decay_embeddings and EMBEDDING.fullmatch(name)))
 
 
-# --- Schedules ----------------------------------------------------------------------------------------------------
-
-
 def schedule_shape(config: OptimizerConfig, total_steps: int, first_total: int | None = None) -> Schedule:
-    """The factor, 0 to 1, of the peak learning rates at a real step.
-
-    A linear warm-up over `lr_warmup_ratio` of the steps (of `first_total`, if the run was first planned for so many),
-    then `schedule`: constant; cosine or linear to `min_lr_ratio`; or constant_linear, which decays in the last
-    `decay_ratio` of all steps.
-    """
+    """The factor of the peak learning rates at a real step; the warm-up is a share of `first_total`, if that is given:
+    a run that was first planned for so many steps."""
     warmup = round(config.lr_warmup_ratio * (total_steps if first_total is None else first_total))
-    rest = max(total_steps - warmup, 1)
-    one = optax.constant_schedule(1.0)
-    match config.schedule:
-        case "constant":
-            main = one
-        case "cosine":
-            main = optax.cosine_decay_schedule(1.0, rest, alpha=config.min_lr_ratio)
-        case "linear":
-            main = optax.linear_schedule(1.0, config.min_lr_ratio, rest)
-        case _:
-            decay = min(round(config.decay_ratio * total_steps), rest)
-            down = optax.linear_schedule(1.0, config.min_lr_ratio, max(decay, 1))
-            main = optax.join_schedules([one, down], [rest - decay])
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(1 / (warmup + 1), 1.0, warmup), main], [warmup])
+    return schedule_of(config.schedule, total_steps, warmup, config.decay_ratio, config.min_lr_ratio)
 
 
 # --- The whole step -----------------------------------------------------------------------------------------------
@@ -165,17 +175,6 @@ def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Scale by minus the learning rate at `real_step`; optax's schedules would not count steps without an update."""
-
-    def update(updates, state, params=None, **extra):
-        del params
-        factor = -lr * shape(extra["real_step"])
-        return jax.tree.map(lambda u: factor * u, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
 def make_optimizer(
     config: OptimizerConfig, params: Params, total_steps: int, mesh: Mesh | None = None, first_total: int | None = None
 ) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
@@ -187,15 +186,13 @@ def make_optimizer(
     """
     labels = labels_of(params, config)
     shape = schedule_shape(config, total_steps, first_total)
-
-    def decay() -> optax.GradientTransformation:
-        mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
-        return optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
-
-    parts: dict[Hashable, optax.GradientTransformation] = {
-        label: optax.chain(group.make(config, mesh), decay(), descend(getattr(config, group.rate), shape))
-        for label, group in groups_of(labels).items()
-    }
+    decays = lambda name: decayed(name, config.decay_embeddings) and not GROUPS[labels[name]].keeps_norm
+    decay = config.weight_decay, lambda tree: {name: decays(name) for name in tree}, config.decay_schedule, total_steps
+    parts: dict[Hashable, optax.GradientTransformation] = {}
+    for label, group in groups_of(labels).items():
+        steps = [group.make(config, mesh), decay_weights(*decay, config.cautious_decay)]
+        steps += [descend(getattr(config, group.rate), shape), *[keep_norm()] * group.keeps_norm]
+        parts[label] = optax.chain(*steps)
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels), *average)
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
