@@ -289,6 +289,8 @@ def report(
         times = c.count * config.accumulation_steps
         text = f"{c.sent * config.accumulation_steps / 1e6:12,.3f} MB in {times:,} among {len(c.group)} ({where})"
         row(f"  {c.op}", text, "compiled" + (", a loop counted once" if c.in_open_loop else ""))
+    if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1:
+        row("  not counted", "what slices send to each other: the compiler makes no collective of it")
     if not planned.traffic:
         row("  nothing" if not planned.refused else "  unknown", "", "compiled")
     console.line("")
