@@ -154,8 +154,11 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
-def check_devices(config: ConfigDict, num_devices: int) -> None:
-    """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel."""
+def check_devices(config: ConfigDict, num_devices: int, to_run: bool = True) -> None:
+    """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel.
+
+    Without `to_run` the devices only stand for others, for which a program is compiled.
+    """
     with _of_the_config():
         sizes = mesh_sizes(config.mesh, num_devices)
     parts = sizes[DATA] * sizes[FSDP]
@@ -164,8 +167,11 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
     alone = optimizer_lib.GROUPS[optimizer_config(config).hidden].one_cpu_device
-    if alone and num_devices > 1 and target().platform == "cpu":
-        raise UserError(f"config.hidden_optimizer: {config.hidden_optimizer} takes one CPU device; set cpu_devices=1")
+    if alone and to_run and num_devices > 1 and target().platform == "cpu":
+        raise UserError(
+            f"config.hidden_optimizer: {config.hidden_optimizer} trains on one CPU device, in one process; set "
+            "cpu_devices=1"
+        )
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on a GPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
     if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
@@ -277,7 +283,8 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
                 f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "
                 f"old run aside), or --config.init_from={workdir} in another --workdir"
             )
-    laid_out = next((key for key in ("schedule", "decay_schedule") if new[key] in ("cosine", "linear")), None)
+    falls = ["schedule", *["decay_schedule"] * bool(new.weight_decay)]
+    laid_out = next((key for key in falls if new[key] in ("cosine", "linear")), None)
     if laid_out is None:
         return
     differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]

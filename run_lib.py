@@ -241,6 +241,13 @@ def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
     return Choice(kept, "auto: as the run began")
 
 
+def batch_to_share(config: ConfigDict, workdir: Path) -> int:
+    """The sequences that CPU devices share: of a run of micro_batch="auto" that has begun, its micro-batch."""
+    if config.micro_batch != "auto" or not (workdir / CONFIG_FILE).exists():
+        return config.batch_size
+    return math.gcd(config.batch_size, known_settings(workdir, read_config_file(workdir)["config"])["batch_size"])
+
+
 def in_parts_as_began(config: ConfigDict, meta: dict[str, Any], workdir: Path) -> ConfigDict:
     """A config of micro_batch="auto" with a checkpoint's micro-batches, or parts of them if they divide no batch_size.
 

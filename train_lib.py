@@ -65,7 +65,7 @@ def train(
     with removed_if_unused(workdir), Console(silent=not is_first()) as console:
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
-        devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, console.warn)
+        devices.set_up_cpu_devices(config.cpu_devices, run_lib.batch_to_share(config, workdir), console.warn)
         devices.set_up_compile_cache(console.warn)
         num_devices = len(devices.start_jax())
         config_lib.check_devices(config, num_devices)

@@ -13,7 +13,7 @@ from commands.foreign import read_model
 from reports.sinks import as_json, described, measure, scalars_of, separators_of, stretch
 from runtime import devices
 from runtime.errors import UserError
-from runtime.files import new_file
+from runtime.files import new_file, plain
 from runtime.screen.console import Console
 from transformer.model import model_of
 
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     if values.out is not None:
         about |= {"dataset": config.dataset, "tokens": tokens_BT.size, "context_len": tokens_BT.shape[1]}
         with new_file(Path(values.out), "--out") as file:
-            json.dump(about | scalars_of(measured) | as_json(measured) | {"seen": sentences}, file, indent=1)
+            numbers = plain(scalars_of(measured)) | as_json(measured)
+            json.dump(about | numbers | {"seen": sentences}, file, indent=1, allow_nan=False)
     console.table(table)
     console.line(" ".join(sentences))

@@ -108,9 +108,11 @@ def answer(pairs: Sequence[tuple[Path, Path]], until_p: float, most: int, consol
     runs = compare.read_runs([path for pair in pairs for path in pair], console.warn)
     metric = compare.metric_of(runs)
     runs, tokens = compare.comparable(runs, metric)
-    if (metric == "val_loss" and tokens is None) or not all(run.evaluations for run in runs):
+    if metric == "val_loss" and tokens is None:
         raise UserError("--until_p: the runs were not evaluated on the same tokens; set eval_tokens the same in both")
-    ends = [run.evaluations[-1][metric] for run in runs]
+    ends = [run.rows[-1].get(metric) if run.rows else None for run in runs]
+    if none := [run.name for run, end in zip(runs, ends, strict=True) if end is None]:
+        raise UserError(f"--until_p: {none[0]}: its last row has no finite {metric}; move it aside to train it again")
     differences = [b - a for a, b in zip(ends[::2], ends[1::2], strict=True)]
     p, mean = always_valid_p(differences), statistics.fmean(differences)
     names = [re.sub(r",seed=\d+$", "", path.name) for path in pairs[0]]
@@ -221,12 +223,14 @@ def main(argv: list[str]) -> None:
             tried = zip(points[:number:2], points[1:number:2], strict=True)
             pairs = [(sweep_dir / a.name, sweep_dir / b.name) for a, b in tried if not {a.name, b.name} & failed.keys()]
             settled, said = answer(pairs, values.until_p, values.most, console) if pairs else (False, "")
+            if failed:  # which config fails is part of the question
+                settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}. Without them: {said}"
         if settled:
             break
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
-        compare.compare(there, sweep_dir / "compare", values.target, console, [said] * bool(said))
+        compare.compare(there, sweep_dir / "compare", values.target, console, said)
     if failed:
         problem = f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)})"
         error = ExpectedError(f"{problem}; mend the cause, then the same command runs those again")

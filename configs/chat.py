@@ -16,6 +16,7 @@ from configs import finetune
 
 def get_config(run: str = "") -> ConfigDict:
     config = finetune.get_config(run, "chat", also=("lr",))
+    config.lr = min(config.lr, 0.002)  # stories.py's; AdamW trains all arrays here, and a higher rate was not tried
     config.chat = True
     config.mask_documents = True
     config.text_column = "messages"

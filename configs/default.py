@@ -104,9 +104,9 @@ def get_config() -> ConfigDict:
 
     # --- Training ----------------------------------------------------------------------------------------------
     config.batch_size = 16  # sequences in a micro-batch, over all devices
-    config.micro_batch = ""  # "": as above. A number, or auto: batch_size is that of a real step, which is made in
-    # micro-batches of so many sequences; auto: the most that fit the devices' memory. A run keeps what was found, and
-    # is the one that such a batch_size and accumulation_steps give
+    config.micro_batch = ""  # "": as above. "8" (any number), or "auto": batch_size is that of a real step, which is
+    # made in micro-batches of so many sequences; auto: the most that fit the devices' memory. A run keeps what was
+    # found, and is the one that such a batch_size and accumulation_steps give
     config.epochs = 1  # passes over the training text; 0: no limit
     config.max_steps = 0  # real (optimizer) steps; 0: no limit. The run ends at whichever limit comes first
     config.max_flops = 0.0  # floating-point operations of the whole run, as its MFU counts them; 0: no limit

@@ -240,15 +240,24 @@ def _table(
 
 
 def paired(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
-    """The runs of two configs that share a seed, by seed."""
-    first, second = ({run.config["seed"]: run for run in runs} for runs in (a, b))
+    """The runs of two configs that share a seed, by seed; the first of each."""
+    first, second = ({run.config["seed"]: run for run in reversed(runs)} for runs in (a, b))
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def _whole(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those evaluated nearly as far as the farthest; one that failed would bring all pairs to where it stopped."""
+    ends = [run.evaluations[-1]["tokens"] if run.evaluations else 0 for run in runs]
+    return [run for run, end in zip(runs, ends, strict=True) if end >= 0.9 * max(ends)]
 
 
 def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:
     """Each config against the first one, by seed: differences at equal cost, and in words what they say."""
-    (base, first), *others = groups.items()
-    rows, notes, level = [], [], LEVEL / len(others)
+    whole = {name: _whole(group) for name, group in groups.items()}
+    early = [run.name for name, group in groups.items() for run in group if run not in whole[name]]
+    notes = [f"Not among the pairs, as they ended early: {', '.join(early)}."] if early else []
+    (base, first), *others = whole.items()
+    rows, level = [], LEVEL / len(others)
     for name, group in others:
         pairs, said = paired(first, group), {}
         if len(pairs) < 2:
@@ -278,7 +287,8 @@ def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) ->
         return [], notes
     interval = f"{100 * (1 - level):.4g} % interval"
     columns = ["pair", "at equal", "pairs", "difference", interval, "p", "detectable"]
-    judged = f"Each of {len(others)} comparisons is judged at {level:.2g}. " if len(others) > 1 else ""
+    judged = f"Each of {len(others)} comparisons is judged at {level:.2g}, " if len(others) > 1 else "Judged at 0.05, "
+    judged += "at each kind of equal cost by itself. "
     notes.append(
         f"{judged}p: paired t-test, for a number of seeds fixed beforehand (else: sweep --until_p). Detectable: what "
         f"so many pairs find with a probability of {POWER:g}. Losses are read off the curves: a run whose rates still "
@@ -305,8 +315,8 @@ def _conclusion(pair: str, said: dict[str, list[tuple[str, float]]], unit: str) 
 # --- All of it ----------------------------------------------------------------------------------------------------
 
 
-def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Table], list[str]]:
-    """The tables of a comparison, and notes to them.
+def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = True) -> tuple[list[Table], list[str]]:
+    """The tables of a comparison, with `pairs` also of differences by seed, and notes to them.
 
     `target` is in nats per token, or in bits per byte if the tokenizers differ; None means the loss that all reach.
     """
@@ -350,18 +360,16 @@ def tables_of(runs: Sequence[RunRecord], target: float | None) -> tuple[list[Tab
         if measured:
             tables.append(_table("Attention, mean over seeds", first, means, _ATTENTION, heading, None))
         notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
-    if compares and len(groups) > 1:
+    if pairs and compares and len(groups) > 1:
         more, said = _paired_table(groups, metric, unit)
         tables, notes = tables + more, notes + said
     return tables, notes
 
 
-def compare(
-    paths: Sequence[str | Path], out: Path, target: float | None, console: Console, last: Sequence[str] = ()
-) -> None:
+def compare(paths: Sequence[str | Path], out: Path, target: float | None, console: Console, settled: str = "") -> None:
     """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
 
-    `last` are notes that the caller adds.
+    `settled` is what a test says that chose the number of seeds; those for a fixed number do not hold then.
 
     Raises UserError if there is no such run or `out` cannot be created, StorageError if a file cannot be written.
     """
@@ -370,8 +378,8 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; name a directory that can be written") from error
-    tables, notes = tables_of(runs, target)
-    notes = [*notes, *last]
+    tables, notes = tables_of(runs, target, pairs=not settled)
+    notes += [settled] * bool(settled)
     for table in tables:
         console.table(table)
     for note in notes:

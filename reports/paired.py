@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LEVEL = 0.05  # of a table's conclusions, all its comparisons together
+LEVEL = 0.05  # of a table's conclusions at equal tokens, all its comparisons together; and so at equal time and FLOPs
 POWER = 0.8
 EFFECT = 2.0  # spread of the differences that `evidence` looks for, in standard deviations of one pair's difference
 

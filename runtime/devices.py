@@ -45,10 +45,11 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     """Let JAX show `cpu_devices` CPU devices ("auto": the largest number of cores that divides `batch_size`).
 
     XLA runs a batched matrix product on one core; with one device for each core, each core gets its share of the batch.
-    It has to be called before JAX's backend is first used. A user's own setting in XLA_FLAGS takes precedence. GPUs and
-    TPUs are not affected.
+    It has to be called before JAX's backend is first used. A user's own setting, in XLA_FLAGS or JAX_NUM_CPU_DEVICES,
+    takes precedence. GPUs and TPUs are not affected.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    own = "JAX_NUM_CPU_DEVICES" in os.environ
+    if own or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if cpu_devices == "auto":  # each of several processes has its share of the batch
         count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
@@ -239,12 +240,16 @@ def _own_memory() -> int | None:
 
 
 def memory_available() -> int:
-    """Bytes that each device here can take: its own, or of a CPU its share of what the machine, or its cgroup, has."""
+    """Bytes that each device here can take: its own, or of a CPU its share of what is free in the machine and cgroup.
+
+    A machine is taken to run one process of this kind.
+    """
     if there := _own_memory():
         return there
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        told.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        told.append(most - used)
     with contextlib.suppress(OSError):
         told += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
     return min(told) // jax.local_device_count()

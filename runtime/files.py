@@ -245,7 +245,7 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row, at once. Raises StorageError if it cannot be written."""
-        append_text(self.path, json.dumps(_plain(row), allow_nan=False) + "\n")
+        append_text(self.path, json.dumps(plain(row), allow_nan=False) + "\n")
 
     def read(self, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
         """All rows but an incomplete last one; [] if there is no file. `warn` gets a line if damaged rows are left out.
@@ -264,7 +264,7 @@ class MetricsFile:
             except ValueError:  # invalid UTF-8 too
                 row = None
             if isinstance(row, dict):
-                rows.append(_plain(row))
+                rows.append(plain(row))
             else:
                 bad += 1
         if bad:
@@ -272,10 +272,10 @@ class MetricsFile:
         return rows
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON can hold it: scalars of NumPy and JAX become Python's, NaN and infinities None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -441,6 +441,9 @@ def test_cores_become_devices_before_jax_starts(monkeypatch, cpu_devices, batch_
     monkeypatch.setenv("XLA_FLAGS", flags)
     devices.set_up_cpu_devices(cpu_devices, batch_size, warn=pytest.fail)
     assert (counts, devices.os.environ["XLA_FLAGS"]) == expected
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")  # a user's own
+    devices.set_up_cpu_devices(cpu_devices, batch_size, warn=pytest.fail)
+    assert counts == expected[0]
 
 
 def test_a_new_process_shows_the_devices_asked_for():

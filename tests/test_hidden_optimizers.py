@@ -200,6 +200,7 @@ def test_a_run_learns_and_goes_on_to_the_same_bits(tmp_path):
         ({"hidden_optimizer": "soap", "use_muon": False}, ("config.use_muon: must be True", "soap")),
         ({"hidden_optimizer": "normoun"}, ("config.hidden_optimizer: unknown value", "did you mean normuon?")),
         ({"decay_schedule": "constant_linear"}, ("config.decay_schedule: unknown value",)),
+        ({"hidden_optimizer": "soap", "muon_by_head": True}, ("config.muon_by_head: soap takes no matrix apart",)),
     ],
 )
 def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
@@ -209,11 +210,12 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
 
 def test_soap_takes_one_device_of_a_cpu():
     config_lib.check_devices(tiny_config(hidden_optimizer="soap"), 1)
-    with pytest.raises(UserError, match="soap takes one CPU device; set cpu_devices=1"):
+    with pytest.raises(UserError, match="soap trains on one CPU device, in one process; set cpu_devices=1"):
         config_lib.check_devices(tiny_config(hidden_optimizer="soap", batch_size=8), 2)
+    config_lib.check_devices(tiny_config(hidden_optimizer="soap", batch_size=8), 2, to_run=False)
 
 
 def test_a_run_whose_decay_falls_to_its_end_gets_no_longer(tmp_path):
-    old, new = (tiny_config(max_steps=steps, decay_schedule="cosine") for steps in (3, 5))
+    old, new = (tiny_config(max_steps=steps, decay_schedule="cosine", weight_decay=0.1) for steps in (3, 5))
     with pytest.raises(UserError, match=r"^config\.max_steps: decay_schedule 'cosine' was laid out for 3"):
         config_lib.check_resume(old, new, tmp_path)

@@ -98,6 +98,7 @@ def test_a_run_is_that_of_the_parts_found_and_keeps_them(room_for_2, tmp_path, c
     assert losses(tmp_path / "auto") == losses(tmp_path / "divided")
     assert_same_state(tmp_path / "auto", reference, divided, 10)
 
+    assert [run_lib.batch_to_share(auto, tmp_path / name) for name in ("auto", "new")] == [2, 4]  # among CPU devices
     meta = run_lib.meta_of(tmp_path / "auto", 10)
     other = tiny_config(**CHANGES, batch_size=5, micro_batch="auto")
     assert run_lib.in_parts_as_began(other, meta, tmp_path).batch_size == 1  # what divides 2 and 5

@@ -115,6 +115,13 @@ def test_compare_says_what_must_not_be_concluded(tmp_path, capsys):
     assert "They differ in mlp_dim, lr" in text or "They differ in lr, mlp_dim" in text
     assert "c-seed0 against a: 1 pair of the same seed, so nothing tells chance" in text
     assert "judged at 0.025" in text and "97.5 % interval" in text
+    early = (
+        fabricate(tmp_path / "b-seed2", {20: 0.1}, seed=2, lr=0.5, mlp_dim=16),
+        fabricate(tmp_path / "a-seed2", {40: 1}, seed=2),
+    )
+    text = compared(capsys, *paths, *early, f"--out={tmp_path / 'out'}")
+    assert "Not among the pairs, as they ended early: b-seed2." in text
+    assert [row[2] for row in cells(text, "Differences by seed")] == ["2"] * 3
     other = fabricate(tmp_path / "d-seed1", {40: 1.0}, seed=1, lr=0.7)
     text = compared(capsys, *paths, other, f"--out={tmp_path / 'out'}")
     assert "Their device_kind differ too" in text

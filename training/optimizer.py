@@ -77,6 +77,8 @@ class OptimizerConfig:
             raise ValueError(f"betas: must be two numbers at least 0 and below 1, got {self.betas}")
         if not self.use_muon and self.hidden_optimizer not in ("muon", "adamw"):
             raise ValueError(f"use_muon: must be True with hidden_optimizer {self.hidden_optimizer}")
+        if self.muon_by_head and "muon" not in self.hidden:
+            raise ValueError(f"muon_by_head: {self.hidden} takes no matrix apart; set it to False")
 
     @property
     def hidden(self) -> str:
@@ -95,7 +97,7 @@ class Group(NamedTuple):
     rate: str  # the setting with their peak learning rate, under whose name the rate is logged; it ends in lr
     make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
     keeps_norm: bool = False  # the matrices keep their norms, and do not decay
-    one_cpu_device: bool = False  # its decompositions wait for ever where a CPU is several devices
+    one_cpu_device: bool = False  # LAPACK's kernels in jaxlib wait for the threads that a CPU's devices occupy
 
 
 def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
