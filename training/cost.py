@@ -21,6 +21,7 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     c = config
     D, H, N, K, F, L = c.embedding_dim, c.head_dim, c.num_heads, c.num_kv_heads, c.mlp_dim, c.num_blocks
     matrices = 3 if c.mlp.startswith("swiglu") else 2
+    period = len(c.sink_pattern)  # L may be any number, also a mistaken one
     norm = 2 * D if c.norm == "layernorm" and c.norm_bias else D
     attention = 2 * D * H * (N + K) + _gate(c) * D + (c.qkv_bias and (N + 2 * K) * H) + (c.attention_out_bias and D)
     return {
@@ -29,7 +30,7 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
         "attention": L * attention + _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * K,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
-        "sinks": sum({"logit": N, "key": K * H}.get(c.sink(layer), 0) for layer in range(L)),
+        "sinks": sum({"logit": N, "key": K * H}.get(c.sink(i), 0) * len(range(i, L, period)) for i in range(period)),
         "value embeddings": _value_embeddings(c) * c.vocab_size * K * H,
         "residual scalars": 2 * L * c.residual_scalars,
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
@@ -43,7 +44,7 @@ def _gate(config: TransformerConfig) -> int:
 
 def _value_embeddings(config: TransformerConfig) -> int:
     """How many layers have one."""
-    return sum(config.has_value_embedding(layer) for layer in range(config.num_blocks))
+    return config.value_embeddings * (config.num_blocks + 1) // 2
 
 
 def flops_per_token(config: TransformerConfig) -> float:
