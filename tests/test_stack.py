@@ -153,9 +153,11 @@ def test_the_program_of_a_loop_does_not_grow_with_the_blocks(random_params):
     "changes, period",
     [
         ({}, 2),
-        ({"sliding_window": 0}, 1),
-        ({"window_pattern": "GG"}, 1),
-        ({"num_blocks": 6, "window_pattern": "LLG"}, 3),
+        ({"sliding_window": 0, "value_embeddings": False}, 1),
+        ({"window_pattern": "GG", "value_embeddings": False}, 1),
+        ({"window_pattern": "GG", "value_embeddings": True}, 2),
+        ({"num_blocks": 6, "window_pattern": "LLG", "value_embeddings": False}, 3),
+        ({"num_blocks": 12, "window_pattern": "LLG", "value_embeddings": True}, 6),
         ({"num_blocks": 1}, 1),
     ],
 )
@@ -165,6 +167,6 @@ def test_the_loop_runs_over_the_shortest_pattern_of_windows(changes, period):
 
 def test_blocks_without_a_pattern_are_refused():
     with pytest.raises(
-        ValueError, match=r"^scan_blocks: .*'LLG'.* 4 blocks; use False, or a multiple of the patterns' lengths$"
+        ValueError, match=r"^scan_blocks: .*'LLG'.* 4 blocks; use False, or a multiple of their lengths$"
     ):
         dataclasses.replace(MODEL, window_pattern="LLG", scan_blocks=True)
