@@ -6,7 +6,8 @@ RUN's tokenizer has to be one that `main.py tokenizer` made: it has the tokens a
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The rest is as in
 configs/finetune.py, with three passes over the conversations, at RUN's own rate: the tokens around the turns are new to
 it. After 35 steps on 600 made-up conversations, from a short run of configs/stories.py, val_loss was 0.97 at its 0.002
-and 3.2 at finetune.py's 0.0001. Not measured on a corpus of real ones.
+and 3.2 at finetune.py's 0.0001. Not measured on a corpus of real ones, nor from a RUN of another rate: AdamW trains all
+arrays here, so after a high one set --config.lr. A run begun at another rate goes on with that flag too.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,6 @@ from configs import finetune
 
 def get_config(run: str = "") -> ConfigDict:
     config = finetune.get_config(run, "chat", also=("lr",))
-    config.lr = min(config.lr, 0.002)  # stories.py's; AdamW trains all arrays here, and a higher rate was not tried
     config.chat = True
     config.mask_documents = True
     config.text_column = "messages"

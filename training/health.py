@@ -14,7 +14,7 @@ from runtime.errors import DivergedError
 from training.optimizer import GROUPS
 from transformer.model import Params
 
-_RATES = " and ".join(group.rate for group in GROUPS.values())
+_RATES = " and ".join(sorted({group.rate for group in GROUPS.values()}))
 WINDOW = 128  # real steps: the time constant of the running mean of the loss
 WARM_UP = 32  # real steps before a loss can be a spike
 FAR_ABOVE = 3.0  # times the loss of a uniform guess: a model with a higher loss has diverged

@@ -21,6 +21,7 @@ from helpers import (
     run_main,
     tiny_config,
 )
+from xla_flags import SOONER
 
 import main
 import run_lib
@@ -359,7 +360,7 @@ def test_a_schedule_that_was_laid_out_in_steps_keeps_their_size(tmp_path):
 
 def test_eight_devices_go_on_from_one_and_one_from_eight(tmp_path):
     """Restored bits are equal, or the fingerprints, made on one device or eight, would say damaged."""
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"}
+    eight = {"XLA_FLAGS": f"{SOONER} --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"}
     config = lambda steps: tiny_config(batch_size=8, max_steps=steps, sample_every=0)
     train_lib.train(config(5), tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "mixed")
