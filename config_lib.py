@@ -9,21 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import default
 from corpus.dataset import ORDERS, UNKNOWN_CHARACTERS
-from runtime import devices
 from runtime.errors import UserError, one_line
 from runtime.screen.text import nearest
 from runtime.trackers import TRACKERS
 from runtime.workdir import WEIGHTS
 from training import optimizer as optimizer_lib
-from training.micro_batch import largest_part
 from training.optimizer import OptimizerConfig
-from training.step import make_step
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import Execution, TransformerConfig
 from transformer.forms import sink_name
@@ -226,17 +221,6 @@ def in_parts(config: ConfigDict, size: int | None = None) -> ConfigDict:
     divided = config.copy_and_resolve_references()
     divided.update(batch_size=size, accumulation_steps=config.batch_size // size, micro_batch="")
     return divided
-
-
-def in_largest_parts(
-    config: ConfigDict, model: TransformerConfig, mesh: Mesh, key: jax.Array, memory: float | None = None
-) -> ConfigDict:
-    """The config in the largest micro-batches that fit the devices, or by the rule alone others of `memory` bytes."""
-    health = config.spike_sigmas, config.skip_spikes
-    build = lambda settings: make_step(settings, model, config.max_steps or 1000, key, mesh, *health)
-    there = memory or devices.memory_available()
-    found = largest_part(optimizer_config(config), model, config.batch_size, build, mesh, there, memory is None)
-    return in_parts(config, found)
 
 
 def trackers_of(config: ConfigDict) -> list[str]:

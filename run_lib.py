@@ -27,8 +27,10 @@ from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
+from training.micro_batch import largest_part
+from training.optimizer import OptimizerConfig
 from training.precision import Choice, best_here
-from training.step import Step, TrainState
+from training.step import Step, TrainState, make_step
 from transformer.config import CHOICES as MODEL_CHOICES
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, shapes_of
@@ -246,6 +248,23 @@ def batch_to_share(config: ConfigDict, workdir: Path) -> int:
     if config.micro_batch != "auto" or not (workdir / CONFIG_FILE).exists():
         return config.batch_size
     return math.gcd(config.batch_size, known_settings(workdir, read_config_file(workdir)["config"])["batch_size"])
+
+
+def step_to_compile(
+    config: ConfigDict, settings: OptimizerConfig, model: TransformerConfig, mesh: Mesh, key: jax.Array
+) -> Step:
+    """A step of the config with `settings`, for which no data set has to say how many steps there are."""
+    return make_step(settings, model, config.max_steps or 1000, key, mesh, config.spike_sigmas, config.skip_spikes)
+
+
+def in_largest_parts(
+    config: ConfigDict, model: TransformerConfig, mesh: Mesh, key: jax.Array, memory: float | None = None
+) -> ConfigDict:
+    """The config in the largest micro-batches that fit the devices, or by the rule alone others of `memory` bytes."""
+    build = lambda settings: step_to_compile(config, settings, model, mesh, key)
+    settings, there = config_lib.optimizer_config(config), memory or devices.memory_available()
+    found = largest_part(settings, model, config.batch_size, build, mesh, there, memory is None)
+    return config_lib.in_parts(config, found)
 
 
 def in_parts_as_began(config: ConfigDict, meta: dict[str, Any], workdir: Path) -> ConfigDict:

@@ -124,7 +124,7 @@ class Trainer:
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         if config.micro_batch:
             console.doing("looking how many sequences fit at once")
-            config = self.config = config_lib.in_largest_parts(config, self.model_config, self.mesh, dropout_key)
+            config = self.config = run_lib.in_largest_parts(config, self.model_config, self.mesh, dropout_key)
             console.line(f"micro_batch auto: {config.batch_size:,} sequences at once, the most that fit")
         of_model, of_batch = most_parts(self.mesh)
         devices.require_memory(

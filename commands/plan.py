@@ -27,11 +27,11 @@ from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.screen.console import Console
 from runtime.screen.text import duration, human
-from training.compilers import devices_of, facts_of
+from training.compilers import GPUS, devices_of, facts_of
 from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
 from training.evaluate import Evaluator
 from training.micro_batch import lowered
-from training.step import Step, make_step
+from training.step import Step
 from training.traffic import Collective, axes_of_group
 from transformer import sampling
 from transformer.config import TransformerConfig
@@ -39,7 +39,7 @@ from transformer.kernels.choose import choose, obstacle
 from transformer.sharding import DATA, FSDP, is_data_parallel, make_mesh, parse_mesh
 from transformer.xla import aimed_at, target_of
 
-MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes of a device, from NVIDIA's data sheets
+MEMORY = {**{name: gpu[5] for name, gpu in GPUS.items()}, "B200": 180e9}  # bytes of a device, by the data sheet
 FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 MOST_TRIES = 8  # of --fit
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
@@ -171,7 +171,7 @@ def plan_step(
     with aimed_at(target_of(mesh.devices.flat)):
         if config.micro_batch:
             model = config_lib.model_config_of(config, vocab_size, eot)
-            config = config_lib.in_largest_parts(config, model, mesh, jax.random.key(config.seed), memory)
+            config = run_lib.in_largest_parts(config, model, mesh, jax.random.key(config.seed), memory)
         model, step, held = _built(config, vocab_size, eot, mesh)
         programs = {"step": facts_of(lowered(step, config.batch_size, config.context_len, mesh), mesh.devices)}
         if others and "refused" not in programs["step"]:
@@ -192,8 +192,8 @@ def _built(
     config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh
 ) -> tuple[TransformerConfig, Step, dict[str, int]]:
     model = config_lib.model_config_of(config, vocab_size, eot)
-    settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
-    step = make_step(settings, model, config.max_steps or 1000, jax.random.key(config.seed), mesh, *spikes)
+    settings = config_lib.optimizer_config(config)
+    step = run_lib.step_to_compile(config, settings, model, mesh, jax.random.key(config.seed))
     return model, step, held_bytes(settings, model, config.batch_size, step.state, mesh)
 
 

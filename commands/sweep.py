@@ -97,6 +97,8 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
 
 def question(values: flags.FlagValues, argv: list[str]) -> list[Point]:
     """The runs of a sweep with --until_p, pair by pair, the seeds in their order. Raises UserError."""
+    if values["seeds"].present:
+        raise UserError("--seeds: --until_p adds them one by one; leave it out, and see --most")
     points = grid(argv, values.set, values.most)
     if len(points) != 2 * values.most:
         raise UserError(f"--until_p: settles one question between two configs, got {len(points) // values.most}")

@@ -267,6 +267,7 @@ def test_seeds_are_added_until_the_question_is_settled(stand_in, monkeypatch, ca
         (["--set=lr=0.5,0.6,0.7"], ("--until_p: settles one question between two configs, got 3",)),
         (["--set=lr=0.5,0.6", "--until_p=1"], ("--until_p=1", "in the range [1e-09, 0.5]")),
         (["--set=lr=0.5,0.6", "--most=0"], ("--most=0", "positive integer")),
+        (["--set=lr=0.5,0.6", "--seeds=3"], ("--seeds: ", "leave it out")),
     ],
 )
 def test_what_is_no_question_is_refused(flags, words, stand_in, capsys):
