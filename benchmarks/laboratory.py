@@ -75,6 +75,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "longer": {"attention_sink": "none", "max_steps": round(LONGER * STEPS)},
 }
 FEW = {name: FORMS[name] for name in (FIRST, "sink: logit", "gate by head")}
+HALF = {"float32": {}, "bfloat16 products": {"dtype": "bfloat16_matmul"}}
+RECIPE: dict[str, dict[str, Any]] = {
+    "shakespeare_best.py": {},
+    "gate by channel": {"attention_gate": "channel"},
+    "value embeddings": {"value_embeddings": True},
+    "residual scalars": {"residual_scalars": True},
+    "gelu": {"mlp": "gelu"},
+    "dropout 0.1": {"dropout": 0.1},
+    "decay 0.2": {"weight_decay": 0.2},
+    "cautious decay": {"cautious_decay": True},
+}
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "Muon": ({}, "muon_lr", (0.015, 0.03, 0.06)),
@@ -107,6 +118,9 @@ def cells() -> dict[str, Cell]:
     }
     larger = {"num_blocks": 6, "num_heads": 5, "embedding_dim": 160, "mlp_dim": 640}
     made["larger"] = Cell("the same with 6 x 160", larger, FEW)
+    made["half"] = Cell("products of bfloat16", {}, HALF)
+    best = {"context_len": 128, "weight_decay": 0.1, "max_steps": 2300, "eval_every": 575}
+    made["recipe"] = Cell("changes of shakespeare_best.py, one seed", best, RECIPE, [TUNING])
     if (tuned := _tuned(made["rates"])) is not None:
         made["optimizers"] = Cell("optimizers of the hidden weights at equal time, sinks on", {}, tuned)
     return made
@@ -386,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("cost", "train"):
         each = commands.add_parser(command)
-        each.add_argument("cells", nargs="*", help="some of main, context, bpe, larger, rates, optimizers; default all")
+        each.add_argument("cells", nargs="*", help="default: all")
         if command == "cost":
             each.add_argument("--rounds", type=int, default=15)
             each.add_argument("--steps", type=int, default=10, help="timed together")
@@ -409,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         PAGE.write_text(rebuilt(PAGE.read_text()))
 
 
-ORDER = ("main", "context", "rates", "optimizers", "bpe", "larger")
+ORDER = ("main", "recipe", "context", "rates", "optimizers", "bpe", "larger", "half")
 
 if __name__ == "__main__":
     restart_with_large_pages()
