@@ -84,7 +84,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gelu": {"mlp": "gelu"},
     "dropout 0.1": {"dropout": 0.1},
     "decay 0.2": {"weight_decay": 0.2},
-    "cautious decay": {"cautious_decay": True},
+    "exclusive": {"exclusive_attention": True},
+    "exclusive, gate by channel": {"exclusive_attention": True, "attention_gate": "channel"},
 }
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
