@@ -87,16 +87,17 @@ FORMS: dict[str, dict[str, Any]] = {
     MORE_STEPS: {"attention_sink": "none", "max_steps": round(LONGER * STEPS)},
 }
 FEW = {name: FORMS[name] for name in (FIRST, "sink: logit", "gate by head", MORE_STEPS)}
+_GATED = {"attention_gate": "channel"}
+_THREE = _GATED | {"exclusive_attention": True, "residual_scalars": True}
 RECIPE: dict[str, dict[str, Any]] = {
-    "shakespeare_best.py": {},
-    "gate by channel": {"attention_gate": "channel"},
-    "exclusive": {"exclusive_attention": True},
-    "exclusive, gate by channel": {"exclusive_attention": True, "attention_gate": "channel"},
-    "value embeddings": {"value_embeddings": True},
-    "residual scalars": {"residual_scalars": True},
-    "gelu": {"mlp": "gelu"},
-    "dropout 0.1": {"dropout": 0.1},
-    "decay 0.2": {"weight_decay": 0.2},
+    "neither gate nor scalars": {},
+    "gate by channel": _GATED,
+    "gate, residual scalars": _GATED | {"residual_scalars": True},
+    "gate, residual scalars, exclusive": _THREE,
+    "the three, no sink": _THREE | {"attention_sink": "none"},
+    "the three, gelu": _THREE | {"mlp": "gelu"},
+    "the three, decay 0.2": _THREE | {"weight_decay": 0.2},
+    "the three, dropout 0.1": _THREE | {"dropout": 0.1},
 }
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
