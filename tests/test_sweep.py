@@ -255,10 +255,8 @@ def test_a_list_after_the_colon_is_the_slowest_axis():
     assert [point.name for point in points] == [
         f"ladder={depth},muon_lr={lr},seed={seed}" for depth in (2, 3) for lr in (0.02, 0.03) for seed in (0, 1)
     ]
-    assert [(p.config.num_blocks, p.config.muon_lr, p.config.epochs) for p in points[3:5]] == [
-        (2, 0.03, 1),
-        (3, 0.02, 1),
-    ]
+    middle = [(p.config.num_blocks, p.config.muon_lr, p.config.epochs) for p in points[3:5]]
+    assert middle == [(2, 0.03, 1), (3, 0.02, 1)]
     split = ["--config", f"{LADDER.removeprefix('--config=')}:3,2"]
     assert [point.name for point in sweep.grid(split, [], 1)] == ["ladder=3,seed=0", "ladder=2,seed=0"]
     assert [point.name for point in sweep.grid([f"{LADDER}:3"], [], 1)] == ["seed=0"]
@@ -281,14 +279,7 @@ def test_any_config_file_with_a_text_can_be_listed_and_a_path_is_one_text(tmp_pa
 @pytest.mark.parametrize(
     "text, flags, words",
     [
-        (
-            "2,two",
-            [],
-            (
-                "configs/ladder.py:DEPTH: a whole number",
-                "got 'two'",
-            ),
-        ),
+        ("2,two", [], ("configs/ladder.py:DEPTH: a whole number", "got 'two'")),
         ("2,4,", [], ("configs/ladder.py:DEPTH: a whole number", "got ''")),
         ("2,4,2", [], ("ladder=2,seed=0 is there twice",)),
         ("2,4,6", ["--until_p=0.01"], ("--until_p: settles one question between two configs, got 3",)),
@@ -300,7 +291,7 @@ def test_a_list_that_cannot_be_is_refused_before_the_first_run(text, flags, word
     assert not stand_in.exists()
 
 
-def test_a_ladder_ends_in_its_law_and_a_larger_run_tests_it(stand_in, monkeypatch, capfd):
+def test_a_ladder_ends_in_its_law_and_a_larger_run_tests_it(stand_in, capfd):
     """The stand-in's loss is the rule's rate, a power of the depth but for rounding, and its FLOPs are depth^3."""
     ends = lambda argv: (main.main(["sweep", f"--workdir={stand_in}", *argv]), capfd.readouterr().out)[1]
     page = stand_in / "compare" / "compare.html"
