@@ -41,11 +41,12 @@ def test_three_runs_take_the_floor_for_zero():
 def test_intervals_hold_the_truth_as_often_as_they_say(sizes, seeds, floor):
     """A new run of four times the FLOPs, and the held-out mean, are drawn as the others are."""
     rng, larger, draws = np.random.default_rng(0), 4 * FLOPS[-1], 300
-    hits = {"E": 0, "A": 0, "alpha": 0, "law": 0, "run": 0}
+    hits = {"E": 0, "A": 0, "alpha": 0, "between": 0, "beyond": 0, "run": 0}
     for _ in range(draws):
         found = fit(runs(sizes, seeds, rng, floor))
         truth = {"E": (floor, found.E), "A": (A, found.A), "alpha": (ALPHA, found.alpha)}
-        truth["law"] = law(larger, floor), found.at(larger)
+        truth["between"] = law(FLOPS[1], floor), found.at(FLOPS[1])
+        truth["beyond"] = law(larger, floor), found.at(larger)
         truth["run"] = law(larger, floor) + NOISE * rng.normal(), found.at(larger, 1)
         for name, (true, interval) in truth.items():
             hits[name] += interval is None or interval.low <= true <= interval.high

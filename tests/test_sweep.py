@@ -301,7 +301,7 @@ def test_a_ladder_ends_in_its_law_and_a_larger_run_tests_it(stand_in, capfd):
     assert "by 3 runs of 3 sizes: A " in out and "Three runs determine no floor E" in out and "Held out" not in out
     out = ends([f"{LADDER}:16,25,36,49"])
     assert "by 4 runs of 4 sizes: E " in out and "Held out, the largest, 1.18e+15 FLOPs, is predicted" in out
-    assert "Held out" in page.read_text() and "their law" in page.read_text() and "Differences by seed" not in out
+    assert "Held out" in page.read_text() and "their law" in page.read_text() and "pair of the same seed" not in out
     assert (page.parent / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
     assert calls(stand_in)["ladder=16,seed=0"] == 1
     assert main.main(["sweep", f"{LADDER}:16,25,36,49", f"--workdir={stand_in}", "--config.lr=0.4"]) == 4
