@@ -76,8 +76,8 @@ def work(
 ) -> Iterator[tuple[Task, Any]]:
     """Each task with its `Encoded`, or with the set of its characters if there is no tokenizer, in order.
 
-    The libraries of BPE encode without Python's lock, so threads keep all cores busy. At most two tasks for each are in
-    flight, so that results do not pile up. Raises UserError as `encode`.
+    The libraries of BPE encode without Python's lock, so threads keep all cores busy; characters and bytes take little
+    time. At most two tasks for each are in flight, so that results do not pile up. Raises UserError as `encode`.
     """
 
     def do(pieces: list[Piece]) -> Encoded | set[str]:
