@@ -3,7 +3,7 @@
 python main.py --config=configs/ladder.py:DEPTH
 python main.py sweep --config=configs/ladder.py:2,3,4,5,6 --seeds=3     (docs/using.md: how the loss falls with FLOPs)
 
-Depth 4 is the model of shakespeare.py, whose rates were tuned; no other depth was measured yet. With B sequences a step:
+Depth 4 is the model of shakespeare.py, whose rates were tuned; other depths are unmeasured. With B sequences a step:
 
 - width 32 depth, heads of 32, an MLP four times as wide: matrices keep their aspect, parameters grow as depth^3.
 - tokens 2^18 depth. Parameters^0.37 is the allocation of Kaplan et al. (arXiv:2001.08361). Hoffmann's, in proportion to
