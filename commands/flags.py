@@ -1,6 +1,7 @@
 """The command line: flags, `--config`, and the messages for wrong ones."""
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -148,8 +149,25 @@ def _with_config(argv: Sequence[str]) -> list[str]:
     found = next((str(place) for place in (Path(path), *beside) if place.is_file()), path)
     if named is None:
         return [f"--config={found}", *argv]
-    new = ":".join([found, *argument])
+    return _renamed(argv, named, ":".join([found, *argument]))
+
+
+def _renamed(argv: Sequence[str], named: str, new: str) -> list[str]:
     return [word.replace(named, new) if word in (named, f"--config={named}") else word for word in argv]
+
+
+def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """For each text of --config=FILE.py:TEXT,TEXT: {FILE: text}, and `argv` with that text alone.
+
+    Where there is no list: {}, and `argv` as it is. Texts that hold commas are parted by semicolons; what names a path
+    is one text.
+    """
+    named = _config_path(argv) or ""
+    file, _, listed = named.partition(":")
+    texts = listed.split(";" if ";" in listed else ",")
+    if len(texts) == 1 or os.path.exists(listed):  # a list too long for a name is no error
+        return [({}, list(argv))]
+    return [({Path(file).stem: text}, _renamed(argv, named, f"{file}:{text}")) for text in texts]
 
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
-from commands.flags import default_workdir, parse_flags
+from commands.flags import default_workdir, each_argument, parse_flags
 from config_lib import written
 from configs import default
 from reports import compare
@@ -72,7 +72,10 @@ def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
 
 
 def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
-    """Every run of the sweep, checked; the seed changes fastest, then the last --set. `argv` are all flags."""
+    """Every run of the sweep, checked; the seed changes fastest, then the last --set, last the config file's argument.
+
+    `argv` are all flags.
+    """
     if seeds < 1:
         raise UserError(f"--seeds: must be at least 1, got {seeds}")
     axes = [_axis(text, default.get_config()) for text in sets]
@@ -80,17 +83,17 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
     if len(set(keys)) < len(keys):
         raise UserError(f"--set={next(key for key in keys if keys.count(key) > 1)}: given twice; use one --set a key")
     points: dict[str, ConfigDict] = {}
-    for texts in itertools.product(*(texts for _, texts in axes)):
+    for (argument, own), *texts in itertools.product(each_argument(argv), *(texts for _, texts in axes)):
         chosen = [f"--config.{key}={text}" for key, text in zip(keys, texts, strict=True)]
-        config = parse_flags("sweep", __doc__, [*argv, *chosen], _define, config=True).config
+        config = parse_flags("sweep", __doc__, [*own, *chosen], _define, config=True).config
         first = config.seed
         for seed in range(first, first + seeds):
             point = config.copy_and_resolve_references()
             point.seed = seed
             config_lib.check(point)
-            name = point_name({key: point[key] for key in keys} | {"seed": seed})
+            name = point_name(argument | {key: point[key] for key in keys} | {"seed": seed})
             if name in points:
-                raise UserError(f"--set: {name} is there twice; give each value once")
+                raise UserError(f"sweep: {name} is there twice; give each value once")
             points[name] = point
     return [Point(name, config) for name, config in points.items()]
 
@@ -193,7 +196,8 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
 
 
 def main(argv: list[str]) -> None:
-    values = parse_flags("sweep", __doc__, argv, _define, config=True)
+    arguments = each_argument(argv)
+    values = parse_flags("sweep", __doc__, arguments[0][1], _define, config=True)
     points = grid(argv, values.set, values.seeds) if values.until_p is None else question(values, argv)
     usual = default_workdir(argv, values.config)
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
@@ -232,7 +236,8 @@ def main(argv: list[str]) -> None:
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
-        compare.compare(there, sweep_dir / "compare", values.target, console, said)
+        ladder = not failed and len(points) == values.seeds * len(arguments) > values.seeds
+        compare.compare(there, sweep_dir / "compare", values.target, console, said, ladder)
     if failed:
         problem = f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)})"
         error = ExpectedError(f"{problem}; mend the cause, then the same command runs those again")

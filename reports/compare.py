@@ -13,10 +13,11 @@ from typing import Any
 
 import run_lib
 from config_lib import written
+from reports import scaling_law
 from reports.evaluations import on_the_same_tokens
 from reports.html import Picture, html_page
 from reports.paired import LEVEL, POWER, losses_at, paired_t
-from reports.plots import Curve, plot_curves
+from reports.plots import Curve, plot_curves, plot_law
 from runtime.errors import UserError
 from runtime.files import read_file, write_text
 from runtime.screen.console import Console
@@ -26,6 +27,7 @@ DEFAULT_OUT = "runs/compare"
 _NAMES_OF_A_RUN = {"seed", "run"}  # runs that differ in no other key are seeds of one config
 _ENVIRONMENT = ("device_kind", "device_count", "git_commit")
 _EQUAL = {"tokens": "tokens", "training_seconds": "time", "flops": "FLOPs"}  # key of a row -> in words
+_UNITS = {"val_loss": "nats per token", "bits_per_byte": "bits per byte"}
 _NONE = "-"
 
 
@@ -312,6 +314,23 @@ def _conclusion(pair: str, said: dict[str, list[tuple[str, float]]], unit: str) 
     return [f"{pair}: {'; '.join(parts)}."] if parts else []
 
 
+# --- A ladder of sizes --------------------------------------------------------------------------------------------
+
+
+def law_of(runs: Sequence[RunRecord], metric: str, path: Path) -> tuple[list[str], list[Picture]]:
+    """What runs of three sizes or more say of loss against FLOPs, also drawn into a PNG file; of others nothing."""
+    runs, tokens = comparable(runs, metric)
+    points = [(run.rows[-1]["flops"], run.rows[-1].get(metric)) for run in runs if run.rows]
+    ends = [(flops, loss) for flops, loss in points if flops is not None and loss is not None]
+    if len({flops for flops, _ in ends}) < 3 or len(ends) < len(runs) or (tokens is None and metric == "val_loss"):
+        return [], []
+    notes = scaling_law.told(ends, _UNITS[metric])
+    if (law := scaling_law.fit(ends)) is None:
+        return notes, []
+    plot_law(ends, law, scaling_law.held_out(ends), path, metric)
+    return notes, [Picture(read_file(path), "The runs' last losses against FLOPs, and their law")]
+
+
 # --- All of it ----------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +345,7 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
     groups = group_seeds(runs)
     compares = tokens is not None or metric != "val_loss" or len(ends) < 2
     score_by = ("best" if metric == "val_loss" else "bits_per_byte") if compares else None
-    unit = "nats per token" if metric == "val_loss" else "bits per byte"
+    unit = _UNITS[metric]
     goal = common_target(runs, metric) if target is None and compares else target
     heading = "a loss" if goal is None else f"{goal:.4f}"
     single = {run.name: [result_of(run, metric, goal)] for run in runs}
@@ -366,10 +385,18 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
     return tables, notes
 
 
-def compare(paths: Sequence[str | Path], out: Path, target: float | None, console: Console, settled: str = "") -> None:
+def compare(
+    paths: Sequence[str | Path],
+    out: Path,
+    target: float | None,
+    console: Console,
+    settled: str = "",
+    ladder: bool = False,
+) -> None:
     """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
 
-    `settled` is what a test says that chose the number of seeds; those for a fixed number do not hold then.
+    `settled` is what a test says that chose the number of seeds; those for a fixed number do not hold then. `ladder`:
+    the runs differ in size, by one rule, and in seeds.
 
     Raises UserError if there is no such run or `out` cannot be created, StorageError if a file cannot be written.
     """
@@ -378,15 +405,15 @@ def compare(paths: Sequence[str | Path], out: Path, target: float | None, consol
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; name a directory that can be written") from error
-    tables, notes = tables_of(runs, target, pairs=not settled)
-    notes += [settled] * bool(settled)
+    law, pictures = law_of(runs, metric_of(runs), out / "scaling_law.png") if ladder else ([], [])
+    tables, notes = tables_of(runs, target, pairs=not settled and not law)
+    notes += [settled] * bool(settled) + law
     for table in tables:
         console.table(table)
     for note in notes:
         console.line(note)
     shown = group_seeds(comparable(runs, metric_of(runs))[0])
     curves = [Curve(name, run.rows) for name, group in shown.items() for run in group]
-    pictures = []
     for x, file in ("tokens", "loss_by_tokens.png"), ("training_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))
         pictures.append(Picture(read_file(out / file), f"The runs' losses against {x.split('_')[-1]}"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reports.evaluations import on_the_same_tokens
+from reports.scaling_law import Estimate, Law, Point
 from runtime.files import replacing, storing
 from runtime.screen.text import human
 
@@ -104,6 +105,24 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     legend = axes.legend([lines[label] for label in shown], texts, frameon=False, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def plot_law(points: list[Point], law: Law, held_out: tuple[Point, Estimate] | None, path: Path, metric: str) -> None:
+    """Draws the last losses of runs of several sizes against FLOPs, and their law, into a PNG file."""
+    figure, axes = _axes(figsize=(6.4, 4.6), dpi=180)
+    x = np.geomspace(min(points)[0], 4 * max(points)[0])
+    value, low, high, *_ = zip(*map(law.at, x), strict=True)
+    axes.fill_between(x, low, high, color=_TRAIN, alpha=0.2, linewidth=0, label="law, and its 95 % interval")
+    axes.plot(x, value, color=_TRAIN, linewidth=1.3)
+    axes.plot(*zip(*points, strict=True), "o", color=_VAL, markersize=3.5, label="runs")
+    if held_out:
+        (flops, _), by_others = held_out
+        around = [[by_others.value - by_others.low], [by_others.high - by_others.value]]
+        axes.errorbar(flops, by_others.value, around, fmt="_", color=_OTHER, label="predicted by the smaller ones")
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize="small")
+    _dress(axes, "FLOPs of the model", _UNITS[metric])
     save_figure(figure, path)
 
 

@@ -15,7 +15,7 @@ from helpers import assert_possible_or_refused, finished_run, tiny_config
 
 import config_lib
 from commands import flags
-from configs import default, finetune
+from configs import default, finetune, ladder, shakespeare
 from runtime.errors import UserError
 from runtime.trackers import TRACKERS
 from training.optimizer import GROUPS, OptimizerConfig
@@ -178,6 +178,34 @@ def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=f"python main.py import --from={tmp_path}"):
         finetune.get_config(str(tmp_path))
+
+
+def test_the_ladder_goes_through_the_tuned_recipe():
+    made, tuned = ladder.get_config(), shakespeare.get_config()
+    length = {"max_steps", "eval_every", "save_every", "weight_decay"}
+    assert {key for key in KEYS if made[key] != tuned[key]} == {*length, "head_dim"}
+    assert (made.head_dim, made.max_steps, made.weight_decay) == (tuned.embedding_dim // tuned.num_heads, 1024, 0.0977)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 6, 8, 16, 99])
+def test_all_follows_from_the_depth_by_the_rules_that_it_states(depth):
+    c, base = ladder.get_config(str(depth)), ladder.get_config("4")
+    config_lib.check(c)
+    shape = c.num_blocks, c.num_heads, c.head_dim, c.embedding_dim, c.mlp_dim
+    assert shape == (depth, depth, 32, 32 * depth, 128 * depth)
+    tokens = lambda c: c.max_steps * c.batch_size * c.context_len
+    assert tokens(c) == pytest.approx(2**18 * depth, rel=2e-3)
+    assert c.batch_size % 2 == 0 and abs(c.batch_size - 16 * (depth / 4) ** 0.383) <= 1
+    assert c.muon_lr / c.batch_size**0.5 == pytest.approx(base.muon_lr / 16**0.5, rel=1e-3)
+    assert c.lr / c.batch_size**0.5 * c.embedding_dim**0.5 == pytest.approx(base.lr / 16**0.5 * 128**0.5, rel=3e-3)
+    assert 1 / (c.muon_lr * c.weight_decay) == pytest.approx(c.max_steps / 3, rel=3e-2)
+    assert c.save_every == c.eval_every == math.ceil(c.max_steps / 4)
+
+
+@pytest.mark.parametrize("depth", ["", "0", "-2", "4.0", "100", "four", "\u0664", "4\n", "9" * 5000])
+def test_a_depth_that_is_none_is_refused(depth):
+    with pytest.raises(UserError, match=r"^--config=configs/ladder\.py:DEPTH: a whole number .*, got .{2,22}$"):
+        ladder.get_config(depth)
 
 
 def test_from_dict_fills_in_new_keys_and_refuses_unknown_ones():

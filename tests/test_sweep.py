@@ -37,7 +37,9 @@ if lr == 0.4:
     sys.exit(4)
 if lr == 0.9:
     signal.raise_signal(signal.SIGKILL)
-(workdir / "config.json").write_text(json.dumps({{"config": {{"lr": lr, "seed": seed}}}}))
+size = int(flags.get("config.num_blocks", 4))
+saved = {{"config": {{"lr": lr, "seed": seed}}, "flops_per_token": 1e9 * size**3}}
+(workdir / "config.json").write_text(json.dumps(saved))
 row = {{"step": 1, "tokens": 10, "elapsed_seconds": 1.0, "loss": 2.0, "val_loss": lr + seed}}
 (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 if lr == 0.7 and not (workdir / "stopped").exists():
@@ -241,6 +243,75 @@ def test_a_real_sweep(tmp_path):
     assert saved == config_lib.to_dict(config) | {"keep": 3}
     assert json.loads((workdir / "sweep.json").read_text()) == saved
     assert "keep=3,seed=0  " in done.stdout.split("Loss\n")[1]
+
+
+# --- A list after the config file's colon -------------------------------------------------------------------------
+
+LADDER = f"--config={ROOT / 'configs' / 'ladder.py'}"
+
+
+def test_a_list_after_the_colon_is_the_slowest_axis():
+    points = sweep.grid([f"{LADDER}:2,3", "--config.epochs=1"], ["muon_lr=0.02,0.03"], 2)
+    assert [point.name for point in points] == [
+        f"ladder={depth},muon_lr={lr},seed={seed}" for depth in (2, 3) for lr in (0.02, 0.03) for seed in (0, 1)
+    ]
+    middle = [(p.config.num_blocks, p.config.muon_lr, p.config.epochs) for p in points[3:5]]
+    assert middle == [(2, 0.03, 1), (3, 0.02, 1)]
+    split = ["--config", f"{LADDER.removeprefix('--config=')}:3,2"]
+    assert [point.name for point in sweep.grid(split, [], 1)] == ["ladder=3,seed=0", "ladder=2,seed=0"]
+    assert [point.name for point in sweep.grid([f"{LADDER}:3"], [], 1)] == ["seed=0"]
+
+
+def test_any_config_file_with_a_text_can_be_listed_and_a_path_is_one_text(tmp_path):
+    file = tmp_path / "named.py"
+    text = "from configs import default\ndef get_config(text):\n    config = default.get_config()\n"
+    file.write_text(f"{text}    config.sample_prompt = text\n    return config\n")
+    prompts = lambda text: {p.name: p.config.sample_prompt for p in sweep.grid([f"--config={file}:{text}"], [], 1)}
+    assert prompts("a,b") == {"named=a,seed=0": "a", "named=b,seed=0": "b"}
+    assert list(prompts("a,b;c").values()) == ["a,b", "c"]
+    run = tmp_path / "lr=1,seed=0"
+    run.mkdir()
+    assert prompts(str(run)) == {"seed=0": str(run)}
+    made = prompts(f"{run};x/y")
+    assert list(made.values()) == [str(run), "x/y"] and all(Path(name).name == name for name in made)
+
+
+@pytest.mark.parametrize(
+    "text, flags, words",
+    [
+        ("2,two", [], ("configs/ladder.py:DEPTH: a whole number", "got 'two'")),
+        ("2,4,", [], ("configs/ladder.py:DEPTH: a whole number", "got ''")),
+        ("2,4,2", [], ("ladder=2,seed=0 is there twice",)),
+        ("2,4,6", ["--until_p=0.01"], ("--until_p: settles one question between two configs, got 3",)),
+    ],
+)
+def test_a_list_that_cannot_be_is_refused_before_the_first_run(text, flags, words, stand_in, capsys):
+    assert main.main(["sweep", f"{LADDER}:{text}", f"--workdir={stand_in}", *flags]) == 2
+    assert_one_line(capsys.readouterr().err, *words)
+    assert not stand_in.exists()
+
+
+def test_a_ladder_ends_in_its_law_and_a_larger_run_tests_it(stand_in, capfd):
+    """The stand-in's loss is the rule's rate, a power of the depth but for rounding, and its FLOPs are depth^3."""
+    ends = lambda argv: (main.main(["sweep", f"--workdir={stand_in}", *argv]), capfd.readouterr().out)[1]
+    page = stand_in / "compare" / "compare.html"
+    assert "alpha" not in ends([f"{LADDER}:16,25"])
+    assert "alpha" not in ends([f"{LADDER}:16,25,36", "--set=muon_lr=0.02,0.03"])  # no single ladder
+    out = ends([f"{LADDER}:16,25,36"])
+    assert "by 3 runs of 3 sizes: A " in out and "Three runs determine no floor E" in out and "Held out" not in out
+    out = ends([f"{LADDER}:16,25,36,49"])
+    assert "by 4 runs of 4 sizes: E " in out and "Held out, the largest, 1.18e+15 FLOPs, is predicted" in out
+    assert "Held out" in page.read_text() and "their law" in page.read_text() and "pair of the same seed" not in out
+    assert (page.parent / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
+    assert calls(stand_in)["ladder=16,seed=0"] == 1
+    assert main.main(["sweep", f"{LADDER}:16,25,36,49", f"--workdir={stand_in}", "--config.lr=0.4"]) == 4
+    assert "alpha" not in capfd.readouterr().out
+
+
+def test_two_depths_can_be_a_question(stand_in, capfd):
+    argv = ["sweep", f"{LADDER}:2,4", f"--workdir={stand_in}", "--until_p=0.01", "--most=4"]
+    assert main.main(argv) == 0
+    assert "ladder=4 ends" in (out := capfd.readouterr().out) and "below ladder=2" in out
 
 
 # --- Until a question is settled ----------------------------------------------------------------------------------
