@@ -69,8 +69,7 @@ class Attention(nnx.Module):
     """Queries, keys, values, the sinks, and the projection back into the residual stream."""
 
     def __init__(self, config: TransformerConfig, layer: int, rngs: nnx.Rngs):
-        c = config
-        self.config = c
+        c = self.config = config
         self.window, self.sinks = c.window(layer), c.sink(layer)
         self.query = _linear(c.embedding_dim, c.num_heads * c.head_dim, c.qkv_bias, c, rngs)
         self.key = _linear(c.embedding_dim, c.num_kv_heads * c.head_dim, c.qkv_bias, c, rngs)
