@@ -23,14 +23,14 @@ from corpus.load_shards import INDEX_FILE
 PIECE = 2**20  # characters
 
 
-def here(path: Path, tokenizer: str, processes: int) -> tuple[float, int]:
+def here(path: Path, tokenizer: str, threads: int) -> tuple[float, int]:
     """Seconds of `main.py prepare`, and the tokens that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "shards"
         command = [sys.executable, "main.py", "prepare", f"--dataset={path}", f"--tokenizer={tokenizer}"]
         start = time.perf_counter()
         subprocess.run(
-            [*command, f"--processes={processes}", f"--out={out}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+            [*command, f"--threads={threads}", f"--out={out}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
         seconds = time.perf_counter() - start
         splits = json.loads((out / INDEX_FILE).read_text())["splits"]
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tokenizer", default="gpt2", help="an encoding of tiktoken")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="and threads there")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     flags = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for _ in range(flags.rounds):
         for side, (seconds, tokens) in zip(
             rates,
-            (here(path, flags.tokenizer, flags.processes), theirs(pieces, encoding, flags.processes)),
+            (here(path, flags.tokenizer, flags.threads), theirs(pieces, encoding, flags.threads)),
             strict=True,
         ):
             rates[side].append(tokens / seconds)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         for side, found in ((side, spread(values)) for side, values in rates.items())
     ]
     rows[0]["times as fast"], rows[1]["times as fast"] = ratios["median"], ""
-    title = f"Tokens of {path.name}, {path.stat().st_size:,} bytes, {flags.tokenizer}, {flags.processes} processes"
+    title = f"Tokens of {path.name}, {path.stat().st_size:,} bytes, {flags.tokenizer}, {flags.threads} threads"
     report("prepare", title, rows, f"Medians of {flags.rounds} rounds, the ratio's of those within a round.", flags.out)
 
 

@@ -27,7 +27,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **size)
     flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
     flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
-    flags.DEFINE_integer("processes", 0, "Worker processes; 0: one for each CPU core.", lower_bound=0, **define)
+    flags.DEFINE_integer("threads", 0, "Worker threads; 0: one for each CPU core.", lower_bound=0, **define)
 
 
 def main(argv: list[str]) -> None:
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name}: must be at least 0 and below 1, got {getattr(values, name)}")
     if values.val_fraction + values.test_fraction >= 1:
         raise UserError("--val_fraction: with --test_fraction it leaves no text to train on; their sum must be below 1")
-    processes = values.processes or len(os.sched_getaffinity(0))
+    threads = values.threads or len(os.sched_getaffinity(0))
     data_dir, console = data_folder(default.get_config().data_dir), Console()
     try:
         with spoken_in_flags():
             wanted = Wanted.of(values, data_dir=data_dir, unknown_characters="", say=console.line)
-            prepare(wanted, values.out, processes, console)
+            prepare(wanted, values.out, threads, console)
     except UserError as error:  # the code below calls it the workdir
         raise UserError(re.sub("^workdir", "--out", str(error).replace("--workdir", "--out"))) from error

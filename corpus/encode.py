@@ -1,20 +1,15 @@
-"""Texts to tokens, in this process or in many."""
+"""Texts to tokens, on one thread or on many."""
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from corpus.files import Piece, Task
 from corpus.load_text import HOW_TO_GO_ON, decode_text
-from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters, tokenizer_from_dict
+from corpus.tokenizer import ByteTokenizer, Tokenizer, UnknownCharacters
 from runtime.errors import UserError
 
 
@@ -73,56 +68,31 @@ def without_mark(tokenizer: Tokenizer, first: Encoded) -> Encoded:
     return first._replace(tokens=first.tokens[len(mark) :], num_bytes=first.num_bytes - mark_bytes)
 
 
-# --- Many processes -----------------------------------------------------------------------------------------------
-
-_tokenizer: Tokenizer | None = None  # a worker's, which is sent once and not with each task
-
-
-def _start_worker(saved: dict[str, Any] | None) -> None:
-    global _tokenizer  # noqa: PLW0603
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone reacts to Ctrl-C
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()  # a killed parent cannot tell its workers to end
-    _tokenizer = tokenizer_from_dict(saved) if saved else None
-
-
-def _work(pieces: list[Piece], unknown: str, tokenizer: Tokenizer | None = None) -> Encoded | set[str]:
-    if tokenizer := tokenizer or _tokenizer:
-        return encode(tokenizer, pieces, unknown)
-    return set().union(*(decode_text(*piece) for piece in pieces))
+# --- Many threads ------------------------------------------------------------------------------------------------
 
 
 def work(
-    tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int, unknown: str = ""
+    tokenizer: Tokenizer | None, tasks: Iterable[Task], threads: int, unknown: str = ""
 ) -> Iterator[tuple[Task, Any]]:
     """Each task with its `Encoded`, or with the set of its characters if there is no tokenizer, in order.
 
-    With `processes` 1 this process does the work. Otherwise at most two tasks for each worker are in flight, so that
-    results do not pile up. Raises UserError as `encode`, or if a worker was killed.
+    The libraries of BPE encode without Python's lock, so threads keep all cores busy; characters and bytes take little
+    time. At most two tasks for each are in flight, so that results do not pile up. Raises UserError as `encode`.
     """
-    if processes == 1:
-        for task in tasks:
-            yield task, _work(task.pieces, unknown, tokenizer)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer and tokenizer.to_dict(),))
-    under_way: deque = deque()
+
+    def do(pieces: list[Piece]) -> Encoded | set[str]:
+        if tokenizer:
+            return encode(tokenizer, pieces, unknown)
+        return set().union(*(decode_text(*piece) for piece in pieces))
+
+    pool, under_way = ThreadPoolExecutor(threads), deque()
     try:
         for task in tasks:
-            under_way.append((task, pool.submit(_work, task.pieces, unknown)))
-            if len(under_way) == 2 * processes:
+            under_way.append((task, pool.submit(do, task.pieces)))
+            if len(under_way) == 2 * threads:
                 task, future = under_way.popleft()
                 yield task, future.result()
         for task, future in under_way:
             yield task, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"--processes={processes}: a worker was killed, perhaps for want of memory; run the same command again, "
-            "with fewer if need be"
-        ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
 """The files of a corpus, and where they may be cut.
 
 A corpus is one sequence of bytes (of text files) or rows (of files that hold rows); a position in it is one integer. It
-is cut into tasks where that changes no token, so that many processes produce the same tokens as one.
+is cut into tasks where that changes no token, so that many threads produce the same tokens as one.
 """
 
 import re

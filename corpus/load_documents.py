@@ -20,8 +20,6 @@ from runtime.processes import num_processes
 from runtime.screen import live
 from runtime.screen.console import Console
 
-SMALL = 2**24  # bytes of files that are read sooner than worker processes start
-
 
 def load_dataset(wanted: Wanted) -> Dataset:
     """Tokens by `load_shards`, rows and directories by `load_documents`, conversations by `load_conversations`, else
@@ -55,11 +53,10 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
     key = [files, chosen, vocabulary and vocabulary.fingerprint, wanted.unknown_characters]
     out = wanted.cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}-shards"
     if not (out / INDEX_FILE).exists():
-        processes = 1 if sum(stat.st_size for stat in stats) < SMALL else len(os.sched_getaffinity(0))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as unfinished, live.set_aside():
-                prepare(replace(wanted, say=lambda line: None), unfinished, processes, Console())
+                prepare(replace(wanted, say=lambda line: None), unfinished, len(os.sched_getaffinity(0)), Console())
         except OSError as error:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"

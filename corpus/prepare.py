@@ -1,6 +1,6 @@
 """Text to shards, for `main.py prepare`; it may be killed at any moment and goes on at the next start.
 
-Worker processes encode tasks, and this process writes the results in order. So the shards depend on the files and the
+Worker threads encode tasks, and the main thread writes the results in order. So the shards depend on the files and the
 settings alone, and the state is a position in the corpus, the length of the unfinished shard and a list of the finished
 ones. It is written once a second.
 """
@@ -35,7 +35,7 @@ BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
-def prepare(wanted: Wanted, out: str | Path, processes: int, console: Console) -> None:
+def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
@@ -65,12 +65,12 @@ def prepare(wanted: Wanted, out: str | Path, processes: int, console: Console) -
         state = _state(out, source, files)
         if vocabulary is None and wanted.tokenizer != "char":
             vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
-        tokenizer = vocabulary or _alphabet(wanted, state, files, processes, console)
+        tokenizer = vocabulary or _alphabet(wanted, state, files, threads, console)
         output = Output(out, state, wanted.shard_tokens, tokenizer.dtype, say)
         if place := state["place"]:
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
         tasks = tasks_of(files, wanted, place)
-        results = contextlib.closing(work(tokenizer, tasks, processes, wanted.unknown_characters))
+        results = contextlib.closing(work(tokenizer, tasks, threads, wanted.unknown_characters))
         with contextlib.closing(output), results as encoded, console.progress(files.size, place) as update:
             for task, result in encoded:
                 for problem in task.bad[: max(0, BAD_ROWS_SHOWN - state["bad"])]:
@@ -125,12 +125,12 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
 
 
 def _alphabet(
-    wanted: Wanted, state: dict[str, Any], files: TextFiles | RowFiles, processes: int, console: Console
+    wanted: Wanted, state: dict[str, Any], files: TextFiles | RowFiles, threads: int, console: Console
 ) -> Tokenizer:
     if state["symbols"] is None:
         wanted.say("collecting the characters, once")
         found: set[str] = set()
-        passes = contextlib.closing(work(None, tasks_of(files, wanted, 0), processes))
+        passes = contextlib.closing(work(None, tasks_of(files, wanted, 0), threads))
         with passes as results, console.progress(files.size, 0) as update:
             for task, some in results:
                 found |= some

@@ -295,7 +295,8 @@ class ImportedTokenizer(Tokenizer):
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
-        return np.array(self._library.encode(well_formed, add_special_tokens=False).ids, dtype=self.dtype)
+        [encoded] = self._library.encode_batch([well_formed], add_special_tokens=False)  # `encode` keeps Python's lock
+        return np.array(encoded.ids, dtype=self.dtype)
 
     def decode(self, ids: TokenIds) -> str:
         text = super().decode(ids)

@@ -246,10 +246,10 @@ def test_rows_stopped_at_any_task_end_with_the_same_bytes(tmp_path, bpe, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_rows_by_two_processes_are_those_of_one(tmp_path):
+def test_rows_by_two_threads_are_those_of_one(tmp_path):
     json_lines(tmp_path / "rows.jsonl", TEXTS * 90)
-    for processes in (1, 2):
-        run(tmp_path / "rows.jsonl", tmp_path / f"{processes}", replace(SETTINGS, tokenizer="byte"), processes)
+    for threads in (1, 2):
+        run(tmp_path / "rows.jsonl", tmp_path / f"{threads}", replace(SETTINGS, tokenizer="byte"), threads)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 

@@ -288,6 +288,16 @@ def test_initial_weights():
     assert spread(tie_embeddings=False, output_init="zero")["head.kernel"] == (0, 0)
 
 
+@pytest.mark.parametrize("form", [{"attention_gate": "channel"}, {"value_embeddings": True}])
+def test_a_form_leaves_all_other_initial_weights_as_they_were(form):
+    without, with_it = (init_params(with_(SQUARE, num_blocks=3, **more), jax.random.key(5)) for more in ({}, form))
+    assert without.keys() < with_it.keys()
+    for name, value in without.items():
+        np.testing.assert_array_equal(value, with_it[name], err_msg=name)
+    new = [np.asarray(value).tobytes() for name, value in with_it.items() if name not in without]
+    assert len(set(new)) == len(new) >= 3  # no two begin alike
+
+
 # --- What it counts -----------------------------------------------------------------------------------------------
 
 

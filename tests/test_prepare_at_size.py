@@ -15,12 +15,12 @@ from runtime.screen.console import Console
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_enwik8_by_bytes(tmp_path, processes):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_enwik8_by_bytes(tmp_path, threads):
     path = dataset_path("enwik8", ROOT / "data")
     fractions, out = {"val_fraction": 0.05, "test_fraction": 0.05}, tmp_path / "out"
     wanted = Wanted(str(path), "byte", data_dir=tmp_path, **fractions, shard_tokens=30_000_000)
-    prepare(wanted, out, processes, Console())
+    prepare(wanted, out, threads, Console())
     index = read_json(out / "index.json")
     assert {name: part["tokens"] for name, part in index["splits"].items()} == {
         "train": 90_000_000,

@@ -85,10 +85,12 @@ class Attention(nnx.Module):
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
         if self.sinks == "key":
             self.sink_key = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
+        self.embeds_values = c.has_value_embedding(layer)
+        if c.attention_gate != "none" or self.embeds_values:
+            rngs = nnx.Rngs(rngs.forms())  # keys of their own, so that all other weights begin as without them
         if c.attention_gate != "none":
             width = c.num_heads * (c.head_dim if c.attention_gate == "channel" else 1)
             self.gate = _linear(c.embedding_dim, width, False, c, rngs)
-        self.embeds_values = c.has_value_embedding(layer)
         if self.embeds_values:
             self.value_embedding = _embed(c.vocab_size, c.num_kv_heads * c.head_dim, c, rngs)
             self.value_gate = _linear(min(forms.VALUE_GATE_CHANNELS, c.embedding_dim), c.num_kv_heads, False, c, rngs)
@@ -266,7 +268,7 @@ def params_of(model: Transformer) -> Params:
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     """Initial parameters (call it inside `jit`, which then places them)."""
-    return params_of(Transformer(config, nnx.Rngs(key)))
+    return params_of(Transformer(config, nnx.Rngs(key, forms=jax.random.fold_in(key, 1))))
 
 
 def shapes_of(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:

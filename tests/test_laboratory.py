@@ -1,0 +1,114 @@
+"""The laboratory: its arms are configs, its rows are what their commands give, its tables are right."""
+
+import json
+import math
+import shlex
+
+import pytest
+from helpers import SCRATCH, make_text
+from scipy import stats
+
+import config_lib
+from benchmarks import laboratory
+from commands.flags import parse_flags
+
+TINY = {"num_blocks": 1, "num_heads": 2, "embedding_dim": 16, "mlp_dim": 24, "context_len": 8, "max_steps": 3}
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A folder of rows in the place of the kept ones, and a function that writes some of a cell there."""
+    monkeypatch.setattr(laboratory, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(laboratory, "PLACE", tmp_path / "runs")
+    laboratory.ROWS.mkdir()
+
+    def write(name, losses):
+        cell, lines = laboratory.cells()[name], []
+        for arm, xs in losses.items():
+            for seed, x in zip(cell.seeds, xs, strict=False):
+                command = laboratory.command_of(cell, arm, seed)
+                lines.append(json.dumps({"arm": arm, "seed": seed, "val_loss": x, "command": command}) + "\n")
+        (laboratory.ROWS / f"{name}.jsonl").write_text("".join(lines))
+
+    return write
+
+
+def test_every_arm_is_a_config_that_differs_in_its_own_keys():
+    for cell in laboratory.cells().values():
+        configs = {}
+        for arm in cell.arms:
+            _, _, *words = shlex.split(laboratory.command_of(cell, arm, 3))
+            config = parse_flags("train", "", words, lambda values: None, config=True).config
+            config_lib.check(config)
+            configs[arm] = config_lib.to_dict(config)
+        first = next(iter(cell.arms))
+        for arm, config in configs.items():
+            differing = {key for key, value in config.items() if value != configs[first][key]} - {"save_every"}
+            assert differing <= cell.arms[arm].keys() | cell.arms[first].keys(), arm
+
+
+def test_kept_rows_are_each_there_once_and_of_the_commands_of_today():
+    for name in laboratory.cells():
+        path = laboratory.ROWS / f"{name}.jsonl"
+        assert len(laboratory.rows_of(name)) == (len(path.read_text().splitlines()) if path.exists() else 0), name
+
+
+def test_differences_are_by_seed_and_at_equal_time_the_control_trains_longer(rows, monkeypatch):
+    first = laboratory.FIRST
+    losses = {first: [1.5, 1.6, 1.7], laboratory.MORE_STEPS: [1.4, 1.52, 1.61]}
+    losses |= {"sink: logit": [1.47, 1.585, 1.66], "gate by head": [1.52, 1.621, 1.7195]}
+    rows("context", losses)
+    ratio = {"median": 1.05, "low": 1.04, "high": 1.07}
+    costs = {"context": dict.fromkeys(losses, ratio)}
+    (laboratory.ROWS / "cost.json").write_text(json.dumps(costs))
+    monkeypatch.setattr(laboratory, "SEEDS", range(3))
+    lines = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in laboratory.losses_table("context")}
+    found, other = lines["| sink: logit"], lines["| gate by head"]
+    expected = stats.ttest_rel(losses["sink: logit"], losses[first])
+    interval = expected.confidence_interval(1 - 0.05 / 2)
+    assert found[2] == f"-0.0283 ± {(interval.high - interval.low) / 2:.4f}" and found[3] == f"{expected.pvalue:.2g}"
+    assert found[4].startswith("not told apart") and other[4] == "higher"
+    share = math.log(1.05) / math.log(1.1)
+    by_hand = [-0.03 + share * 0.1, -0.015 + share * 0.08, -0.04 + share * 0.09]
+    by_seed = [dict(enumerate(losses[arm])) for arm in ("sink: logit", first, laboratory.MORE_STEPS)]
+    assert laboratory.at_equal_time(by_seed[0], 1.05, *by_seed[1:]) == pytest.approx(by_hand)
+    assert found[5] == "1.050 (1.040 - 1.070)" and found[6].startswith(f"{sum(by_hand) / 3:+.4f}")
+
+
+def test_optimizers_train_at_their_best_rate_for_equal_time(rows):
+    assert "optimizers" not in laboratory.cells()
+    rates = laboratory.cells()["rates"].arms
+    rows("rates", {arm: [float("0.03" not in arm) + ("Muon by head" in arm)] for arm in rates})
+    (laboratory.ROWS / "cost.json").write_text(
+        json.dumps({"rates": {name: {"median": 1.25 if name == "NorMuon" else 1.0} for name in laboratory.OPTIMIZERS}})
+    )
+    arms = laboratory.cells()["optimizers"].arms
+    assert arms["Muon"] == {"muon_lr": 0.03, "max_steps": 1000}
+    assert arms["NorMuon"] == {"hidden_optimizer": "normuon", "muon_lr": 0.03, "max_steps": 800}
+
+
+def test_rows_are_trained_once_and_anew_to_the_same_bits(rows, monkeypatch, capsys):
+    text = SCRATCH / "laboratory.txt"
+    text.write_text(make_text(300), encoding="utf-8")
+    monkeypatch.setattr(laboratory, "ALL", laboratory.ALL | TINY | {"dataset": str(text)})
+    arms = {"a": {"attention_sink": "none"}, "b": {"attention_gate": "head"}}
+    monkeypatch.setattr(laboratory, "cells", lambda: {"small": laboratory.Cell({}, arms, [4])})
+    laboratory.train(["small"])
+    kept = laboratory.rows_of("small")
+    assert [(row["arm"], row["seed"]) for row in kept] == [("a", 4), ("b", 4)]
+    assert kept[0]["heads"]["sink_share"] == 0 and set(kept[0]["longer"]) == {"2", "4"}
+    assert kept[1]["longer"]["2"][0] != kept[1]["longer"]["2"][1] and kept[0]["curve"][-1] == [3, kept[0]["val_loss"]]
+    assert [path.name for path in laboratory.PLACE.iterdir()] == [".lock"]
+    laboratory.again("small", "b", 4)
+    assert "the same to the bit" in capsys.readouterr().out
+    path = laboratory.ROWS / "small.jsonl"
+    path.write_text(path.read_text().replace(str(kept[1]["val_loss"]), "4.5"))
+    with pytest.raises(SystemExit, match="other val_loss"):
+        laboratory.again("small", "b", 4)
+    monkeypatch.setattr(laboratory, "train_one", lambda *point: pytest.fail(f"trained again: {point}"))
+    laboratory.train(["small"])
+
+
+def test_the_page_has_the_tables_of_the_rows():
+    page = laboratory.PAGE.read_text()
+    assert laboratory.rebuilt(page) == page
