@@ -105,9 +105,7 @@ def gpt2_124m():
     ],
     ids=["v5e:4x4", "H100:1, no documents", "H100:1", "H200:1", "H100:8"],
 )
-def test_the_sum_is_about_what_compilers_of_tpus_and_gpus_say(
-    monkeypatch, gpt2_124m, target, rows, rounds, kernel, peak
-):
+def test_the_sum_is_about_what_compilers_elsewhere_say(monkeypatch, gpt2_124m, target, rows, rounds, kernel, peak):
     """GB of configs/gpt2_124m.py as in launch/README.md, where all devices hold the whole state."""
     monkeypatch.setattr(choice, "_misfit", lambda *_: "")  # cuDNN is not here
     settings, model, state, mesh = gpt2_124m(rounds)
