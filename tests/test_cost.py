@@ -94,6 +94,7 @@ def gpt2_124m():
     return make
 
 
+@pytest.mark.filterwarnings("ignore:attention_kernel")
 @pytest.mark.parametrize(
     "target, rows, rounds, kernel, peak",
     [
