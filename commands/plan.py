@@ -30,7 +30,7 @@ from runtime.screen.text import duration, human
 from training.compilers import GPUS, devices_of, facts_of
 from training.cost import flops_per_token, held_bytes, parameter_counts, peak_flops
 from training.evaluate import Evaluator
-from training.micro_batch import lowered
+from training.micro_batch import traced
 from training.step import Step
 from training.traffic import Collective, axes_of_group
 from transformer import sampling
@@ -44,7 +44,7 @@ FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_
 MOST_TRIES = 8  # of --fit
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
 SOURCES = (
-    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -16 % and +30 % of compiled CPU "
+    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -13 % and +14 % of compiled "
     "steps. compiled: for {}; for CPUs, what is bfloat16 may travel as float32 and attention is chunked. assumed: the "
     "share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
 )
@@ -173,12 +173,12 @@ def plan_step(
             model = config_lib.model_config_of(config, vocab_size, eot)
             config = run_lib.in_largest_parts(config, model, mesh, jax.random.key(config.seed), memory)
         model, step, held = _built(config, vocab_size, eot, mesh)
-        programs = {"step": facts_of(lowered(step, config.batch_size, config.context_len, mesh), mesh.devices)}
+        programs = {"step": facts_of(traced(step, config.batch_size, config.context_len, mesh), mesh.devices)}
         if others and "refused" not in programs["step"]:
-            evaluation = Evaluator(model, mesh, config.batch_size).lowered(step.state.params)
+            evaluation = Evaluator(model, mesh, config.batch_size).traced(step.state.params)
             first = mesh.devices.ravel()[:1]
             programs["evaluation"] = facts_of(evaluation, mesh.devices)
-            for name, program in sampling.lowered(model, step.state.params, SingleDeviceSharding(first[0])).items():
+            for name, program in sampling.traced(model, step.state.params, SingleDeviceSharding(first[0])).items():
                 programs[name] = facts_of(program, first)
         return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), programs)
 

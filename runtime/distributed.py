@@ -32,14 +32,14 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|coordination se
 def launched() -> bool | None:
     """Whether a launcher has started several processes; None on a TPU, where only JAX can tell.
 
-    Its library alone makes no TPU: it is also there to compile for one.
+    Its library alone makes no TPU: it is also there to compile for one. Nor does /dev/accel, a folder, of other makers.
     """
     for present, size in _SIZES.items():
         if present in os.environ:
             return os.environ.get(size, "1") != "1"
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
         return True
-    chips = any(DEVICES.glob("accel*")) or any(DEVICES.glob("vfio/[0-9]*"))
+    chips = any(DEVICES.glob("accel[0-9]*")) or any(DEVICES.glob("vfio/[0-9]*"))
     return None if chips and importlib.util.find_spec("libtpu") else False
 
 

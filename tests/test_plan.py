@@ -21,7 +21,7 @@ from commands.plan import MEMORY
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
 from runtime.screen.text import duration, human
-from training.compilers import devices_of
+from training.compilers import devices_of, facts_of
 from training.cost import flops_per_token, parameter_counts, peak_flops
 from training.traffic import axes_of_group, collectives, sent_bytes
 from transformer.config import TransformerConfig
@@ -292,6 +292,50 @@ def test_fit_takes_the_first_change_that_fits_and_stops_in_time(tmp_path, monkey
     assert len(compiled) == 1 + 3 and not json.loads((tmp_path / "plan").read_text())["fits"]
     out = capsys.readouterr().out
     assert "does NOT fit: Used 20.00G of 15.75G hbm" in out and "it does not fit; the last that was tried:" in out
+
+
+class Refused:
+    """A program that raises when it is lowered or compiled."""
+
+    def __init__(self, at, error):
+        self.at, self.error = at, error
+
+    def as_text(self):
+        return f"module of a program that raises {self.error!r}"
+
+    def lower(self):
+        return self.go_on("lower")
+
+    def compile(self):
+        return self.go_on("compile")
+
+    def go_on(self, name):
+        if name == self.at:
+            raise self.error
+        return self
+
+
+@pytest.mark.parametrize(
+    "at, error",
+    [
+        ("lower", NotImplementedError("no rule for\n   'erf_inv'")),
+        ("compile", jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile:\nbad layout")),
+        ("compile", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")),
+    ],
+)
+def test_what_a_compiler_cannot_do_ends_in_its_own_words(tmp_path, monkeypatch, capsys, at, error):
+    monkeypatch.setattr("commands.plan.traced", lambda *_: Refused(at, error))
+    assert elsewhere(tmp_path / "plan") == 2
+    words = " ".join(str(error).split())
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cpu: its compiler fails: {words}; try another ")
+    assert not (tmp_path / "plan").exists()
+
+
+def test_what_needs_too_much_memory_is_a_finding_with_its_sizes():
+    words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.89G of 15.75G hbm. Exceeded by 5.14G."
+    found = facts_of(Refused("compile", jax.errors.JaxRuntimeError(words)), np.array(jax.devices()))
+    assert (found["refused"], found["needed_bytes"]) == (words, int(20.89 * 2**30))
+    assert found["available_bytes"] == int(15.75 * 2**30)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from runtime.devices import simulate_cpu_devices, sizes_in, start_jax
-from runtime.errors import StorageError, UserError, one_line
+from runtime.errors import Interrupted, StorageError, UserError, one_line
 from runtime.files import read_object, user_cache, write_json
 from training.traffic import collectives
 
@@ -42,6 +43,7 @@ _KERNEL = re.compile(
     r'%([\w\-]+?)(?:\.[\d.]+)?(?:\.clone)? = .*custom_call_target="(tpu_custom_call|__cudnn\$\w+|\w+triton\w*)"'
 )
 _ALIAS = re.compile(r"\b(?:may|must)-alias\b")
+_OF_A_CORE = re.compile(r"memory space (?!hbm)\w+")  # a kernel's tile is too large for it: no smaller batch helps
 
 
 def devices_of(text: str) -> tuple[list[jax.Device], float]:
@@ -110,13 +112,17 @@ def _target_config(kind: str) -> str:
     )
 
 
-def facts_of(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
-    """What the compiler says of a lowered program, for JSON; sizes are bytes on each device.
+def facts_of(traced: Any, devices: np.ndarray) -> dict[str, Any]:
+    """What the compiler says of a traced program, for JSON; sizes are bytes on each device.
+
+    Raises UserError with its own words if it cannot compile it for another reason than the devices' memory.
 
     refused: its own words if there is not enough memory; then only needed and available bytes are known, if it says so.
     kept: whether these are its answers of an earlier time, to the same question by the same versions. They are beside
     the compiled programs, because JAX cannot read back a program whose devices are not here.
     """
+    with _in_its_words(devices):
+        lowered = traced.lower()
     asked = [_versions(), f"{devices.size} {devices.flat[0].device_kind}", lowered.as_text()]
     name = f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
     path = Path(jax.config.jax_compilation_cache_dir or user_cache()) / "planned" / name
@@ -138,13 +144,27 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+@contextlib.contextmanager
+def _in_its_words(devices: np.ndarray) -> Iterator[None]:
+    """Turns what rules of lowering and a compiler raise into a UserError, except for too little memory."""
+    try:
+        yield
+    except Exception as error:  # each library has its own
+        text = str(error)
+        if isinstance(error, Interrupted) or ("RESOURCE_EXHAUSTED" in text and not _OF_A_CORE.search(text)):
+            raise
+        kind, words = devices.flat[0].device_kind, one_line(error, 300)
+        raise UserError(
+            f"{kind}: its compiler fails: {words}; try another attention_kernel, dtype or mesh, or version of it"
+        ) from error
+
+
 def _compiled(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
     start = time.monotonic()
     try:
-        program = lowered.compile()
+        with _in_its_words(devices):
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         needed, available = [*sizes_in(str(error)), None, None][:2]
         return {
             "refused": one_line(error, 300),

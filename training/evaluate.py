@@ -45,15 +45,19 @@ class Evaluator:
         """
         parts = mesh.shape[DATA] * mesh.shape[FSDP]
         one_block = dataclasses.replace(model_config, num_blocks=1, remat="none")  # nothing is kept for a backward pass
-        need = lambda config, rows: sum(cost.activation_bytes(config, max(1, rows // parts)).values())
+
+        def need(config: TransformerConfig, rows: int) -> int:  # of a training step, as it was estimated at first
+            of = cost.activation_bytes(config, max(1, rows // parts))
+            return of["kept"] + 5 * of["block"] // 4 + 2 * of["logits"]
+
         limit = max(self.ROOM, need(model_config, batch_size))
         most = max(1, self.TOKENS // (batch_size * self._context_len))
         return next((n for n in range(most, 1, -1) if need(one_block, n * batch_size) <= limit), 1)
 
-    def lowered(self, params: Params) -> Any:
+    def traced(self, params: Params) -> Any:
         """The program for one batch, to be compiled; of `params` only shapes and shardings are read."""
         batch_BT1 = jax.ShapeDtypeStruct((self._rows, self._context_len + 1), jnp.int32, sharding=self._place)
-        return self._step.lower(params, batch_BT1)
+        return self._step.trace(params, batch_BT1)
 
     def __call__(
         self, params: Params, split: Split, max_tokens: int = 0, check: Callable[[], None] = lambda: None

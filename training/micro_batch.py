@@ -21,15 +21,15 @@ FILLED = 0.9  # share of a device's memory that a step may take: allocators leav
 MOST_OVER = 1.3  # the rule says at most so many times what a compiled step takes (`held_bytes`)
 
 
-def lowered(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
+def traced(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
     """The step's program for a micro-batch of `batch_size` sequences, to be compiled."""
     batch = jax.ShapeDtypeStruct((batch_size, context_len + 1), jnp.int32, sharding=batch_sharded(mesh))
-    return step.run.lower(step.state, batch)
+    return step.run.trace(step.state, batch)
 
 
 def compiled(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
     """The same, compiled and not run."""
-    return lowered(step, batch_size, context_len, mesh).compile()
+    return traced(step, batch_size, context_len, mesh).lower().compile()
 
 
 def program_bytes(program: Any) -> int | None:

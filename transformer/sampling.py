@@ -171,7 +171,7 @@ def _decode(
     return out_CB, token_B, done_B, cache
 
 
-def lowered(config: TransformerConfig, params: Params, place: jax.sharding.Sharding) -> dict[str, Any]:
+def traced(config: TransformerConfig, params: Params, place: jax.sharding.Sharding) -> dict[str, Any]:
     """The programs that continue one text of a whole context, to be compiled: prefill, and decode of CHUNK tokens.
 
     Of `params` only names, shapes and dtypes are read; all arrays are where `place` says.
@@ -180,12 +180,12 @@ def lowered(config: TransformerConfig, params: Params, place: jax.sharding.Shard
     array = lambda *shape, dtype="int32": jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     run, params = {"config": config, "sampling": Sampling()}, there(params)
     slots, key = power_of_two(config.context_len), there(jax.eval_shape(jax.random.key, 0))
-    prefill = _prefill.lower(params, array(1, slots), array(1), key, None, array(), **run)  # type: ignore[attr-defined]
+    prefill = _prefill.trace(params, array(1, slots), array(1), key, None, array(), **run)  # type: ignore[attr-defined]
     token_B, cache = there(prefill.out_info)
     if config.operand_dtype != "float32":
-        params = there(round_weights.lower(params, rows=1).out_info)  # type: ignore[attr-defined]
+        params = there(round_weights.trace(params, rows=1).out_info)  # type: ignore[attr-defined]
     state = token_B, array(1, dtype="bool"), array(), key, None, array()
-    decode = _decode.lower(params, cache, *state, ends=(), **run)  # type: ignore[attr-defined]
+    decode = _decode.trace(params, cache, *state, ends=(), **run)  # type: ignore[attr-defined]
     return {"prefill": prefill, "decode": decode}
 
 

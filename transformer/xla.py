@@ -74,7 +74,7 @@ def jit_for_inputs(function: Callable, **options: Any) -> Callable:
     def call(tree: Any, *args: Any, **kwargs: Any) -> Any:
         return where_it_lies(tree)(tree, *args, **kwargs)
 
-    call.lower = lambda tree, *args, **kwargs: where_it_lies(tree).lower(tree, *args, **kwargs)  # type: ignore[attr-defined]
+    call.trace = lambda tree, *args, **kwargs: where_it_lies(tree).trace(tree, *args, **kwargs)  # type: ignore[attr-defined]
     return call
 
 

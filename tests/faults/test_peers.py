@@ -148,5 +148,8 @@ def test_a_tpus_library_without_a_tpu_means_no_other_processes(monkeypatch, tmp_
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(distributed, "DEVICES", tmp_path)
     assert distributed.launched() is False
+    (tmp_path / "accel").mkdir()  # Linux's folder for accelerators, as a laptop's
+    (tmp_path / "accel" / "accel0").touch()
+    assert distributed.launched() is False
     (tmp_path / "accel0").touch()
     assert distributed.launched() is None

@@ -53,12 +53,13 @@ def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_
 
 
 # --- Splash: TPU --------------------------------------------------------------------------------------------------
-# Its own sinks are not used, because it sums their gradient in the dtype of the output.
+# Its own sinks are not used, because before jax 0.12 it sums their gradient in the dtype of the output. `interpret` is
+# Pallas's own: True, or the parameters of its interpreter of a TPU's memories, to run the kernels on a CPU.
 
 SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T is used; large trainers use the first
 
 
-def _splash(T: int, N: int, window: int, interpret: bool):
+def _splash(T: int, N: int, window: int, interpret: Any):
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
     size = next(size for size in SPLASH_BLOCKS if T % size == 0)
