@@ -88,16 +88,16 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 FEW = {name: FORMS[name] for name in (FIRST, "sink: logit", "gate by head", MORE_STEPS)}
 _GATED = {"attention_gate": "channel"}
-_THREE = _GATED | {"exclusive_attention": True, "residual_scalars": True}
+_BOTH = _GATED | {"residual_scalars": True}
 RECIPE: dict[str, dict[str, Any]] = {
     "neither gate nor scalars": {},
     "gate by channel": _GATED,
-    "gate, residual scalars": _GATED | {"residual_scalars": True},
-    "gate, residual scalars, exclusive": _THREE,
-    "the three, no sink": _THREE | {"attention_sink": "none"},
-    "the three, gelu": _THREE | {"mlp": "gelu"},
-    "the three, decay 0.2": _THREE | {"weight_decay": 0.2},
-    "the three, dropout 0.1": _THREE | {"dropout": 0.1},
+    "gate, residual scalars": _BOTH,
+    "gate, residual scalars, exclusive": _BOTH | {"exclusive_attention": True},
+    "gate, residual scalars, decay 0.2": _BOTH | {"weight_decay": 0.2},
+    "gate, residual scalars, no sink": _BOTH | {"attention_sink": "none"},
+    "gate, residual scalars, gelu": _BOTH | {"mlp": "gelu"},
+    "gate, residual scalars, value embeddings": _BOTH | {"value_embeddings": True},
 }
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
