@@ -93,7 +93,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "neither gate nor scalars": {},
     "gate by channel": _GATED,
     "gate, residual scalars": _BOTH,
-    "gate, residual scalars, exclusive": _BOTH | {"exclusive_attention": True},
+    "gate, residual scalars, exclusive": _GATED | {"exclusive_attention": True, "residual_scalars": True},
     "gate, residual scalars, decay 0.2": _BOTH | {"weight_decay": 0.2},
     "gate, residual scalars, no sink": _BOTH | {"attention_sink": "none"},
     "gate, residual scalars, gelu": _BOTH | {"mlp": "gelu"},
