@@ -98,6 +98,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gate, residual scalars, no sink": _BOTH | {"attention_sink": "none"},
     "gate, residual scalars, gelu": _BOTH | {"mlp": "gelu"},
     "gate, residual scalars, value embeddings": _BOTH | {"value_embeddings": True},
+    "gate, residual scalars, decay 0.05": _BOTH | {"weight_decay": 0.05},
+    "gate, residual scalars, batch 12": _BOTH | {"batch_size": 12, "max_steps": 3067, "eval_every": 767},
 }
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
