@@ -32,6 +32,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 import run_lib
 from benchmarks.harness import (
@@ -56,6 +57,7 @@ from transformer.sharding import make_mesh
 
 ROWS = RESULTS / "laboratory"
 PAGE = ROOT / "docs" / "findings-on-sinks.md"
+CONFIG = "configs/shakespeare.py"
 PLACE = ROOT / "runs" / "laboratory"
 TOKENIZER = "runs/laboratory/tokenizer"  # from ROOT
 LEARN_TOKENIZER = f"tokenizer --dataset=tiny_shakespeare --vocab_size=1024 --out={TOKENIZER}"
@@ -117,10 +119,9 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
 class Cell(NamedTuple):
     """A comparison."""
 
-    keys: dict[str, Any]  # on top of the config and ALL
+    keys: dict[str, Any]  # on top of CONFIG and ALL
     arms: Mapping[str, dict[str, Any]]  # the first is what the others are held against
     seeds: Sequence[int] = SEEDS
-    config: str = "configs/shakespeare.py"
 
 
 NAMES = ("main", "recipe", "context", "rates", "optimizers", "bpe", "larger", "half")
@@ -129,10 +130,10 @@ NAMES = ("main", "recipe", "context", "rates", "optimizers", "bpe", "larger", "h
 def cells() -> dict[str, Cell]:
     """All of them. That of optimizers needs rows: its rates come from the cell `rates`, its steps from `cost rates`."""
     larger = {"num_blocks": 6, "num_heads": 5, "embedding_dim": 160, "mlp_dim": 640}
-    best = {"max_steps": 2300, "eval_every": 575}
+    best = {"context_len": 128, "weight_decay": 0.1, "max_steps": 2300, "eval_every": 575}
     made = {
         "main": Cell({}, FORMS),
-        "recipe": Cell(best, RECIPE, [TUNING], "configs/shakespeare_best.py"),
+        "recipe": Cell(best, RECIPE, [TUNING]),
         "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
         "rates": Cell({}, _rates(), [TUNING]),
         "bpe": Cell({"tokenizer": TOKENIZER}, FEW),
@@ -199,7 +200,7 @@ def command_of(cell: Cell, arm: str, seed: int) -> str:
     keys = ALL | cell.keys | cell.arms[arm] | {"seed": seed}
     keys["save_every"] = keys["max_steps"]
     flags = (f"--config.{key}={value}" for key, value in keys.items())
-    return shlex.join(["main.py", "train", f"--config={cell.config}", *flags])
+    return shlex.join(["main.py", "train", f"--config={CONFIG}", *flags])
 
 
 def train_one(name: str, arm: str, seed: int, core: int) -> dict[str, Any]:
@@ -309,7 +310,7 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         arms = {arm: keys for arm, keys in cell.arms.items() if arm != MORE_STEPS}
         if name == "rates":
             arms = {each: keys | {rate: values[0]} for each, (keys, rate, values) in OPTIMIZERS.items()}
-        config = override(config_of(cell), ALL | cell.keys)
+        config = override(_config(), ALL | cell.keys)
         vocab_size = run_lib.load_data(config, print).tokenizer.vocab_size
         made = {arm: TrainerStep(override(config, keys), vocab_size) for arm, keys in arms.items()}
         calls = {arm: partial(step.several, [step.random_batch()] * steps) for arm, step in made.items()}
@@ -321,9 +322,8 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         (ROWS / "cost.json").write_text(json.dumps(read_costs() | {name: told | ratios}, indent=1) + "\n")
 
 
-def config_of(cell: Cell) -> Any:
-    """The config that a cell begins with."""
-    return parse_flags("train", "", [f"--config={cell.config}"], lambda values: None, config=True).config
+def _config() -> ConfigDict:
+    return parse_flags("train", "", [f"--config={ROOT / CONFIG}"], lambda values: None, config=True).config
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.command == "page":
         PAGE.write_text(rebuilt(PAGE.read_text()))
         return
-    wake_devices(override(config_of(cells()["main"]), ALL))
+    wake_devices(override(_config(), ALL))
     learn_tokenizer()
     if flags.command == "cost":
         cost(flags.cells or [name for name in NAMES if name not in ("recipe", "optimizers")], flags.rounds, flags.steps)

@@ -16,7 +16,10 @@ def get_config() -> ConfigDict:
     config = shakespeare.get_config()
     config.context_len = 128
     config.weight_decay = 0.1
-    config.max_steps = 2300
-    config.eval_every = 1150
-    config.save_every = 1150
+    config.mlp = "gelu"
+    config.attention_gate = "channel"
+    config.residual_scalars = True
+    config.max_steps = 2100
+    config.eval_every = 1050
+    config.save_every = 1050
     return config
