@@ -49,6 +49,7 @@ from benchmarks.harness import (
 from commands.flags import parse_flags
 from reports.paired import LEVEL, POWER, Difference, paired_t
 from reports.sinks import measure, scalars_of, separators_of, stretch
+from runtime.files import MetricsFile
 from runtime.large_pages import restart_with_large_pages
 from runtime.workdir import WorkdirLock
 from training.evaluate import Evaluator
@@ -155,11 +156,15 @@ def _rates() -> dict[str, dict[str, Any]]:
 def _tuned(cell: Cell) -> dict[str, dict[str, Any]] | None:
     """Each optimizer at the best of its rates, for as many steps as take the time of STEPS with Muon."""
     losses, costs = {row["arm"]: row["val_loss"] for row in _rows("rates", cell)}, read_costs().get("rates")
-    if set(cell.arms) - set(losses) or costs is None:
+    tried = {
+        name: [arm for value in values if (arm := f"{name}, {rate} {value:g}") in losses]
+        for name, (_, rate, values) in OPTIMIZERS.items()
+    }
+    if not all(tried.values()) or costs is None:
         return None
     chosen = {}
-    for name, (_, rate, values) in OPTIMIZERS.items():
-        best = min((f"{name}, {rate} {value:g}" for value in values), key=losses.__getitem__)
+    for name, arms in tried.items():
+        best = min(arms, key=losses.__getitem__)
         chosen[name] = cell.arms[best] | {"max_steps": round(STEPS / costs[name]["median"])}
     return chosen
 
@@ -175,10 +180,9 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 def _rows(name: str, cell: Cell) -> list[dict[str, Any]]:
     """Those left out that another command than today's has made."""
-    path = ROWS / f"{name}.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    kept = {(row["arm"], row["seed"]): row for row in rows if row["arm"] in cell.arms}
-    return [row for row in kept.values() if row["command"] == command_of(cell, row["arm"], row["seed"])]
+    rows = MetricsFile(ROWS / f"{name}.jsonl").read(print)
+    asked = {(arm, seed): command_of(cell, arm, seed) for arm in cell.arms for seed in cell.seeds}
+    return list({key: row for row in rows if asked.get(key := (row["arm"], row["seed"])) == row["command"]}.values())
 
 
 def by_arm(name: str) -> dict[str, dict[int, float]]:
@@ -230,6 +234,8 @@ def measured(workdir: Path) -> dict[str, Any]:
     in training.
     """
     rows = [row for row in run_lib.read_metrics(workdir, print) if "val_loss" in row]
+    if rows[-1]["val_loss"] is None:
+        raise ValueError("its last loss is not finite")
     model, tokenizer, config, _ = run_lib.load_model(workdir, step=rows[-1]["step"])
     data = run_lib.load_data(config, lambda text: None, tokenizer)
     heads = scalars_of(measure(model, stretch(data.val, config.context_len), separators_of(tokenizer)))
@@ -265,10 +271,10 @@ def train(names: Sequence[str]) -> None:
         core = cores.get()
         try:
             row = train_one(name, arm, seed, core) | {"machine": told}
-            with writing, (ROWS / f"{name}.jsonl").open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            with writing:
+                MetricsFile(ROWS / f"{name}.jsonl").append(row)
             print(f"{name}: {arm}, seed {seed}: {row['val_loss']:.4f}", flush=True)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it was, the other runs are not to blame
             failed.append(f"{name}: {arm}, seed {seed}: {error}")
         finally:
             cores.put(core)
@@ -276,7 +282,8 @@ def train(names: Sequence[str]) -> None:
     with WorkdirLock(PLACE, print), ThreadPoolExecutor(cores.qsize()) as pool:
         for name in names:
             if (cell := cells().get(name)) is None:
-                raise SystemExit(f"{name}: needs the rows of `train rates` and `cost rates` first")
+                failed.append(f"{name}: needs the rows of `train rates`, and `cost rates`")
+                continue
             there = {(row["arm"], row["seed"]) for row in rows_of(name)}
             missing = [(arm, seed) for seed in cell.seeds for arm in cell.arms if (arm, seed) not in there]
             list(pool.map(lambda point, name=name: make(name, *point), missing))
@@ -427,7 +434,8 @@ def rebuilt(page: str) -> str:
         begin, kind, name, end = found.groups()
         cell, arms = cells().get(name), by_arm(name)
         missing = cell is None or any(len(arms.get(arm, {})) < len(cell.seeds) for arm in cell.arms)
-        missing |= MORE_STEPS in arms and name not in read_costs()
+        timed = set(arms) - {MORE_STEPS} if MORE_STEPS in arms else set()
+        missing |= not timed <= read_costs().get(name, {}).keys()
         lines = ["Not trained to its end yet."] if missing else TABLES[kind](name)
         return begin + "\n" + "\n".join(lines) + "\n\n" + end
 

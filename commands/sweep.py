@@ -236,7 +236,8 @@ def main(argv: list[str]) -> None:
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
-        ladder = not failed and len(points) == values.seeds * len(arguments) > values.seeds
+        sizes = all(text.isdecimal() for file, _ in arguments for text in file.values())
+        ladder = sizes and not failed and len(points) == values.seeds * len(arguments) > values.seeds
         compare.compare(there, sweep_dir / "compare", values.target, console, said, ladder)
     if failed:
         problem = f"{sweep_dir}: {len(failed)} of {len(points)} runs failed ({', '.join(failed)})"

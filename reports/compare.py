@@ -406,7 +406,7 @@ def compare(
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror}; name a directory that can be written") from error
     law, pictures = law_of(runs, metric_of(runs), out / "scaling_law.png") if ladder else ([], [])
-    tables, notes = tables_of(runs, target, pairs=not settled and not law)
+    tables, notes = tables_of(runs, target, pairs=not settled and not pictures)
     notes += [settled] * bool(settled) + law
     for table in tables:
         console.table(table)

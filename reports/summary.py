@@ -60,7 +60,8 @@ def facts(
     if config.accumulation_steps > 1:
         batch += f", {config.accumulation_steps} a step"
     memory = held_bytes(config_lib.optimizer_config(config), model, config.batch_size, step.state, mesh)
-    by_use = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in memory.items())
+    large = {part: size for part, size in memory.items() if size >= 5e5 or part == "parameters"}
+    by_use = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in large.items())
     return {
         "Model": {
             "parameters": f"{sum(counts.values()):,} ({by_part})",

@@ -264,13 +264,22 @@ def sizes_in(message: str) -> list[int]:
     return [int(float(number) * 2 ** (10 * " KMGT".index(unit or " "))) for number, unit in found]
 
 
+_OF_A_CORE = re.compile(r"memory space (?!hbm)\w+")  # a kernel's tile is too large for it: no smaller batch helps
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device, by its own words or its compiler's, has too little memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in text and not _OF_A_CORE.search(text))
+
+
 @contextmanager
 def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Turns running out of memory into a UserError about `key`, after `rescue` has saved what can be saved."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not lacks_memory(error):
             raise
         size = _SIZE.search(str(error))
         asked = f" (asked for {size[0]})" if size else ""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from runtime.devices import simulate_cpu_devices, sizes_in, start_jax
+from runtime.devices import lacks_memory, simulate_cpu_devices, sizes_in, start_jax
 from runtime.errors import Interrupted, StorageError, UserError, one_line
 from runtime.files import read_object, user_cache, write_json
 from training.traffic import collectives
@@ -43,7 +43,6 @@ _KERNEL = re.compile(
     r'%([\w\-]+?)(?:\.[\d.]+)?(?:\.clone)? = .*custom_call_target="(tpu_custom_call|__cudnn\$\w+|\w+triton\w*)"'
 )
 _ALIAS = re.compile(r"\b(?:may|must)-alias\b")
-_OF_A_CORE = re.compile(r"memory space (?!hbm)\w+")  # a kernel's tile is too large for it: no smaller batch helps
 
 
 def devices_of(text: str) -> tuple[list[jax.Device], float]:
@@ -150,8 +149,7 @@ def _in_its_words(devices: np.ndarray) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each library has its own
-        text = str(error)
-        if isinstance(error, Interrupted) or ("RESOURCE_EXHAUSTED" in text and not _OF_A_CORE.search(text)):
+        if isinstance(error, Interrupted) or lacks_memory(error):
             raise
         kind, words = devices.flat[0].device_kind, one_line(error, 300)
         raise UserError(

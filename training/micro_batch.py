@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from runtime.devices import lacks_memory
 from runtime.errors import UserError
 from runtime.multihost import from_all
 from training.cost import held_bytes
@@ -71,7 +72,7 @@ def largest_part(
         try:
             return program_bytes(compiled(step, size, model_config.context_len, mesh)) or rule
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not lacks_memory(error):
                 raise
             return max(rule, memory)
 
