@@ -105,7 +105,7 @@ def test_runs_are_deterministic_and_say_what_they_do(tmp_path, capsys):
     counted = sum(leaf.size for leaf in jax.tree.leaves(params_of(run.model)))
     for text in (
         f"parameters  {counted:,} (embedding {vocab_size * 32:,},",
-        f"memory      about 0 MB a device (parameters {4 * counted / 1e6:,.0f})",  # parts below half a megabyte are left out
+        f"memory      about 0 MB a device (parameters {4 * counted / 1e6:,.0f})",  # smaller parts are left out
         "Muon for 6 matrices",
         f"ln {vocab_size} = {math.log(vocab_size):.3f}",
         "blocks.0.attention.query.kernel",
