@@ -22,11 +22,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import config_lib
+import run_lib
 from runtime import devices
 from runtime.devices import environment
 from runtime.large_pages import SETTING
 from training.dispatch import throttled
-from training.step import make_step
 from transformer.sharding import batch_sharded, make_mesh
 
 ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
@@ -125,8 +125,8 @@ class TrainerStep:
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
         self.mesh, key = make_mesh(config.mesh, devices=jax.devices()), jax.random.key(config.seed)
         self.config, self.model_config = config, config_lib.model_config_of(config, vocab_size)
-        settings, spikes = config_lib.optimizer_config(config), (config.spike_sigmas, config.skip_spikes)
-        step = make_step(settings, self.model_config, config.max_steps or 1000, key, self.mesh, *spikes)
+        settings = config_lib.optimizer_config(config)
+        step = run_lib.step_to_compile(config, settings, self.model_config, self.mesh, key)
         self._init = partial(step.init, key)
         self.reset()
         self.train_step, self._run = step.run, throttled(step.run)

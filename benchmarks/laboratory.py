@@ -32,7 +32,6 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 import run_lib
 from benchmarks.harness import (
@@ -46,7 +45,7 @@ from benchmarks.harness import (
     spread,
     wake_devices,
 )
-from commands.flags import parse_flags
+from configs import shakespeare
 from reports.paired import LEVEL, POWER, Difference, paired_t
 from reports.sinks import measure, scalars_of, separators_of, stretch
 from runtime.files import MetricsFile
@@ -261,7 +260,8 @@ def train(names: Sequence[str]) -> None:
     """
     for folder in (ROWS, PLACE):
         folder.mkdir(parents=True, exist_ok=True)
-    told = {key: machine()[key] for key in ("processor", "versions", "commit", "setting")}
+    about = machine()
+    told = {key: about[key] for key in ("processor", "versions", "commit", "setting")}
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -284,6 +284,7 @@ def train(names: Sequence[str]) -> None:
             if (cell := cells().get(name)) is None:
                 failed.append(f"{name}: needs the rows of `train rates`, and `cost rates`")
                 continue
+            learn_tokenizer(cell)
             there = {(row["arm"], row["seed"]) for row in rows_of(name)}
             missing = [(arm, seed) for seed in cell.seeds for arm in cell.arms if (arm, seed) not in there]
             list(pool.map(lambda point, name=name: make(name, *point), missing))
@@ -296,6 +297,7 @@ def again(name: str, arm: str, seed: int) -> None:
     kept = next((row for row in rows_of(name) if (row["arm"], row["seed"]) == (arm, seed)), None)
     if kept is None:
         raise SystemExit(f"{name}, {arm}, {seed}: no such row")
+    learn_tokenizer(cells()[name])
     new = json.loads(json.dumps(train_one(name, arm, seed, min(os.sched_getaffinity(0)))))
     print(f"{name}: {arm}, seed {seed}: {kept['val_loss']!r}, anew {new['val_loss']!r}")
     if differing := [key for key in new if kept[key] != new[key]]:
@@ -303,9 +305,9 @@ def again(name: str, arm: str, seed: int) -> None:
     print("the same to the bit")
 
 
-def learn_tokenizer() -> None:
-    """The vocabulary of the cell `bpe`, which is the same each time."""
-    if not (ROOT / TOKENIZER).exists():
+def learn_tokenizer(cell: Cell) -> None:
+    """The vocabulary of a cell that wants one of its own, which is the same each time."""
+    if "tokenizer" in cell.keys and not (ROOT / TOKENIZER).exists():
         words = [sys.executable, "main.py", *shlex.split(LEARN_TOKENIZER)]
         subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True)
 
@@ -313,11 +315,11 @@ def learn_tokenizer() -> None:
 def cost(names: Sequence[str], rounds: int, steps: int) -> None:
     """What each arm's step takes, in turns within a cell, over its first arm's; on one core."""
     for name in names:
-        cell = cells()[name]
+        learn_tokenizer(cell := cells()[name])
         arms = {arm: keys for arm, keys in cell.arms.items() if arm != MORE_STEPS}
         if name == "rates":
             arms = {each: keys | {rate: values[0]} for each, (keys, rate, values) in OPTIMIZERS.items()}
-        config = override(_config(), ALL | cell.keys)
+        config = override(shakespeare.get_config(), ALL | cell.keys)
         vocab_size = run_lib.load_data(config, print).tokenizer.vocab_size
         made = {arm: TrainerStep(override(config, keys), vocab_size) for arm, keys in arms.items()}
         calls = {arm: partial(step.several, [step.random_batch()] * steps) for arm, step in made.items()}
@@ -327,10 +329,6 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         print(name, {arm: f"{1000 * statistics.median(values) / steps:.1f} ms" for arm, values in seconds.items()})
         told = {"machine": machine(), "steps": steps}
         (ROWS / "cost.json").write_text(json.dumps(read_costs() | {name: told | ratios}, indent=1) + "\n")
-
-
-def _config() -> ConfigDict:
-    return parse_flags("train", "", [f"--config={ROOT / CONFIG}"], lambda values: None, config=True).config
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -461,14 +459,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.command == "page":
         PAGE.write_text(rebuilt(PAGE.read_text()))
         return
-    wake_devices(override(_config(), ALL))
-    learn_tokenizer()
-    if flags.command == "cost":
-        cost(flags.cells or [name for name in NAMES if name not in ("recipe", "optimizers")], flags.rounds, flags.steps)
+    wake_devices(override(shakespeare.get_config(), ALL))
+    if flags.command == "again":
+        again(flags.row[0], flags.row[1], int(flags.row[2]))
     elif flags.command == "train":
         train(flags.cells or NAMES)
     else:
-        again(flags.row[0], flags.row[1], int(flags.row[2]))
+        cost(flags.cells or [name for name in NAMES if name not in ("recipe", "optimizers")], flags.rounds, flags.steps)
 
 
 if __name__ == "__main__":

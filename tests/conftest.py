@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import engines
 import jax
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, settings
 from xla_flags import SOONER
 
 from runtime import devices
+from serving.engine import Engine
 from transformer.config import TransformerConfig
-from transformer.model import Params, init_params
+from transformer.model import Params, Transformer, init_params, model_of
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,3 +72,16 @@ def random_params() -> Callable[..., Params]:
         return params
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(random_params: Callable[..., Params]) -> Transformer:
+    """The small model of the tests of `serving`."""
+    return model_of(engines.CONFIG, random_params(engines.CONFIG))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Transformer) -> Iterator[Engine]:
+    """Its decode loop, which runs."""
+    with engines.small_engine(model) as engine:
+        yield engine

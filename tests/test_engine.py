@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from engines import CONFIG, Asked, alone, hold, small_engine
+from engines import CONFIG, Asked, alone, hold
 from test_sampling import CONFIGS, C, all_logits, prompts, recompute
 
 from reports.sinks import measure, sink_shares_by_position
@@ -13,17 +13,6 @@ from serving import engine as engine_module
 from serving.engine import Engine, Full, Request
 from transformer.model import model_of, params_of
 from transformer.sampling import Sampling
-
-
-@pytest.fixture(scope="module")
-def model(random_params):
-    return model_of(CONFIG, random_params(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with small_engine(model) as engine:
-        yield engine
 
 
 def assert_written(engine, wanted):

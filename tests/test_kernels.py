@@ -170,7 +170,7 @@ def test_chunks_keep_no_square_of_the_length():
 # --- The kernels of other devices ---------------------------------------------------------------------------------
 
 
-# In both interpreters, of jax 0.10 to 0.12, the largest error is 2.7e-7 in float32 and 3.7e-3 in bfloat16, of dq. The
+# In both interpreters, of jax 0.10 and 0.12, the largest error is 2.7e-7 in float32 and 3.7e-3 in bfloat16, of dq. The
 # definition's own results are wrong by 0.42 x 2^-8 = 1.6e-3 if they are rounded to bfloat16.
 SPLASH_LIMITS = {
     "float32": {"output": 5e-7, "dq": 7e-7, "dk": 5e-7, "dv": 2e-7, "dsink": 7e-7},
@@ -187,7 +187,7 @@ def splash(monkeypatch, interpreter):
 
 
 def row_by_row(function):
-    """`jax.vmap` as a loop: that interpreter refuses a grid with a dimension of vmap (jax 0.10 to 0.12)."""
+    """`jax.vmap` as a loop: that interpreter refuses a grid with a dimension of vmap (jax 0.10, 0.12)."""
     of_row = lambda i, batch: function(*jax.tree.map(lambda x: x[i], batch))
     return lambda *batch: jax.tree.map(lambda *rows: jnp.stack(rows), *(of_row(i, batch) for i in range(B)))
 

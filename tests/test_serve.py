@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from engines import CONFIG, Asked, alone, hold, small_engine
+from engines import Asked, alone, hold
 from helpers import assert_one_line, finished_run
 from test_report import CHROMIUM
 
@@ -26,7 +26,6 @@ import main
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from reports.sinks import sink_shares_by_position
 from serving.engine import Token
-from transformer.model import model_of
 from transformer.sampling import Sampling, generate
 
 openai = pytest.importorskip("openai")
@@ -36,17 +35,6 @@ from starlette.responses import HTMLResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz.\n")
-
-
-@pytest.fixture(scope="module")
-def model(random_params):
-    return model_of(CONFIG, random_params(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with small_engine(model) as engine:
-        yield engine
 
 
 # --- Text out of tokens -------------------------------------------------------------------------------------------
