@@ -136,7 +136,7 @@ def cells() -> dict[str, Cell]:
         "recipe": Cell(best, RECIPE, [TUNING]),
         "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
         "rates": Cell({}, _rates(), [TUNING]),
-        "bpe": Cell({"tokenizer": TOKENIZER}, FEW),
+        "bpe": Cell({"tokenizer": TOKENIZER}, FEW | {"value embeddings": FORMS["value embeddings"]}),
         "larger": Cell(larger, FEW),
         "half": Cell({}, {"float32": {}, "products of bfloat16": {"dtype": "bfloat16_matmul"}}),
     }
