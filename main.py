@@ -12,6 +12,7 @@ if __package__ or sys.flags.safe_path:  # installed, or `python -P`: the folder 
 
 from runtime.errors import ExpectedError, Interrupted
 from runtime.large_pages import restart_with_large_pages
+from runtime.processes import runs_one_command
 
 COMMANDS = {
     "train": "train a model, or go on where the run stopped",
@@ -70,6 +71,7 @@ def run() -> int:
     """Runs the command of the process, with large memory pages if possible; returns its exit status."""
     if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
         restart_with_large_pages()
+    runs_one_command()
     return main(sys.argv[1:])
 
 

@@ -25,6 +25,7 @@ from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
 from runtime.processes import by_first, is_first, num_processes
+from runtime.programs import compile_seconds, set_up_compile_cache
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
 from runtime.trackers import Trackers
@@ -33,7 +34,7 @@ from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if
 from training.budget import measure, steps_in, total_steps
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
-from training.dispatch import longest, several_steps, spans, throttled
+from training.dispatch import kept, longest, ready, spans
 from training.ema import average_of, begin_with
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
@@ -66,9 +67,8 @@ def train(
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
         devices.set_up_cpu_devices(config.cpu_devices, run_lib.batch_to_share(config, workdir), console.warn)
-        devices.set_up_compile_cache(console.warn)
-        num_devices = len(devices.start_jax())
-        config_lib.check_devices(config, num_devices)
+        set_up_compile_cache(console.warn)
+        config_lib.check_devices(config, len(devices.start_jax()))
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
             if fresh:
                 by_first(partial(move_aside, workdir, console.line))
@@ -143,8 +143,7 @@ class Trainer:
         self.rates = [group.rate for group in groups_of(step.labels).values()]
         some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
         self.val_tokens = some if some < whole_split else 0  # evaluations on so many are compared; 0: the whole split
-        several = config.steps_per_dispatch > 1
-        self.train_step = throttled(several_steps(step.run, step.state), most=2) if several else throttled(step.run)
+        init, self.train_step = ready(step, config.steps_per_dispatch > 1, self.kept)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
         to_measure = workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer
         self.sinks = SinkLog(*to_measure) if config.report else None
@@ -159,7 +158,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         else:
-            self._begin(step.init, init_key)
+            self._begin(init, init_key)
         if source:
             run_lib.check_finite(self.state.params, source)
         if self.step < self.total:
@@ -205,6 +204,7 @@ class Trainer:
             old = run_lib.config_of(meta, self.workdir)
             self.total_before = total(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         self.first_total = (meta or {}).get("first_total", self.total_before)
+        self.kept = kept(self.mesh, config_lib.to_dict(config), self.model_config, self.total, self.first_total)
         return make(self.total, self.first_total)
 
     def _time(self, step: Step, key: jax.Array) -> int:
@@ -227,7 +227,7 @@ class Trainer:
             self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
-        self.compiled_before = -devices.compile_seconds()
+        self.compiled_before = -compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -240,7 +240,7 @@ class Trainer:
         same = val_tokens_of(meta) == self.val_tokens
         self.best_val_loss, self.best_step = (meta["best_val_loss"], meta["best_step"]) if same else (None, None)
         self.val_loss = meta["val_loss"]
-        self.compiled_before = meta.get("compile_seconds", 0.0) - devices.compile_seconds()
+        self.compiled_before = meta.get("compile_seconds", 0.0) - compile_seconds()
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
             raise UserError(
@@ -259,9 +259,7 @@ class Trainer:
         """Train until the last step, or until a signal."""
         k, end = self.config.accumulation_steps, self.total * self.config.accumulation_steps
         every = [value for key, value in self.config.items() if key.endswith("_every")]
-        most = self.config.steps_per_dispatch
-        if most > 1:  # at least 2, because 1 means the step without a loop
-            most = max(2, longest(self.micro_step, end, most, k, every))
+        most = longest(self.micro_step, end, self.config.steps_per_dispatch, k, every)
         make_batch = lambda span: (span, place(self.batches, self.mesh, most, span))
         dispatches = spans(self.micro_step, end, most, k, every, profile or ())
         try:
@@ -369,8 +367,7 @@ class Trainer:
     def _timing(self) -> dict[str, float | None]:
         """Seconds per real step since the last row, without evaluations, samples and saves, and derived numbers."""
         k, names = self.config.accumulation_steps, ("step_seconds", "tokens_per_second", "mfu", "eta_seconds")
-        row: dict[str, float | None] = dict.fromkeys(names, None)
-        row |= {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
+        row = dict.fromkeys(names) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
@@ -381,7 +378,7 @@ class Trainer:
 
     def _compiled(self) -> float:
         """The part of `elapsed_seconds` in which XLA compiled."""
-        return self.compiled_before + devices.compile_seconds()
+        return self.compiled_before + compile_seconds()
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val

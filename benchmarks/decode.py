@@ -26,7 +26,7 @@ from transformers import AutoConfig, GPT2LMHeadModel
 
 from benchmarks.harness import RESULTS, answer, report, seconds_of_one, spread, workers
 from interop.models import to_theirs
-from runtime import devices
+from runtime import programs
 from runtime.large_pages import restart_with_large_pages
 from transformer.config import TransformerConfig
 from transformer.model import Transformer, init_params, model_of, params_of
@@ -89,7 +89,7 @@ def writer(side: str, model: Transformer, prompts_BP: np.ndarray) -> Callable[[i
 
 def work(side: str, shape: tuple[int, ...], batch: int, half: bool) -> None:
     """The process of one side: says its texts; then, asked for a length, the seconds that texts of it take."""
-    devices.set_up_compile_cache(print)
+    programs.set_up_compile_cache(print)
     model = gpt2(*shape)
     if half:
         model = model_of(replace(model.config, dtype="bfloat16_matmul"), params_of(model))

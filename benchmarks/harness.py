@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
-from runtime import devices
+from runtime import devices, programs
 from runtime.devices import environment
 from runtime.large_pages import SETTING
 from training.dispatch import throttled
@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
 def wake_devices(config: ConfigDict) -> None:
     """The devices and the compile cache, as the trainer sets them up for this config."""
     devices.set_up_cpu_devices(config.cpu_devices, config.batch_size, partial(print, file=sys.stderr))
-    devices.set_up_compile_cache(print)
+    programs.set_up_compile_cache(print)
     devices.start_jax()
 
 

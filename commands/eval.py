@@ -13,7 +13,7 @@ import run_lib
 from commands.flags import define_checkpoint, parse_flags, spoken_in_flags
 from corpus.dataset import UNKNOWN_CHARACTERS, Split
 from corpus.tokenizer import Tokenizer, UnknownCharacters
-from runtime import devices
+from runtime import devices, programs
 from runtime.checkpoints.manager import average_in
 from runtime.errors import UserError, one_line
 from runtime.files import new_file, parse_json, read_file
@@ -41,7 +41,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("eval", __doc__, argv, _define)
     console = Console()
-    devices.set_up_compile_cache(console.warn)
+    programs.set_up_compile_cache(console.warn)
     [device, *_] = devices.start_jax()
     workdir = Path(values.workdir)
     model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)

@@ -8,7 +8,7 @@ import run_lib
 from commands.flags import define_checkpoint, parse_flags
 from corpus.tokenizer import UnknownCharacters
 from reports import run_page
-from runtime import devices
+from runtime import devices, programs
 from runtime.errors import NoCheckpointError, UserError
 from runtime.screen.console import Console
 from transformer.model import Transformer
@@ -22,7 +22,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("report", __doc__, argv, _define)
     workdir, console = Path(values.workdir), Console()
-    devices.set_up_compile_cache(console.warn)
+    programs.set_up_compile_cache(console.warn)
     devices.start_jax()
     model: Transformer | str
     try:

@@ -19,7 +19,7 @@ import run_lib
 from commands.flags import define_checkpoint, parse_flags
 from corpus.chat import chat_tokens
 from corpus.tokenizer import Tokenizer, UnknownCharacters, until
-from runtime import devices
+from runtime import devices, programs
 from runtime.errors import UserError, one_line
 from runtime.files import new_file, parse_json, read_file, user_state
 from runtime.screen.console import Console
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         sampling = Sampling(values.temperature, values.top_k, values.top_p, values.min_p, values.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    devices.set_up_compile_cache(Console().warn)
+    programs.set_up_compile_cache(Console().warn)
     devices.start_jax()
     model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):

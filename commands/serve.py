@@ -10,7 +10,7 @@ from absl import flags
 import run_lib
 from commands.flags import define_checkpoint, parse_flags
 from corpus.chat import chat_tokens
-from runtime import devices
+from runtime import devices, programs
 from runtime.errors import UserError, one_line
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             message = f"--port={values.port}: cannot listen on {host} ({one_line(error)}); name another"
             raise UserError(message) from error
         with listening:
-            devices.set_up_compile_cache(console.warn)
+            programs.set_up_compile_cache(console.warn)
             devices.start_jax()
             model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
             with console.busy("compiling"):

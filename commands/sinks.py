@@ -11,7 +11,7 @@ import run_lib
 from commands.flags import define_checkpoint, parse_flags, spoken_in_flags
 from commands.foreign import read_model
 from reports.sinks import as_json, described, measure, scalars_of, separators_of, stretch
-from runtime import devices
+from runtime import devices, programs
 from runtime.errors import UserError
 from runtime.files import new_file, plain
 from runtime.screen.console import Console
@@ -31,7 +31,7 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     values = parse_flags("sinks", __doc__, argv, _define)
     console = Console()
-    devices.set_up_compile_cache(console.warn)
+    programs.set_up_compile_cache(console.warn)
     devices.start_jax()
     source, dataset, of_run = values["from"].value, values.dataset, ("workdir", "step", "weights")
     if wrong := [name for name in of_run if values[name].present] if source else ["tokenizer"] * bool(values.tokenizer):

@@ -1,10 +1,6 @@
-"""Devices: how many the CPU shows, the cache of compiled programs, memory limits, and what else a result depends on.
-
-The number of CPU devices and the cache are set before JAX's backend starts.
-"""
+"""Devices: how many the CPU shows, memory limits, and what else a result depends on."""
 
 import contextlib
-import hashlib
 import math
 import os
 import platform
@@ -21,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.monitoring
 
 from runtime.errors import StorageError, UserError, one_line
-from runtime.files import INSTALLED, PROGRAM, read_object, user_cache, write_json
+from runtime.files import INSTALLED, PROGRAM, read_object, write_json
 from runtime.processes import num_processes
 
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"  # for a device's matrix products: each core is a device
@@ -84,34 +79,6 @@ def _show_cpu_devices(count: int) -> bool:
     return True
 
 
-def set_up_compile_cache(warn: Callable[[str], None]) -> None:
-    """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
-
-    JAX_COMPILATION_CACHE_DIR, if set, names another folder. If it cannot be written, nothing is cached. A damaged
-    program is compiled again and replaced; `warn` gets one line at most about the cache.
-    """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        try:
-            (cache := user_cache()).mkdir(parents=True, exist_ok=True)
-        except (OSError, UserError) as error:
-            warn(f"compiled programs are not kept: {one_line(error)}")
-            return
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    with contextlib.suppress(ImportError, AttributeError):  # private to JAX: without it, JAX's own cache is used as is
-        from jax._src import compilation_cache
-
-        plain = getattr(compilation_cache.get_file_cache, "plain", compilation_cache.get_file_cache)
-
-        def get_file_cache(path: str) -> Any:
-            found = plain(path)
-            return found and (_SealedCache(found[0], Path(path), warn), found[1])
-
-        get_file_cache.plain = plain  # type: ignore[attr-defined]
-        compilation_cache.get_file_cache = get_file_cache
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 @cache
 def processor() -> str:
     """Its name and what it can, as Linux tells; "" elsewhere."""
@@ -136,68 +103,6 @@ def remembered(name: str, measure: Callable[[], float]) -> float:
         with contextlib.suppress(OSError, StorageError):
             write_json(path, known)
     return value
-
-
-def compile_seconds() -> float:
-    """Seconds that XLA has spent in this process on compiling or on reading the cache, since the first call."""
-    return _listened_to()[0]
-
-
-@cache
-def _listened_to() -> list[float]:
-    seconds = [0.0]
-
-    def heard(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds[0] += duration_secs
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    return seconds
-
-
-class _SealedCache:
-    """JAX's cache of compiled programs; each is preceded by the hash of its name and its bytes.
-
-    JAX itself runs whatever it finds under a name and never replaces it: a program that a full disk has cut short, or
-    that somebody has exchanged, would be tried at every start.
-    """
-
-    def __init__(self, cache: Any, folder: Path, warn: Callable[[str], None]) -> None:
-        self._cache, self._folder, self._warn = cache, folder, warn
-        self._path = cache._path  # JAX's own log reads it
-        self._told = False
-
-    def get(self, key: str) -> bytes | None:
-        name = f"{key}-sealed"
-        with self._noted("read"):
-            if (found := self._cache.get(name)) is None:
-                return None
-            if found[:32] == _seal(name, found[32:]):
-                return found[32:]
-            for file in self._folder.glob(f"{name}-*"):
-                file.unlink()
-            self._tell("damaged ones were removed")
-        return None
-
-    def put(self, key: str, value: bytes) -> None:
-        with self._noted("written"):
-            self._cache.put(name := f"{key}-sealed", _seal(name, value) + value)
-
-    @contextlib.contextmanager
-    def _noted(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._tell(f"cannot be {what}: {error.strerror}")
-
-    def _tell(self, problem: str) -> None:
-        if not self._told:
-            self._warn(f"compiled programs in {self._folder}: {problem}")
-        self._told = True
-
-
-def _seal(name: str, value: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + value).digest()
 
 
 def start_jax() -> list[jax.Device]:

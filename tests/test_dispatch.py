@@ -87,7 +87,11 @@ def test_room_is_made_for_the_batches_that_are_left(tmp_path, monkeypatch):
     run = train_lib.train(tiny_config(max_steps=3, steps_per_dispatch=2**31 - 1, **QUIET), tmp_path)
     assert sizes == [(3, 3)] and run.step == 3
     assert longest(0, 2**31 - 1, 2**31 - 1, 1, [2_000_000_000]) == MOST
-    assert longest(4, 2**31 - 1, 2**31 - 1, 3, [0, 7]) == 21 and longest(5, 5, 9, 1, []) == 1
+    assert (
+        longest(4, 2**31 - 1, 2**31 - 1, 3, [0, 7]) == 21
+        and longest(5, 5, 9, 1, []) == 2
+        and longest(0, 9, 1, 3, []) == 1
+    )
 
 
 def test_nothing_to_wait_for_in_three_hundred_steps_of_two_devices(tmp_path):
@@ -115,7 +119,7 @@ def test_a_trace_covers_its_steps_alone(tmp_path, monkeypatch):
         step = make_train_step(train_step, state)
         return lambda state, batch: made.extend([0] * int(batch[1].addressable_shards[0].data)) or step(state, batch)
 
-    monkeypatch.setattr(train_lib, "several_steps", counting)
+    monkeypatch.setattr(dispatch, "several_steps", counting)
     monkeypatch.setattr(train_lib.jax, "profiler", Profiler)
     train_lib.train(config, tmp_path, profile=(3, 5))
     assert (begun, ended, len(made)) == ([3], [5], 8)

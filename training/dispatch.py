@@ -5,12 +5,14 @@ which something is due, so a run does the same whatever the number of steps in a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from training.step import TrainState
+from runtime.programs import Kept
+from training.step import Step, TrainState
 from transformer.xla import jit_for, target_of
 
 MOST = 64  # micro-steps in a dispatch at most: a signal has to wait for those that have started
@@ -33,8 +35,30 @@ def spans(
 
 
 def longest(start: int, end: int, most: int, accumulation: int, every: Sequence[int]) -> int:
-    """The most micro-steps that one of `spans` can have: the devices need room for so many batches."""
-    return min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)])
+    """The most micro-steps that one of `spans` can have: the devices need room for so many batches.
+
+    `most` of 1 stays 1, for a step without a loop; a loop has room for 2 at least.
+    """
+    return (
+        most
+        if most == 1
+        else max(2, min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)]))
+    )
+
+
+def kept(mesh: Mesh, *made_of: Any) -> dict[str, Kept]:
+    """The programs of a step on this mesh, each read from now on if it has been kept.
+
+    made_of: all that the step and the shape of its batches depend on besides devices and source.
+    """
+    return {name: Kept(f"{name} {made_of}", mesh.devices.flat) for name in ("init", "run")}
+
+
+def ready(step: Step, several: bool, kept: Mapping[str, Kept]) -> tuple[Callable, Callable]:
+    """A step's `init`, and its `run`, with `several` in a loop, throttled; not traced if their programs were `kept`."""
+    run = several_steps(step.run, step.state) if several else step.run
+    run = kept["run"].of(run, (step.state, step.state.metrics))
+    return kept["init"].of(step.init, step.state), throttled(run, most=2 if several else 4)
 
 
 def several_steps(

@@ -220,5 +220,6 @@ def make_step(
     spikes = spike_sigmas, skip_spikes
     run = make_train_step(model_config, optimizer, schedule, labels, settings.accumulation_steps, key, mesh, *spikes)
     init = partial(init_state, model_config, optimizer, labels)
-    sharded = jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))
-    return Step(jax.eval_shape(sharded, key), labels, sharded, run)
+    places = shardings_of(state := jax.eval_shape(init, key), mesh)
+    state = jax.tree.map(lambda shape, place: shape.update(sharding=place), state, places)
+    return Step(state, labels, jax.jit(init, out_shardings=places), run)

@@ -14,7 +14,7 @@ from helpers import ROOT, arguments, assert_one_line, finished_run, losses, make
 import main
 import train_lib
 from commands import sample
-from runtime import devices
+from runtime import devices, programs
 from runtime.errors import UserError
 from training import step
 
@@ -86,10 +86,10 @@ def test_a_home_that_cannot_be_written_means_no_compile_cache(tmp_path, monkeypa
     settings = []
     monkeypatch.setattr(jax.config, "update", lambda *setting: settings.append(setting))
     said = []
-    devices.set_up_compile_cache(said.append)
+    programs.set_up_compile_cache(said.append)
     assert settings == [] and len(said) == 1 and said[0].startswith("compiled programs are not kept: ")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    devices.set_up_compile_cache(pytest.fail)
+    programs.set_up_compile_cache(pytest.fail)
     assert ("jax_compilation_cache_dir", str(tmp_path / "new" / "transformer-jax")) in settings
 
 
@@ -99,7 +99,7 @@ def test_a_user_without_a_home_and_a_name_has_no_compile_cache(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
     said = []
-    devices.set_up_compile_cache(said.append)
+    programs.set_up_compile_cache(said.append)
     assert len(said) == 1 and said[0].startswith("compiled programs are not kept: HOME: not set, ")
     with sample.line_history():
         pass
@@ -107,8 +107,8 @@ def test_a_user_without_a_home_and_a_name_has_no_compile_cache(monkeypatch):
 
 PROGRAMS = """if True:
     import sys, jax
-    from runtime import devices
-    devices.set_up_compile_cache(lambda line: print(line, file=sys.stderr))
+    from runtime import programs
+    programs.set_up_compile_cache(lambda line: print(line, file=sys.stderr))
     found = jax.jit(lambda x: x * 3)(7.0), jax.jit(lambda x: x + 5)(7.0)
     print(*found, jax.config.jax_compilation_cache_dir)
 """

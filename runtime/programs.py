@@ -1,0 +1,246 @@
+"""Compiled programs: the cache in which JAX keeps them, and whole ones, for which a start need not trace.
+
+The cache is set up before JAX's backend starts.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+from jax.experimental import serialize_executable
+
+from runtime.devices import processor
+from runtime.errors import UserError, one_line
+from runtime.files import parse_json, read_file, replacing, user_cache
+from runtime.processes import command_since, num_processes
+
+_MOST_KEPT = 32  # whole programs
+_asked: list[tuple[int, tuple[str, bool]]] = []  # thread, and the key that JAX's cache was asked for, and had or not
+
+
+def set_up_compile_cache(warn: Callable[[str], None]) -> None:
+    """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
+
+    JAX_COMPILATION_CACHE_DIR, if set, names another folder. If it cannot be written, nothing is cached. A damaged
+    program is compiled again and replaced; `warn` gets one line at most about the cache.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            (cache := user_cache()).mkdir(parents=True, exist_ok=True)
+        except (OSError, UserError) as error:
+            warn(f"compiled programs are not kept: {one_line(error)}")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    with contextlib.suppress(ImportError, AttributeError):  # private to JAX: without it, JAX's own cache is used as is
+        from jax._src import compilation_cache
+
+        plain = getattr(compilation_cache.get_file_cache, "plain", compilation_cache.get_file_cache)
+
+        def get_file_cache(path: str) -> Any:
+            found = plain(path)
+            return found and (_SealedCache(found[0], Path(path), warn), found[1])
+
+        get_file_cache.plain = plain  # type: ignore[attr-defined]
+        compilation_cache.get_file_cache = get_file_cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_seconds() -> float:
+    """Seconds that XLA has spent in this process on compiling or on reading the cache, since the first call."""
+    return _listened_to()[0]
+
+
+@cache
+def _listened_to() -> list[float]:
+    seconds = [0.0]
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    return seconds
+
+
+class _SealedCache:
+    """JAX's cache of compiled programs; each is preceded by the hash of its name and its bytes.
+
+    JAX itself runs whatever it finds under a name and never replaces it: a program that a full disk has cut short, or
+    that somebody has exchanged, would be tried at every start.
+    """
+
+    def __init__(self, cache: Any, folder: Path, warn: Callable[[str], None]) -> None:
+        self._cache, self._folder, self._warn = cache, folder, warn
+        self._path = cache._path  # JAX's own log reads it
+        self._told = False
+
+    def get(self, key: str) -> bytes | None:
+        found = self._get(f"{key}-sealed")
+        _asked.append((threading.get_ident(), (key, found is not None)))
+        return found
+
+    def _get(self, name: str) -> bytes | None:
+        with self._noted("read"):
+            if (found := self._cache.get(name)) is None:
+                return None
+            if found[:32] == _seal(name, found[32:]):
+                return found[32:]
+            for file in self._folder.glob(f"{name}-*"):
+                file.unlink()
+            self._tell("damaged ones were removed")
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        with self._noted("written"):
+            self._cache.put(name := f"{key}-sealed", _seal(name, value) + value)
+
+    @contextlib.contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tell(f"cannot be {what}: {error.strerror}")
+
+    def _tell(self, problem: str) -> None:
+        if not self._told:
+            self._warn(f"compiled programs in {self._folder}: {problem}")
+        self._told = True
+
+
+def _seal(name: str, value: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + value).digest()
+
+
+# --- Whole programs -----------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A compiled program that an earlier process has kept; it is read in the background, from here on.
+
+    JAX's cache is asked with the traced program, and tracing takes longer than to read it. A program is kept beside
+    that cache, with the hash of what it was made of and every file that its process had loaded as a module. It is taken
+    if none of these has changed since, and no other file is loaded; a notebook or a test may have exchanged functions,
+    so both are only done in a process that runs one command.
+    """
+
+    def __init__(self, made_of: str, devices: Iterable[jax.Device]) -> None:
+        """made_of: all that the program depends on besides source, settings and devices (of its mesh, in order)."""
+        self._devices, folder = list(devices), jax.config.jax_compilation_cache_dir or "://"
+        self._since = None if "://" in folder or num_processes() > 1 else command_since()
+        if self._since is not None:
+            self._folder, self._loaded = Path(folder), _loaded_files()
+            self._start = self._folder / f"start-{_hash_of(made_of, self._devices)}"
+            self._background = ThreadPoolExecutor(1)
+            self._reading = self._background.submit(self._read)
+
+    def of(self, function: Callable, result: Any) -> Callable:
+        """`function`, of `jax.jit`, not traced if its program was kept. `result` is a tree like what it returns."""
+        if self._since is None:
+            return function
+        program: Callable | None = None
+        structure = jax.tree.structure(result)
+
+        def call(*args: Any) -> Any:
+            nonlocal program
+            if program is None:
+                if flat := self._reading.result():
+                    program = lambda *args: structure.unflatten(flat(*jax.tree.leaves(args)))
+                else:
+                    program = self._compile(function, args)
+                self._background.shutdown(wait=False)
+            try:
+                return program(*args)
+            except (TypeError, ValueError):  # JAX refuses arguments of other types or places than at first
+                program = function
+                return function(*args)
+
+        return call
+
+    def _read(self) -> Callable | None:
+        """The program as a function of arrays, or None where there is none to be trusted."""
+        with contextlib.suppress(Exception):  # whatever a file holds, the program can be compiled
+            start = parse_json(_read_sealed(self._start))
+            current = all(state and state == _state_of(name) for name, state in start["files"].items())
+            if current and self._loaded.keys() <= start["files"].keys():
+                program = _read_sealed(self._folder / start["program"])
+                takes, gives = (jax.tree.structure((0,) * number) for number in start["arrays"])
+                structures = jax.tree.structure((takes.unflatten([0] * takes.num_leaves), {})), gives
+                places = {"backend": self._devices[0].client, "execution_devices": self._devices}
+                return serialize_executable.deserialize_and_load(program, *structures, **places)
+        return None
+
+    def _compile(self, function: Callable, args: tuple) -> Callable:
+        _asked.clear()
+        compiled = function.lower(*args).compile()
+        mine = [found for thread, found in _asked if thread == threading.get_ident()]
+        if len(mine) == 1:  # else there is no cache
+            arrays = len(jax.tree.leaves(args)), compiled.out_tree.num_leaves
+            self._background.submit(self._keep, compiled, arrays, *mine[0])
+        return compiled
+
+    def _keep(self, compiled: jax.stages.Compiled, arrays: tuple[int, int], key: str, known: bool) -> None:
+        """Keeps a program under JAX's key for it, unless a file may have changed after it was loaded.
+
+        One that JAX had `known`, and has read from its cache, cannot be written again: what comes of it does not run.
+        """
+        files = _loaded_files()
+        if not self._loaded.items() <= files.items() or any(not x or x[1] > 1e9 * self._since for x in files.values()):
+            return
+        with contextlib.suppress(Exception):  # not every kind of device can write it, and the disk may be full
+            program = self._folder / f"program-{key}"
+            if not known:
+                _write_sealed(program, serialize_executable.serialize(compiled)[0])
+            elif not program.exists():
+                return
+            told = {"program": program.name, "arrays": arrays, "files": files}
+            _write_sealed(self._start, json.dumps(told).encode())
+            for kind in ("program", "start"):
+                for old in sorted(self._folder.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)[:-_MOST_KEPT]:
+                    old.unlink()
+
+
+def _hash_of(made_of: str, devices: list[jax.Device]) -> str:
+    settings = {name: value for name, value in jax.config.values.items() if name != "jax_compilation_cache_dir"}
+    prefixes = "CUDA", "JAX", "LIBTPU", "NVIDIA", "TF", "TPU", "XLA"
+    environment = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    kinds = [(device.id, device.device_kind, device.client.platform_version) for device in devices]
+    told = made_of, sys.version, processor(), kinds, sorted(settings.items()), sorted(environment.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _loaded_files() -> dict[str, list[int]]:
+    """Every file that this process has loaded as a module, with its size and the time of its last change."""
+    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {path: _state_of(path) for path in paths if path}
+
+
+def _state_of(path: str) -> list[int]:
+    try:
+        found = os.stat(path)
+    except OSError:  # in an archive, or gone
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _read_sealed(path: Path) -> bytes:
+    content = read_file(path)
+    if content[:32] != _seal(path.name, content[32:]):
+        raise ValueError(f"{path} is damaged")
+    os.utime(path)  # the ones unused for longest are removed
+    return content[32:]
+
+
+def _write_sealed(path: Path, content: bytes) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(_seal(path.name, content) + content)
