@@ -11,7 +11,7 @@ if __package__ or sys.flags.safe_path:  # installed, or `python -P`: the folder 
     sys.path.insert(0, str(Path(__file__).parent))
 
 from runtime.errors import ExpectedError, Interrupted
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from runtime.processes import runs_one_command
 
 COMMANDS = {

@@ -27,7 +27,7 @@ from transformers import AutoConfig, GPT2LMHeadModel
 from benchmarks.harness import RESULTS, answer, report, seconds_of_one, spread, workers
 from interop.models import to_theirs
 from runtime import programs
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from transformer.config import TransformerConfig
 from transformer.model import Transformer, init_params, model_of, params_of
 from transformer.sampling import Sampling, generate_tokens

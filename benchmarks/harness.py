@@ -25,7 +25,7 @@ import config_lib
 import run_lib
 from runtime import devices, programs
 from runtime.devices import environment
-from runtime.large_pages import SETTING
+from runtime.malloc import SETTING
 from training.dispatch import throttled
 from transformer.sharding import batch_sharded, make_mesh
 

@@ -49,7 +49,7 @@ from configs import shakespeare
 from reports.paired import LEVEL, POWER, Difference, paired_t
 from reports.sinks import measure, scalars_of, separators_of, stretch
 from runtime.files import MetricsFile
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from runtime.workdir import WorkdirLock
 from training.evaluate import Evaluator
 from transformer.model import params_of

@@ -35,7 +35,7 @@ from configs import shakespeare
 from corpus.dataset import Dataset
 from input_pipeline import Batches
 from run_lib import load_data
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from training.dispatch import throttled
 from training.evaluate import Evaluator
 from training.muon import scale_by_muon

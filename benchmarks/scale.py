@@ -22,7 +22,7 @@ from commands.plan import plan_step, vocabulary
 from configs import gpt2_124m
 from reports.plots import save_figure
 from runtime import devices
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from runtime.screen.console import Console
 from transformer.sharding import make_mesh
 

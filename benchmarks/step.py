@@ -37,7 +37,7 @@ from benchmarks.harness import (
 )
 from config_lib import model_config_of
 from configs import nanogpt_char_cpu, shakespeare
-from runtime.large_pages import restart_with_large_pages
+from runtime.malloc import restart_with_large_pages
 from training.cost import flops_per_token, parameter_counts
 
 SHAPES = {  # blocks, width, heads, hidden width of the MLP, context, batch, vocabulary

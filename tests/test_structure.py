@@ -171,7 +171,7 @@ READERS = {  # who opens files, and why it is not `runtime.files` that does
     "runtime.workdir": "the lock, which is held open",
     "runtime.checkpoints.integrity": "hashes the files of a checkpoint, once they were found to be regular",
     "runtime.watchdog": "writes while everything hangs",
-    **dict.fromkeys(["runtime.devices", "runtime.large_pages", "runtime.screen.console"], "the system's own"),
+    **dict.fromkeys(["runtime.devices", "runtime.malloc", "runtime.screen.console"], "the system's own"),
     **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
     **dict.fromkeys(["corpus.fetch", "corpus.prepare", "corpus.rebuild", "corpus.cache"], "data that it wrote"),
     "corpus.tokenizer": "what a library says",

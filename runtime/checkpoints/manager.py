@@ -27,6 +27,7 @@ from runtime.checkpoints.retention import Mark
 from runtime.distributed import end_if_a_peer_is_lost
 from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
+from runtime.malloc import give_back_freed
 from runtime.multihost import require_same, seen_by_first
 from runtime.processes import by_first, is_first
 from runtime.workdir import CHECKPOINTS, UNSAVED, first_free
@@ -255,6 +256,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             elif jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves((params, rest))) >= LARGE:
                 self._manager.wait_until_finished()  # until then the next step cannot reuse the state's memory
                 gc.collect()  # nor until Orbax's copies are gone, which it leaves in a circle of references
+                give_back_freed()
         except StorageError:
             raise
         except Exception as error:

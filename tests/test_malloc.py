@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import large_pages
+from runtime import malloc
 
 ROOT = Path(__file__).parent.parent
 ON_DEMAND = "always [madvise] never\n"
@@ -19,8 +19,8 @@ with open(os.environ["STARTS"], "a") as file:
 if "PRIVILEGED" in os.environ:
     os.environ.pop("GLIBC_TUNABLES", None)
 os.confstr = lambda name: "glibc 2.36"
-from runtime import large_pages
-large_pages._POLICY = os.environ["POLICY"]
+from runtime import malloc
+malloc._POLICY = os.environ["POLICY"]
 for command in ("train", "sample", "eval", "sweep"):
     fake = sys.modules[f"commands.{command}"] = types.ModuleType(command)
     fake.main = lambda flags: sys.exit(f"{flags} {sys.stdin.read()}")
@@ -35,7 +35,7 @@ def starts(tmp_path):
 
     def run(*argv: str, kernel: str = ON_DEMAND, **environment: str) -> tuple[subprocess.CompletedProcess, list[list]]:
         policy.write_text(kernel)
-        ours = {large_pages.SETTING, large_pages._RESTARTED}
+        ours = {malloc.SETTING, malloc._RESTARTED}
         inherited = {name: value for name, value in os.environ.items() if name not in ours}
         paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "STARTS": str(log), "POLICY": str(policy)}
         command, environment = [sys.executable, *argv], {**inherited, **paths, **environment}
@@ -100,10 +100,31 @@ def test_no_loop_where_the_setting_is_kept_from_the_program(starts):
 )
 def test_the_library_must_know_the_setting(library, can, monkeypatch, tmp_path):
     (tmp_path / "enabled").write_text(ON_DEMAND)
-    monkeypatch.setattr(large_pages, "_POLICY", tmp_path / "enabled")
+    monkeypatch.setattr(malloc, "_POLICY", tmp_path / "enabled")
     monkeypatch.setattr(os, "confstr", lambda name: library)
-    assert large_pages._can_ask() is can
+    assert malloc._can_ask() is can
     monkeypatch.setattr(os, "confstr", lambda name: os.stat(tmp_path / "nowhere"))
-    assert not large_pages._can_ask()
+    assert not malloc._can_ask()
     monkeypatch.delattr(os, "confstr")
-    assert not large_pages._can_ask()
+    assert not malloc._can_ask()
+
+
+FREED = """
+import re, sys
+from pathlib import Path
+from runtime.malloc import give_back_freed
+
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+pieces = [b"x" * 60_000 for _ in range(2_000)]
+last = pieces.pop()  # what lies after them keeps glibc from giving them back by itself
+del pieces
+before = resident()
+give_back_freed()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 80  # of 114 MiB
