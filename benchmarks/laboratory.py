@@ -105,9 +105,9 @@ RECIPE: dict[str, dict[str, Any]] = {
 }
 # An optimizer's keys, and the rates that were tried for it.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "Muon": ({}, "muon_lr", (0.0075, 0.015, 0.03, 0.06)),
-    "NorMuon": ({"hidden_optimizer": "normuon"}, "muon_lr", (0.0075, 0.015, 0.03, 0.06)),
-    "Muon by head": ({"muon_by_head": True}, "muon_lr", (0.0075, 0.015, 0.03, 0.06)),
+    "Muon": ({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
+    "NorMuon": ({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
+    "Muon by head": ({"muon_by_head": True}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
     "Muon, decay": ({}, "weight_decay", (0.05, 0.1, 0.2)),
     "Muon, cautious decay": ({"cautious_decay": True}, "weight_decay", (0.05, 0.1, 0.2)),
     "MuonH": ({"hidden_optimizer": "muonh", "output_init": "scaled"}, "muon_lr", (0.005, 0.01, 0.02, 0.04)),
