@@ -91,6 +91,7 @@ FORMS: dict[str, dict[str, Any]] = {
 FEW = {name: FORMS[name] for name in (FIRST, "sink: logit", "gate by head", MORE_STEPS)}
 _GATED = {"attention_gate": "channel"}
 _BOTH = _GATED | {"residual_scalars": True}
+_GELU = _BOTH | {"mlp": "gelu"}
 RECIPE: dict[str, dict[str, Any]] = {
     "neither gate nor scalars": {},
     "gate by channel": _GATED,
@@ -98,7 +99,11 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gate, residual scalars, exclusive": _GATED | {"exclusive_attention": True, "residual_scalars": True},
     "gate, residual scalars, decay 0.2": _BOTH | {"weight_decay": 0.2},
     "gate, residual scalars, no sink": _BOTH | {"attention_sink": "none"},
-    "gate, residual scalars, gelu": _BOTH | {"mlp": "gelu"},
+    "gate, residual scalars, gelu": _GELU,
+    "gate, residual scalars, gelu, muon_lr 0.015": _GELU | {"muon_lr": 0.015},
+    "gate, residual scalars, gelu, muon_lr 0.0075": _GELU | {"muon_lr": 0.0075},
+    "gate, residual scalars, gelu, NorMuon, muon_lr 0.015": _GELU | {"hidden_optimizer": "normuon", "muon_lr": 0.015},
+    "gate, residual scalars, gelu, NorMuon, muon_lr 0.0075": _GELU | {"hidden_optimizer": "normuon", "muon_lr": 0.0075},
     "gate, residual scalars, value embeddings": _BOTH | {"value_embeddings": True},
     "gate, residual scalars, decay 0.05": _BOTH | {"weight_decay": 0.05},
     "gate, residual scalars, batch 12": _BOTH | {"batch_size": 12, "max_steps": 3067, "eval_every": 767},
@@ -108,10 +113,10 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "Muon": ({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
     "NorMuon": ({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
     "Muon by head": ({"muon_by_head": True}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
-    "Muon, decay": ({}, "weight_decay", (0.05, 0.1, 0.2)),
-    "Muon, cautious decay": ({"cautious_decay": True}, "weight_decay", (0.05, 0.1, 0.2)),
+    "Muon, decay": ({"muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
+    "Muon, cautious decay": ({"cautious_decay": True, "muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
     "MuonH": ({"hidden_optimizer": "muonh", "output_init": "scaled"}, "muon_lr", (0.005, 0.01, 0.02, 0.04)),
-    "SOAP": ({"hidden_optimizer": "soap"}, "lr", (0.001, 0.002, 0.004, 0.008)),
+    "SOAP": ({"hidden_optimizer": "soap"}, "lr", (0.0005, 0.001, 0.002, 0.004, 0.008)),
     "AdamW": ({"hidden_optimizer": "adamw"}, "lr", (0.0005, 0.001, 0.002, 0.004)),
 }
 
