@@ -89,6 +89,7 @@ FORMS: dict[str, dict[str, Any]] = {
     MORE_STEPS: {"attention_sink": "none", "max_steps": round(LONGER * STEPS)},
 }
 FEW = {name: FORMS[name] for name in (FIRST, "sink: logit", "gate by head", MORE_STEPS)}
+BEST = {name: FORMS[name] for name in ("gate by channel", "residual scalars")}  # at equal tokens and at equal time
 _GATED = {"attention_gate": "channel"}
 _BOTH = _GATED | {"residual_scalars": True}
 _GELU = _BOTH | {"mlp": "gelu"}
@@ -129,7 +130,7 @@ class Cell(NamedTuple):
     seeds: Sequence[int] = SEEDS
 
 
-NAMES = ("main", "recipe", "context", "rates", "optimizers", "bpe", "larger", "half")
+NAMES = ("main", "recipe", "tuned", "context", "rates", "optimizers", "bpe", "larger", "half")
 
 
 def cells() -> dict[str, Cell]:
@@ -139,6 +140,7 @@ def cells() -> dict[str, Cell]:
     made = {
         "main": Cell({}, FORMS),
         "recipe": Cell(best, RECIPE, [TUNING]),
+        "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST),
         "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
         "rates": Cell({}, _rates(), [TUNING]),
         "bpe": Cell({"tokenizer": TOKENIZER}, FEW | {"value embeddings": FORMS["value embeddings"]}),
