@@ -34,7 +34,7 @@ from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if
 from training.budget import measure, steps_in, total_steps
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
-from training.dispatch import kept, longest, ready, spans
+from training.dispatch import check, kept, longest, ready, spans
 from training.ema import average_of, begin_with
 from training.evaluate import Evaluator, bits_per_byte
 from training.health import Divergence
@@ -141,12 +141,10 @@ class Trainer:
         resumed = run_lib.resume(*(checkpoints, build, allow, config, workdir, self.data, self.placement, console.warn))
         step = resumed.step if resumed else build()
         self.rates = [group.rate for group in groups_of(step.labels).values()]
-        some, whole_split = config.eval_tokens, self.data.val.num_tokens - 1
-        self.val_tokens = some if some < whole_split else 0  # evaluations on so many are compared; 0: the whole split
+        self.val_tokens = config.eval_tokens if config.eval_tokens < self.data.val.num_tokens - 1 else 0  # 0: on all
         init, self.train_step = ready(step, config.steps_per_dispatch > 1, self.kept)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
-        to_measure = workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer
-        self.sinks = SinkLog(*to_measure) if config.report else None
+        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer) if config.report else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
@@ -322,6 +320,7 @@ class Trainer:
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
             with self.clock.pause():
+                check(self.kept)
                 self.checkpoints.load_orbax()
         if due(config.sample_every):
             with self._side_work("sample", "sampling"):
@@ -405,6 +404,7 @@ class Trainer:
 
     def _save(self, val_loss: float | None = None) -> None:
         """Save a checkpoint of this micro-step, with what a later session needs besides the arrays."""
+        check(self.kept)
         if self.saved == (self.micro_step, self.reported):
             return
         self.saved = (self.micro_step, self.reported)

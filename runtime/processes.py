@@ -6,23 +6,22 @@ Only the first process prints and writes the small files of a run. This module d
 
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 _FOREVER = 10 * 86400 * 1000  # milliseconds; a process that is gone is noticed by its missing heartbeat
 _barriers = itertools.count()
-_command_since: list[float] = []
+_one_command: list[bool] = []
 
 
 def runs_one_command() -> None:
-    """Says that this process runs one command from now on, and nothing else as a notebook or a test would."""
-    _command_since.append(time.time())
+    """Says that this process runs one command, and nothing else as a notebook or a test would."""
+    _one_command.append(True)
 
 
-def command_since() -> float | None:
-    """Since when, in seconds of the epoch; None if the process has not said that it runs one command."""
-    return _command_since[0] if _command_since else None
+def is_one_command() -> bool:
+    """Whether the process has said so."""
+    return bool(_one_command)
 
 
 def _joined() -> Any:

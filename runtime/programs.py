@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import jax.monitoring
-from jax.experimental import serialize_executable
 
 from runtime.devices import processor
 from runtime.errors import UserError, one_line
 from runtime.files import parse_json, read_file, replacing, user_cache
-from runtime.processes import command_since, num_processes
+from runtime.processes import is_one_command, num_processes
 
 _MOST_KEPT = 32  # whole programs
 _asked: list[tuple[int, tuple[str, bool]]] = []  # thread, and the key that JAX's cache was asked for, and had or not
@@ -129,85 +128,126 @@ class Kept:
     """A compiled program that an earlier process has kept; it is read in the background, from here on.
 
     JAX's cache is asked with the traced program, and tracing takes longer than to read it. A program is kept beside
-    that cache, with the hash of what it was made of and every file that its process had loaded as a module. It is taken
-    if none of these has changed since, and no other file is loaded; a notebook or a test may have exchanged functions,
-    so both are only done in a process that runs one command.
+    that cache, under the hash of what it was made of and of the state of every file that its process had loaded. What
+    that misses, `check` finds, which traces the function after all, once there is time. All this only in a process that
+    runs one command: elsewhere functions may have been exchanged.
     """
 
     def __init__(self, made_of: str, devices: Iterable[jax.Device]) -> None:
-        """made_of: all that the program depends on besides source, settings and devices (of its mesh, in order)."""
-        self._devices, folder = list(devices), jax.config.jax_compilation_cache_dir or "://"
-        self._since = None if "://" in folder or num_processes() > 1 else command_since()
-        if self._since is not None:
-            self._folder, self._loaded = Path(folder), _loaded_files()
-            self._start = self._folder / f"start-{_hash_of(made_of, self._devices)}"
-            self._background = ThreadPoolExecutor(1)
-            self._reading = self._background.submit(self._read)
+        """made_of: what the program depends on besides source, settings and devices (of its mesh, in order)."""
+        self._start: Path | None = None
+        self._unchecked: tuple[Callable, Any, str] | None = None
+        folder = jax.config.jax_compilation_cache_dir or "://"
+        with contextlib.suppress(Exception):  # all of this only saves time; `values` is no promise of JAX's
+            debugging = jax.config.values["jax_debug_nans"] or jax.config.values["jax_debug_infs"]
+            if is_one_command() and num_processes() == 1 and "://" not in folder and not debugging:
+                self._devices = list(devices)
+                self._start = Path(folder) / f"start-{_hash_of(made_of, self._devices)}"
+                self._background = ThreadPoolExecutor(1)
+                self._reading = self._background.submit(self._read)
 
     def of(self, function: Callable, result: Any) -> Callable:
-        """`function`, of `jax.jit`, not traced if its program was kept. `result` is a tree like what it returns."""
-        if self._since is None:
+        """`function`, of `jax.jit`, traced later if its program was kept. `result` is a tree like what it returns."""
+        if self._start is None:
             return function
         program: Callable | None = None
         structure = jax.tree.structure(result)
 
+        def first(*args: Any) -> Any:
+            nonlocal program
+            shapes = jax.tree.map(_shape_of, args)
+            if not (found := self._reading.result()):
+                program = self._compile(function, shapes)
+                return program(*args)
+            flat, text = found
+            program = lambda *args: structure.unflatten(flat(*jax.tree.leaves(args)))
+            try:
+                made = jax.block_until_ready(program(*args))
+            except jax.errors.JaxRuntimeError:
+                self._forget()
+                raise
+            self._unchecked = function, shapes, text
+            return made
+
         def call(*args: Any) -> Any:
             nonlocal program
-            if program is None:
-                if flat := self._reading.result():
-                    program = lambda *args: structure.unflatten(flat(*jax.tree.leaves(args)))
-                else:
-                    program = self._compile(function, args)
-                self._background.shutdown(wait=False)
             try:
-                return program(*args)
+                return program(*args) if program else first(*args)
             except (TypeError, ValueError):  # JAX refuses arguments of other types or places than at first
                 program = function
                 return function(*args)
 
         return call
 
-    def _read(self) -> Callable | None:
-        """The program as a function of arrays, or None where there is none to be trusted."""
+    def check(self) -> None:
+        """Raises UserError if the program that runs is not the one to which the function is traced now."""
+        if not self._unchecked:
+            return
+        function, shapes, text = self._unchecked
+        self._unchecked = None
+        if _hash_of_text(function.lower(*shapes)) != text:
+            self._forget()
+            raise UserError(
+                f"{self._start}: the compiled program that was kept here is not what the source gives now, though no "
+                "Python file has changed; it is removed, and nothing of this session was saved: start it again"
+            )
+
+    def _read(self) -> tuple[Callable, str] | None:
+        """The program as a function of arrays, and the hash of its text; None where there is none to be trusted."""
+        from jax.experimental import serialize_executable
+
         with contextlib.suppress(Exception):  # whatever a file holds, the program can be compiled
             start = parse_json(_read_sealed(self._start))
-            current = all(state and state == _state_of(name) for name, state in start["files"].items())
-            if current and self._loaded.keys() <= start["files"].keys():
-                program = _read_sealed(self._folder / start["program"])
-                takes, gives = (jax.tree.structure((0,) * number) for number in start["arrays"])
-                structures = jax.tree.structure((takes.unflatten([0] * takes.num_leaves), {})), gives
-                places = {"backend": self._devices[0].client, "execution_devices": self._devices}
-                return serialize_executable.deserialize_and_load(program, *structures, **places)
+            program = _read_sealed(self._start.with_name(start["program"]))
+            takes, gives = (jax.tree.structure((0,) * number) for number in start["arrays"])
+            structures = jax.tree.structure((takes.unflatten([0] * takes.num_leaves), {})), gives
+            places = {"backend": self._devices[0].client, "execution_devices": self._devices}
+            return serialize_executable.deserialize_and_load(program, *structures, **places), start["text"]
         return None
 
-    def _compile(self, function: Callable, args: tuple) -> Callable:
+    def _compile(self, function: Callable, shapes: Any) -> Callable:
         _asked.clear()
-        compiled = function.lower(*args).compile()
+        lowered = function.lower(*shapes)
+        compiled = lowered.compile()
         mine = [found for thread, found in _asked if thread == threading.get_ident()]
         if len(mine) == 1:  # else there is no cache
-            arrays = len(jax.tree.leaves(args)), compiled.out_tree.num_leaves
-            self._background.submit(self._keep, compiled, arrays, *mine[0])
+            arrays = len(jax.tree.leaves(shapes)), compiled.out_tree.num_leaves
+            self._background.submit(self._keep, lowered, compiled, arrays, *mine[0])
         return compiled
 
-    def _keep(self, compiled: jax.stages.Compiled, arrays: tuple[int, int], key: str, known: bool) -> None:
-        """Keeps a program under JAX's key for it, unless a file may have changed after it was loaded.
+    def _keep(
+        self, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled, arrays: tuple[int, int], key: str, known: bool
+    ) -> None:
+        """Keeps a program under JAX's key for it.
 
         One that JAX had `known`, and has read from its cache, cannot be written again: what comes of it does not run.
         """
-        files = _loaded_files()
-        if not self._loaded.items() <= files.items() or any(not x or x[1] > 1e9 * self._since for x in files.values()):
-            return
+        from jax.experimental import serialize_executable
+
         with contextlib.suppress(Exception):  # not every kind of device can write it, and the disk may be full
-            program = self._folder / f"program-{key}"
+            program = self._start.with_name(f"program-{key}")
             if not known:
                 _write_sealed(program, serialize_executable.serialize(compiled)[0])
-            elif not program.exists():
-                return
-            told = {"program": program.name, "arrays": arrays, "files": files}
-            _write_sealed(self._start, json.dumps(told).encode())
+            if program.exists():
+                told = {"program": program.name, "arrays": arrays, "text": _hash_of_text(lowered)}
+                _write_sealed(self._start, json.dumps(told).encode())
             for kind in ("program", "start"):
-                for old in sorted(self._folder.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)[:-_MOST_KEPT]:
+                paths = sorted(program.parent.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
+                for old in paths[:-_MOST_KEPT]:
                     old.unlink()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):
+            self._start.unlink(missing_ok=True)
+
+
+def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    place = x.sharding if x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=getattr(x, "weak_type", False))
+
+
+def _hash_of_text(lowered: jax.stages.Lowered) -> str:
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def _hash_of(made_of: str, devices: list[jax.Device]) -> str:
@@ -216,28 +256,24 @@ def _hash_of(made_of: str, devices: list[jax.Device]) -> str:
     environment = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
     kinds = [(device.id, device.device_kind, device.client.platform_version) for device in devices]
     told = made_of, sys.version, processor(), kinds, sorted(settings.items()), sorted(environment.items())
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    return hashlib.sha256(repr((*told, _loaded_files())).encode()).hexdigest()
 
 
-def _loaded_files() -> dict[str, list[int]]:
-    """Every file that this process has loaded as a module, with its size and the time of its last change."""
-    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {path: _state_of(path) for path in paths if path}
-
-
-def _state_of(path: str) -> list[int]:
-    try:
-        found = os.stat(path)
-    except OSError:  # in an archive, or gone
-        return []
-    return [found.st_size, found.st_mtime_ns]
+def _loaded_files() -> list[tuple[str, int, int, int]]:
+    """Every file that this process has loaded as a module: its size, when it was changed, and when its entry was."""
+    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+    found = ((path, os.stat(path)) for path in sorted(paths))
+    return [(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for path, state in found]
 
 
 def _read_sealed(path: Path) -> bytes:
+    """Raises ValueError if the file is damaged, and removes it."""
     content = read_file(path)
     if content[:32] != _seal(path.name, content[32:]):
+        path.unlink()
         raise ValueError(f"{path} is damaged")
-    os.utime(path)  # the ones unused for longest are removed
+    with contextlib.suppress(OSError):  # another user's folder
+        os.utime(path)  # the ones unused for longest are removed
     return content[32:]
 
 

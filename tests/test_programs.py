@@ -9,10 +9,11 @@ import pytest
 from helpers import ROOT
 
 PROCESS = """if True:
-    import sys
+    import os, sys
     import jax
     import edited
     from runtime import processes, programs
+    from runtime.errors import UserError
 
     made_of, command, size = sys.argv[1], sys.argv[2] == "command", int(sys.argv[3])
     if command:
@@ -22,85 +23,105 @@ PROCESS = """if True:
 
     def scaled(tree, x):
         traced.append(1)
-        return {"b": jax.numpy.sin(x) * edited.FACTOR, "a": tree["k"] - x.sum()}
+        factor = edited.FACTOR * float(os.environ.get("FACTOR", 1))
+        return {"b": jax.numpy.sin(x) * factor, "a": tree["k"] - x.sum() + jax.random.uniform(tree["key"])}
 
     kept = programs.Kept(made_of, jax.devices())
-    function = kept.of(jax.jit(scaled, donate_argnums=0), {"a": 0, "b": 0})
-    for _ in range(2):
-        result = function({"k": jax.numpy.float32(5)}, jax.numpy.arange(size, dtype="float32"))
-    if len(sys.argv) > 4:
-        result = function({"k": jax.numpy.float32(5)}, jax.numpy.arange(size + 1, dtype="float32"))
-    print(len(traced), result["a"], [float(x).hex() for x in result["b"]])
+    function = kept.of(jax.jit(scaled, donate_argnums=1), {"a": 0, "b": 0})
+    for count in range(size, size + len(sys.argv) - 3):
+        for _ in range(2):
+            tree = {"k": jax.numpy.float32(5), "key": jax.random.key(0)}
+            result = function(tree, jax.numpy.arange(count, dtype="float32"))
+        before = before if count > size else len(traced)
+    try:
+        kept.check()
+    except UserError as error:
+        sys.exit(str(error))
+    print(["taken", "traced"][before], result["a"], [float(x).hex() for x in result["b"]])
 """
 
 
 @pytest.fixture
 def start(tmp_path: Path):
-    """(what it is made of, what the process is, how large, ...) -> how often it was traced, and its result."""
+    """(what it is made of, what the process is, how large, ...) -> whether it was traced or taken, and its result."""
     (tmp_path / "edited.py").write_text("FACTOR = 3\n")
-    long_ago = 1_000_000_000
-    os.utime(tmp_path / "edited.py", (long_ago, long_ago))
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{tmp_path}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-    }
     (tmp_path / "cache").mkdir()
+    paths = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
-    def start(*words: str) -> tuple[int, str]:
+    def start(*words: str, fails: str = "", **environment: str) -> tuple[str, str]:
         command = [sys.executable, "-B", "-c", PROCESS, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stderr == ""
-        traced, result = done.stdout.rstrip().split(" ", 1)
-        return int(traced), result
+        variables = os.environ | paths | environment
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        if fails:
+            assert done.returncode == 1 and fails in done.stderr and done.stderr.count("\n") == 1
+            return "failed", ""
+        assert (done.returncode, done.stderr) == (0, "")
+        first, result = done.stdout.rstrip().split(" ", 1)
+        return first, result
 
     return start
 
 
 def test_a_program_is_kept_for_the_next_process_that_runs_one_command(tmp_path, start):
-    traced, result = start("a", "command", "4")
-    assert traced == 1
-    assert start("a", "command", "4") == (0, result)
-    assert start("a", "notebook", "4") == (1, result)  # functions may have been exchanged
-    assert start("b", "command", "4") == (1, result)  # made of something else, the same program by chance
-    assert start("b", "command", "4") == (0, result)
+    first, result = start("a", "command", "4")
+    assert first == "traced"
+    assert start("a", "command", "4") == ("taken", result)
+    assert start("a", "notebook", "4") == ("traced", result)  # functions may have been exchanged
+    assert start("b", "command", "4") == ("traced", result)  # made of something else, the same program by chance
+    assert start("b", "command", "4") == ("taken", result)
+    assert start("a", "command", "4", JAX_DEBUG_NANS="true") == ("traced", result)
     assert len([*tmp_path.glob("cache/program-*")]) == 1 and len([*tmp_path.glob("cache/start-*")]) == 2
 
 
 def test_arguments_of_another_shape_are_traced(start):
     start("a", "command", "4")
     _, result = start("c", "command", "5")
-    assert start("a", "command", "5") == (1, result)
-    traced, larger = start("a", "command", "4", "then one larger")
-    assert (traced, larger) == (1, result)
+    assert start("a", "command", "5") == ("traced", result)
+    assert start("a", "command", "4", "then one larger") == ("taken", result)
 
 
 def test_a_changed_file_is_not_run_as_it_was(tmp_path, start):
-    _, result = start("a", "command", "4")
-    (tmp_path / "edited.py").write_text("FACTOR = 4\n")  # of the same size
-    traced, changed = start("a", "command", "4")
-    assert traced == 1 and changed != result
-    traced, changed = start("a", "command", "4")
-    assert traced == 0 and changed != result
-    (tmp_path / "sitecustomize.py").write_text("")  # one more file, which could have changed anything
-    assert start("a", "command", "4") == (1, changed)
-    assert start("a", "command", "4") == (0, changed)
+    first, result = start("a", "command", "4")
+    before = (tmp_path / "edited.py").stat()
+    (tmp_path / "edited.py").write_text("FACTOR = 4\n")  # of the same size, and then of the same time
+    os.utime(tmp_path / "edited.py", ns=(before.st_atime_ns, before.st_mtime_ns))
+    first, changed = start("a", "command", "4")
+    assert first == "traced" and changed != result
+    assert start("a", "command", "4") == ("taken", changed)
 
 
-def test_a_file_that_changes_while_the_process_runs_keeps_nothing(tmp_path, start):
-    os.utime(tmp_path / "edited.py", (4_000_000_000, 4_000_000_000))
-    _, result = start("a", "command", "4")
-    assert not [*tmp_path.glob("cache/start-*")]
-    assert start("a", "command", "4") == (1, result)
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_a_file_that_only_one_of_the_processes_loads_keeps_them_apart(tmp_path, start, patched_first):
+    """It may have exchanged functions."""
+    patch = tmp_path / "sitecustomize.py"
+    for patched in (patched_first, not patched_first):
+        if patched:
+            patch.write_text("import edited; edited.FACTOR = 7")
+        else:
+            patch.unlink(missing_ok=True)
+        found = [start("a", "command", "4") for _ in range(2)]
+        assert [first for first, _ in found] == ["traced", "taken"]
+        assert len({result for _, result in found}) == 1
+
+
+def test_what_no_file_tells_is_found_when_it_is_traced_again(tmp_path, start):
+    """As a variable of the environment which the source reads, or a file of numbers."""
+    _, result = start("a", "command", "4", FACTOR="1")
+    start("a", "command", "4", FACTOR="2", fails="is not what the source gives now")
+    first, changed = start("a", "command", "4", FACTOR="2")
+    assert first == "traced" and changed != result
+    assert start("a", "command", "4", FACTOR="2") == ("taken", changed)
 
 
 @pytest.mark.parametrize("kind", ["start", "program"])
-def test_a_damaged_one_is_compiled_again(tmp_path, start, kind):
+def test_a_damaged_one_is_removed_and_compiled_again(tmp_path, start, kind):
     _, result = start("a", "command", "4")
     [path] = tmp_path.glob(f"cache/{kind}-*")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert start("a", "command", "4") == (1, result)
+    assert start("a", "command", "4") == ("traced", result)
+    assert path.exists() is (kind == "start")  # a program that JAX has read from its cache is not written again
 
 
 def test_what_jax_has_read_from_its_cache_is_not_written_again(tmp_path, start):
@@ -108,6 +129,6 @@ def test_what_jax_has_read_from_its_cache_is_not_written_again(tmp_path, start):
     _, result = start("a", "command", "4")
     [program] = tmp_path.glob("cache/program-*")
     program.unlink()
-    assert start("a", "command", "4") == (1, result)
-    assert start("a", "command", "4") == (1, result)
+    for _ in range(2):
+        assert start("a", "command", "4") == ("traced", result)
     assert not program.exists()

@@ -39,19 +39,23 @@ def longest(start: int, end: int, most: int, accumulation: int, every: Sequence[
 
     `most` of 1 stays 1, for a step without a loop; a loop has room for 2 at least.
     """
-    return (
-        most
-        if most == 1
-        else max(2, min([most, MOST, max(1, end - start), *(accumulation * period for period in every if period)]))
-    )
+    if most == 1:
+        return 1
+    return max(2, min([most, MOST, end - start, *(accumulation * period for period in every if period)]))
 
 
 def kept(mesh: Mesh, *made_of: Any) -> dict[str, Kept]:
     """The programs of a step on this mesh, each read from now on if it has been kept.
 
-    made_of: all that the step and the shape of its batches depend on besides devices and source.
+    made_of: what the step and the shape of its batches depend on besides devices and source.
     """
     return {name: Kept(f"{name} {made_of}", mesh.devices.flat) for name in ("init", "run")}
+
+
+def check(kept: Mapping[str, Kept]) -> None:
+    """Raises UserError if a program that was kept is not what it would be now."""
+    for program in kept.values():
+        program.check()
 
 
 def ready(step: Step, several: bool, kept: Mapping[str, Kept]) -> tuple[Callable, Callable]:
