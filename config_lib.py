@@ -136,9 +136,6 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError("config.val_fraction: with test_fraction it leaves no text to train on; their sum must be < 1")
     if not any(config[key] for key in ("epochs", "max_steps", "max_flops", "max_seconds")):
         raise UserError("config.max_steps: the run would never end; set max_steps or epochs")
-    kept = optimizer_lib.GROUPS[optimizer_config(config).hidden].keeps_norm
-    if kept and config.output_init == "zero" and not config.init_from:
-        raise UserError(f"config.output_init: zeros have no norm that {config.hidden_optimizer} could keep; use scaled")
     if config.chat and not config.mask_documents:
         raise UserError("config.chat: a row holds several conversations, which only mask_documents keeps apart; set it")
     if not config.sample_prompt:
@@ -149,11 +146,8 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
-def check_devices(config: ConfigDict, num_devices: int, to_run: bool = True) -> None:
-    """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel.
-
-    Without `to_run` the devices only stand for others, for which a program is compiled.
-    """
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+    """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel."""
     with _of_the_config():
         sizes = mesh_sizes(config.mesh, num_devices)
     parts = sizes[DATA] * sizes[FSDP]
@@ -161,12 +155,6 @@ def check_devices(config: ConfigDict, num_devices: int, to_run: bool = True) -> 
         below = config.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"config.batch_size: {config.batch_size} is not divisible by {parts} devices; use {near}")
-    alone = optimizer_lib.GROUPS[optimizer_config(config).hidden].one_cpu_device
-    if alone and to_run and num_devices > 1 and target().platform == "cpu":
-        raise UserError(
-            f"config.hidden_optimizer: {config.hidden_optimizer} trains on one CPU device, in one process; set "
-            "cpu_devices=1"
-        )
     model = transformer_config(config, 2, "bfloat16" if config.dtype == "auto" else config.dtype)  # as on a GPU
     shape = model.context_len, model.num_heads, model.num_kv_heads, model.head_dim
     if problem := obstacle(model.attention_kernel, *shape, model.operand_dtype, config.mask_documents):
@@ -230,8 +218,7 @@ def trackers_of(config: ConfigDict) -> list[str]:
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    settings = {field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)}
-    return OptimizerConfig(**settings | {"head_dim": config.head_dim or config.embedding_dim // config.num_heads})
+    return OptimizerConfig(**{field.name: config[field.name] for field in dataclasses.fields(OptimizerConfig)})
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -248,6 +235,8 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The config that `to_dict` wrote; keys that it lacks take their defaults. Raises UserError as `check` does."""
     config = default.get_config()
     for key, value in values.items():
+        if (key, value) in optimizer_lib.REMOVED:
+            continue
         if key not in config:
             raise UserError(f"config.{key}: unknown key in the run's config.json")
         try:

@@ -113,11 +113,8 @@ RECIPE: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "Muon": ({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
     "NorMuon": ({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
-    "Muon by head": ({"muon_by_head": True}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
     "Muon, decay": ({"muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
     "Muon, cautious decay": ({"cautious_decay": True, "muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
-    "MuonH": ({"hidden_optimizer": "muonh", "output_init": "scaled"}, "muon_lr", (0.005, 0.01, 0.02, 0.04)),
-    "SOAP": ({"hidden_optimizer": "soap"}, "lr", (0.0005, 0.001, 0.002, 0.004, 0.008)),
     "AdamW": ({"hidden_optimizer": "adamw"}, "lr", (0.0005, 0.001, 0.002, 0.004)),
 }
 
@@ -191,10 +188,15 @@ def _rows(name: str, cell: Cell) -> list[dict[str, Any]]:
     return list({key: row for row in rows if asked.get(key := (row["arm"], row["seed"])) == row["command"]}.values())
 
 
+def taken_out(name: str) -> list[dict[str, Any]]:
+    """The rows of a cell's arms that are no longer here; each names the commit at which its command runs."""
+    return [row for row in MetricsFile(ROWS / "taken_out.jsonl").read(print) if row["cell"] == name]
+
+
 def by_arm(name: str) -> dict[str, dict[int, float]]:
-    """The last loss of each row, by arm and seed."""
+    """The last loss of each row, by arm and seed; those taken out come last."""
     found: dict[str, dict[int, float]] = {}
-    for row in rows_of(name):
+    for row in [*rows_of(name), *taken_out(name)]:
         found.setdefault(row["arm"], {})[row["seed"]] = row["val_loss"]
     return found
 
@@ -360,7 +362,8 @@ def _told(d: Difference, level: float) -> str:
 def losses_table(name: str) -> list[str]:
     """Losses against the first arm's, at equal steps and at equal time: lines of Markdown."""
     cell, losses, costs = cells()[name], by_arm(name), read_costs().get(name, {})
-    control, *others = cell.arms
+    gone = {row["arm"]: int(re.search(r"max_steps=(\d+)", row["command"])[1]) for row in taken_out(name)}
+    control, *others = [*cell.arms, *gone]
     if len(cell.seeds) == 1:
         (seed,), first = cell.seeds, losses[control]
         differences = {arm: losses[arm][seed] - first[seed] for arm in others}
@@ -376,8 +379,12 @@ def losses_table(name: str) -> list[str]:
     else:
         head.append("steps")
     lines = []
-    for arm, values in ((arm, losses[arm]) for arm in cell.arms):
-        words = [arm, f"{statistics.fmean(values.values()):.4f} ± {statistics.stdev(values.values()):.4f}"]
+    for arm in [control, *others]:
+        values = losses[arm]
+        words = [
+            arm + " (taken out)" * (arm in gone),
+            f"{statistics.fmean(values.values()):.4f} ± {statistics.stdev(values.values()):.4f}",
+        ]
         pairs = []
         if arm in compared:
             pairs.append([values[seed] - losses[control][seed] for seed in sorted(values)])
@@ -389,7 +396,8 @@ def losses_table(name: str) -> list[str]:
                 words.append("{median:.3f} ({low:.3f} - {high:.3f})".format(**costs[arm]))
             words += [f"{d.mean:+.4f} ± {d.margin:.4f}", f"{d.p:.2g}", _told(d, level)]
         if not longer:
-            words += [""] * (5 - len(words)) + [str(cell.arms[arm].get("max_steps", STEPS))]
+            steps = gone.get(arm) or cell.arms[arm].get("max_steps", STEPS)
+            words += [""] * (5 - len(words)) + [str(steps)]
         lines.append(words + [""] * (len(head) - len(words)))
     return _table(head, lines)
 
@@ -414,12 +422,16 @@ def heads_table(name: str) -> list[str]:
 
 def rates_table(name: str) -> list[str]:
     """The loss at each rate that was tried: lines of Markdown."""
-    losses, lines = by_arm(name), []
-    for optimizer, (_, rate, values) in OPTIMIZERS.items():
-        tried = {value: losses[f"{optimizer}, {rate} {value:g}"][TUNING] for value in values}
-        best = min(tried.values())
+    tried: dict[tuple[str, str], dict[float, float]] = {}
+    for arm, losses in by_arm(name).items():
+        optimizer, _, at = arm.rpartition(", ")
+        rate, value = at.split(" ")
+        tried.setdefault((optimizer, rate), {})[float(value)] = losses[TUNING]
+    lines = []
+    for (optimizer, rate), found in tried.items():
+        best = min(found.values())
         shown = lambda loss, best=best: f"**{loss:.4f}**" if loss == best else f"{loss:.4f}"
-        told = [f"{shown(loss)} at {value:g}" for value, loss in tried.items()]
+        told = [f"{shown(loss)} at {value:g}" for value, loss in sorted(found.items())]
         lines.append([optimizer, f"`{rate}`", ", ".join(told)])
     return _table(["optimizer", "rate", f"val_loss after {STEPS} steps, seed {TUNING}"], lines)
 

@@ -52,9 +52,6 @@ CHOICES: dict[str, dict[str, Any]] = {  # config changes
     "gelu": {"mlp": "gelu"},
     "learned positions": {"position": "learned"},
     "NorMuon": {"hidden_optimizer": "normuon"},
-    "MuonH": {"hidden_optimizer": "muonh", "output_init": "scaled"},
-    "SOAP": {"hidden_optimizer": "soap"},  # decomposes in one step of ten, as many as are timed together
-    "Muon by head": {"muon_by_head": True},
     "cautious decay": {"weight_decay": 0.1, "cautious_decay": True},
 }
 

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         memory = MEMORY[hardware]
         config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
-        config_lib.check_devices(config, to_run=False, num_devices=len(there))
+        config_lib.check_devices(config, len(there))
         tokens = vocabulary(config, console)
         planned = _planned(config, tokens, there, memory, bool(values.compile_for), console)
         changes: dict[str, Any] = {}

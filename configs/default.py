@@ -78,9 +78,7 @@ def get_config() -> ConfigDict:
     config.lr = 3e-4  # peak learning rate of AdamW
     config.muon_lr = 0.02  # peak learning rate of Muon
     config.use_muon = True  # False: AdamW for every parameter
-    config.hidden_optimizer = "muon"  # of the 2-D hidden weights: muon | normuon (neurons evened out) | adamw (at lr) |
-    # muonh (weights of fixed norms; muon_lr is a step's share of them) | soap (Adam in rotating bases, at lr)
-    config.muon_by_head = False  # queries, keys and values are orthogonalised head by head
+    config.hidden_optimizer = "muon"  # of the 2-D hidden weights: muon | normuon (neurons evened out) | adamw (at lr)
     config.muon_momentum = 0.95  # Nesterov
     config.muon_momentum_start = 0.95  # momentum at step 0
     config.muon_momentum_warmup_steps = 0  # real steps from muon_momentum_start to muon_momentum

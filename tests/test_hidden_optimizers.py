@@ -14,7 +14,6 @@ import main
 import train_lib
 from runtime.errors import UserError
 from training.optimizer import OptimizerConfig, make_optimizer
-from training.soap import scale_by_soap
 
 STEPS = 20
 SHAPES = {
@@ -25,7 +24,6 @@ SHAPES = {
     "blocks.1.mlp.up.kernel": (6, 14),
     "blocks.0.mlp.down.kernel": (14, 6),
 }
-HEAD_DIM = 4
 
 
 def gradients(step):
@@ -58,12 +56,9 @@ class Momentum:
     def __init__(self):
         self.buf = {name: np.zeros(shape) for name, shape in SHAPES.items()}
 
-    def nesterov(self, name, g):
-        self.buf[name] = 0.95 * self.buf[name] + 0.05 * g
-        return 0.95 * self.buf[name] + 0.05 * g
-
     def __call__(self, name, g):
-        return iterate(self.nesterov(name, g), "classical", 5)
+        self.buf[name] = 0.95 * self.buf[name] + 0.05 * g
+        return iterate(0.95 * self.buf[name] + 0.05 * g, "classical", 5)
 
 
 def aspect(shape):
@@ -86,33 +81,6 @@ def test_normuon(scale):
         OptimizerConfig(hidden_optimizer="normuon", muon_lr=0.03, muon_scale=scale, weight_decay=0.1, grad_clip=0.0),
         restate,
     )
-
-
-def test_muonh_moves_on_the_sphere_of_the_initial_weights():
-    """The rate falls with the schedule; weight decay does nothing here."""
-    muon, first = Momentum(), {}
-
-    def restate(name, step, g, w):
-        radius = first.setdefault(name, np.linalg.norm(w))
-        u = muon(name, g)
-        w = w - 0.3 * (1 - step / STEPS) * radius * u / np.linalg.norm(u)
-        return radius * w / np.linalg.norm(w)
-
-    config = OptimizerConfig(hidden_optimizer="muonh", muon_lr=0.3, weight_decay=0.5, grad_clip=0.0, schedule="linear")
-    for name, w in compare(config, restate, 2e-4).items():
-        assert np.linalg.norm(w) == pytest.approx(first[name], rel=1e-5)
-
-
-def test_muon_by_head_takes_each_head_of_queries_keys_and_values_for_a_matrix():
-    muon = Momentum()
-
-    def restate(name, step, g, w):
-        m = muon.nesterov(name, g)
-        heads = m.shape[1] // HEAD_DIM if "query" in name or "key" in name else 1
-        parts = [iterate(part, "classical", 5) * aspect(part.shape) for part in np.split(m, heads, axis=1)]
-        return w - 0.02 * np.concatenate(parts, axis=1)
-
-    compare(OptimizerConfig(muon_by_head=True, head_dim=HEAD_DIM, grad_clip=0.0), restate)
 
 
 @pytest.mark.parametrize("cautious", [False, True])
@@ -141,52 +109,17 @@ def test_weight_decay_with_a_schedule_and_cautious(hidden, schedule, cautious):
     compare(OptimizerConfig(hidden_optimizer=hidden, lr=0.04, muon_lr=0.05, grad_clip=0.0, **decay), restate, 1e-4)
 
 
-def test_soap():
-    """Algorithms 3 and 4. The first bases are taken from ours, if they are eigenvectors: values repeat."""
-    every, b1, b2, eps = 3, 0.9, 0.95, 1e-8
-    opt = scale_by_soap(b1, b2, eps, every)
-    params = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    update, state = jax.jit(opt.update), opt.init(params)
-    m, v = ({name: np.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
-    factors = {name: [np.zeros((n, n)) for n in shape] for name, shape in SHAPES.items()}
-    bases = {}
-    for t in range(STEPS):
-        grads = {name: normal(*shape, seed=50 * t + i) for i, (name, shape) in enumerate(SHAPES.items())}
-        updates, state = update(grads, state)
-        for name, g in grads.items():
-            g = g.astype(np.float64)
-            if t > 0:
-                left, right = bases[name]
-                m[name] = b1 * m[name] + (1 - b1) * g
-                v[name] = b2 * v[name] + (1 - b2) * (left.T @ g @ right) ** 2
-                adam = (left.T @ m[name] @ right) / (1 - b1**t) / (np.sqrt(v[name] / (1 - b2**t)) + eps)
-                np.testing.assert_allclose(updates[name], left @ adam @ right.T, atol=5e-3, err_msg=f"{name} at {t}")
-            else:
-                assert not np.any(updates[name])
-            for i, outer in enumerate((g @ g.T, g.T @ g)):
-                factors[name][i] = b2 * factors[name][i] + (1 - b2) * outer
-            if t == 0:
-                bases[name] = [np.array(side[name], np.float64) for side in state.bases]
-                for q, p in zip(bases[name], factors[name], strict=True):
-                    values = np.diag(q.T @ p @ q)
-                    np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
-                    np.testing.assert_allclose(q.T @ p @ q, np.diag(values), atol=1e-5 * values[0])
-                    assert np.all(np.diff(values) < 1e-6 * values[0])
-            elif t % every == 0:
-                bases[name] = [np.linalg.qr(p @ q)[0] for p, q in zip(factors[name], bases[name], strict=True)]
-
-
 # --- In a run -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_and_goes_on_to_the_same_bits(tmp_path):
-    """With the largest state of all, and whatever else is off by default."""
+    """With a state besides the momentum, and whatever else is off by default."""
     quick = {"max_steps": 14, "eval_every": 14, "save_every": 14, "sample_every": 0, "report": False}
     decay = {"weight_decay": 0.1, "cautious_decay": True, "decay_schedule": "linear"}
-    config = tiny_config(**quick, **decay, hidden_optimizer="soap", muon_lr=0.03)
+    config = tiny_config(**quick, **decay, hidden_optimizer="normuon", muon_lr=0.03)
     whole = train_lib.train(config, tmp_path / "whole")
     assert whole.history[-1]["loss"] < whole.history[0]["loss"] - 0.2
-    assert "param_rms_soap" in whole.history[-1]
+    assert "param_rms_normuon" in whole.history[-1]
     train_until(11, config, tmp_path / "cut")
     train_lib.train(config, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(whole.workdir)
@@ -196,11 +129,9 @@ def test_a_run_learns_and_goes_on_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"hidden_optimizer": "muonh", "output_init": "zero"}, ("config.output_init: zeros have no norm", "muonh")),
-        ({"hidden_optimizer": "soap", "use_muon": False}, ("config.use_muon: must be True", "soap")),
+        ({"hidden_optimizer": "normuon", "use_muon": False}, ("config.use_muon: must be True", "normuon")),
         ({"hidden_optimizer": "normoun"}, ("config.hidden_optimizer: unknown value", "did you mean normuon?")),
         ({"decay_schedule": "constant_linear"}, ("config.decay_schedule: unknown value",)),
-        ({"hidden_optimizer": "soap", "muon_by_head": True}, ("config.muon_by_head: soap takes no matrix apart",)),
     ],
 )
 def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
@@ -208,14 +139,14 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, *words)
 
 
-def test_soap_takes_one_device_of_a_cpu():
-    config_lib.check_devices(tiny_config(hidden_optimizer="soap"), 1)
-    with pytest.raises(UserError, match="soap trains on one CPU device, in one process; set cpu_devices=1"):
-        config_lib.check_devices(tiny_config(hidden_optimizer="soap", batch_size=8), 2)
-    config_lib.check_devices(tiny_config(hidden_optimizer="soap", batch_size=8), 2, to_run=False)
-
-
 def test_a_run_whose_decay_falls_to_its_end_gets_no_longer(tmp_path):
     old, new = (tiny_config(max_steps=steps, decay_schedule="cosine", weight_decay=0.1) for steps in (3, 5))
     with pytest.raises(UserError, match=r"^config\.max_steps: decay_schedule 'cosine' was laid out for 3"):
         config_lib.check_resume(old, new, tmp_path)
+
+
+def test_a_config_of_a_build_that_took_heads_apart_is_read():
+    values = config_lib.to_dict(tiny_config())
+    assert config_lib.from_dict(values | {"muon_by_head": False}) == config_lib.from_dict(values)
+    with pytest.raises(UserError, match=r"^config\.muon_by_head: unknown key"):
+        config_lib.from_dict(values | {"muon_by_head": True})

@@ -78,7 +78,7 @@ def test_differences_are_by_seed_and_at_equal_time_the_control_trains_longer(row
 def test_optimizers_train_at_their_best_rate_for_equal_time(rows):
     assert "optimizers" not in laboratory.cells()
     rates = laboratory.cells()["rates"].arms
-    rows("rates", {arm: [float("0.03" not in arm) + ("Muon by head" in arm)] for arm in rates})
+    rows("rates", {arm: [float("0.03" not in arm) + ("AdamW" in arm)] for arm in rates})
     (laboratory.ROWS / "cost.json").write_text(
         json.dumps({"rates": {name: {"median": 1.25 if name == "NorMuon" else 1.0} for name in laboratory.OPTIMIZERS}})
     )

@@ -131,9 +131,9 @@ def test_errors_imports_nothing_and_the_transformer_knows_no_world_outside():
 
 def test_an_optimizer_is_named_in_its_own_file_in_the_table_and_where_its_keys_are():
     """Whoever else reports of optimizers asks training/optimizer.py; recipes set keys, benchmarks compare by name."""
-    named = {name for name, source in read_sources().items() if re.search("muon|adamw|soap", source, re.IGNORECASE)}
+    named = {name for name, source in read_sources().items() if re.search("muon|adamw", source, re.IGNORECASE)}
     elsewhere = {name for name in named if name.partition(".")[0] not in ("benchmarks", "configs")}
-    own = {f"training.{file}" for file in ("muon", "normuon", "soap", "optimizer")}
+    own = {f"training.{file}" for file in ("muon", "normuon", "optimizer")}
     assert (elsewhere, "configs.default" in named) == (own, True)
 
 

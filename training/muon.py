@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +89,6 @@ def scale_by_muon(
     newton_schulz: str = "classical",
     newton_schulz_steps: int = 5,
     scale: str = "aspect",
-    columns: Callable[[str], int] = lambda name: 0,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum for matrices [in, out] (Keller Jordan's Muon).
@@ -98,7 +96,7 @@ def scale_by_muon(
     buf <- m buf + (1 - m) g, update = orthogonalize(m buf + (1 - m) g), scaled by sqrt(max(1, out / in)) ("aspect")
     or by 0.2 sqrt(max(in, out)) ("rms": Moonlight, arXiv:2502.16982). m grows linearly from `start_momentum` to
     `momentum` in `warmup_steps` updates. Matrices of one shape are orthogonalised in one batched call, each on one
-    device of the mesh. Of a matrix for whose name `columns` is not 0, each so many columns are taken for a matrix.
+    device of the mesh.
     """
     last, first = momentum, momentum if start_momentum is None else start_momentum
 
@@ -113,15 +111,14 @@ def scale_by_muon(
 
         named, treedef = jax.tree_util.tree_flatten_with_path(nesterov)
         leaves = [leaf for _, leaf in named]
-        alike: dict[tuple, list[int]] = {}  # in shape, in how they are split, and in what is orthogonalised of them
+        alike: dict[tuple, list[int]] = {}  # in shape, and in how they are split
         for i, (path, leaf) in enumerate(named):
             spec = param_spec(path[-1].key, leaf.shape, mesh) if mesh else None
-            alike.setdefault((*leaf.shape, columns(path[-1].key) or leaf.shape[1], spec), []).append(i)
+            alike.setdefault((*leaf.shape, spec), []).append(i)
         stacks = [jnp.stack([leaves[i] for i in members]) for members in alike.values()]
         work = lambda x_XMN: orthogonalize(x_XMN, newton_schulz, newton_schulz_steps)
-        works = [partial(_by_columns, work, size) for *_, size, _ in alike]
-        done = share_out(works, stacks, [spec for *_, spec in alike], mesh)
-        for ((n_in, _, n_out, _), members), done_XMN in zip(alike.items(), done, strict=True):
+        done = share_out(work, stacks, [spec for *_, spec in alike], mesh)
+        for ((n_in, n_out, _), members), done_XMN in zip(alike.items(), done, strict=True):
             factor = math.sqrt(max(1, n_out / n_in)) if scale == "aspect" else 0.2 * math.sqrt(max(n_in, n_out))
             for j, i in enumerate(members):
                 leaves[i] = factor * done_XMN[j]
@@ -130,27 +127,18 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _by_columns(work: Callable[[jax.Array], jax.Array], size: int, x_XMN: jax.Array) -> jax.Array:
-    """`work` on each `size` columns of the matrices of a stack."""
-    X, M, N = x_XMN.shape
-    if size == N:
-        return work(x_XMN)
-    parts = x_XMN.reshape(X, M, N // size, size).swapaxes(1, 2).reshape(-1, M, size)
-    return work(parts).reshape(X, N // size, M, size).swapaxes(1, 2).reshape(X, M, N)
-
-
 # --- Over the devices ---------------------------------------------------------------------------------------------
 
 
 def share_out(
-    works: Sequence[Callable[[jax.Array], jax.Array]],
+    work: Callable[[jax.Array], jax.Array],
     stacks: Sequence[jax.Array],
     specs: Sequence[PartitionSpec],
     mesh: Mesh | None,
 ) -> list[jax.Array]:
-    """One of `works` on each of the stacks [X, M, N] of matrices; each device does an equal part of every stack.
+    """`work` on each of the stacks [X, M, N] of matrices; each device does an equal part of every stack.
 
-    They take and return stacks of any length. Without a mesh, or on one device, they are simply called.
+    `work` takes and returns stacks of any length. Without a mesh, or on one device, it is simply called.
 
     Args:
       specs: how the matrices [M, N] of each stack are split, before and after. For each axis that splits them, one
@@ -158,17 +146,17 @@ def share_out(
         matrices exchange their results; if all have the same, in one flat all-gather.
     """
     if mesh is None or mesh.size == 1:
-        return [work(stack_XMN) for work, stack_XMN in zip(works, stacks, strict=True)]
+        return list(map(work, stacks))
 
     def on_each_device(*whole: jax.Array) -> list[jax.Array]:  # cut here: XLA would exchange what all devices have
         sizes, index = [len(x) // mesh.size for x in whole], jax.lax.axis_index(AXES)
         parts = [jax.lax.dynamic_slice_in_dim(x, index * n, n) for x, n in zip(whole, sizes, strict=True)]
-        flat, unravel = ravel_pytree([work(part_XMN) for work, part_XMN in zip(works, parts, strict=True)])
+        flat, unravel = ravel_pytree(list(map(work, parts)))
         done = jax.vmap(unravel)(jax.lax.all_gather(flat, AXES))
         return [x.reshape(-1, *x.shape[2:]) for x in done]
 
     def on_each_part(*parts: jax.Array) -> list[jax.Array]:
-        return list(map(_on_whole_matrices, works, parts, specs))
+        return [_on_whole_matrices(work, part, spec) for part, spec in zip(parts, specs, strict=True)]
 
     padded = [jnp.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0))) for stack in stacks]
     if any(name for spec in specs for name in spec):

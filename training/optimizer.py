@@ -18,27 +18,25 @@ from jax.sharding import Mesh
 
 from training.decay import decay_weights
 from training.ema import average_weights
-from training.hyperball import keep_norm, unit_norm
 from training.muon import scale_by_muon
 from training.normuon import normalise_neurons
 from training.schedules import Schedule, descend, schedule_of
-from training.soap import scale_by_soap
 from transformer.model import Params
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
 
 HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|(value_)?gate)|mlp\.(gate|up|down))\.kernel")
 EMBEDDING = re.compile(r"(embedding|positions|blocks\.\d+\.attention\.value_embedding)\.embedding")
-BY_HEAD = re.compile(r"blocks\.\d+\.attention\.(query|key|value)\.kernel")  # [width, heads * head_dim]
 VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key|residual_scalars)")
 HEAD = "head.kernel"
 
 CHOICES = {
-    "hidden_optimizer": ("muon", "normuon", "muonh", "soap", "adamw"),
+    "hidden_optimizer": ("muon", "normuon", "adamw"),
     "schedule": ("constant", "cosine", "linear", "constant_linear"),
     "decay_schedule": ("constant", "cosine", "linear"),
     "newton_schulz": ("classical", "polar_express"),
     "muon_scale": ("aspect", "rms"),
 }
+REMOVED = [("muon_by_head", False)]  # settings of some builds, at the value at which they did nothing
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class OptimizerConfig:
     muon_lr: Positive = 0.02
     use_muon: bool = True
     hidden_optimizer: str = "muon"
-    muon_by_head: bool = False
-    head_dim: int = 0  # the model says which are allowed; 0: unknown, and no matrix is cut
     muon_momentum: BelowOne = 0.95
     muon_momentum_start: BelowOne = 0.95
     muon_momentum_warmup_steps: CountOrNone = 0
@@ -77,8 +73,6 @@ class OptimizerConfig:
             raise ValueError(f"betas: must be two numbers at least 0 and below 1, got {self.betas}")
         if not self.use_muon and self.hidden_optimizer not in ("muon", "adamw"):
             raise ValueError(f"use_muon: must be True with hidden_optimizer {self.hidden_optimizer}")
-        if self.muon_by_head and "muon" not in self.hidden:
-            raise ValueError(f"muon_by_head: {self.hidden} takes no matrix apart; set it to False")
 
     @property
     def hidden(self) -> str:
@@ -96,31 +90,22 @@ class Group(NamedTuple):
     members: str  # what the parameters are called, in the plural
     rate: str  # the setting with their peak learning rate, under whose name the rate is logged; it ends in lr
     make: Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]  # gradients -> updates, at a rate of 1
-    keeps_norm: bool = False  # the matrices keep their norms, and do not decay
-    one_cpu_device: bool = False  # LAPACK's kernels in jaxlib wait for the threads that a CPU's devices occupy
 
 
 def _muon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
     warmup: dict[str, Any] = {"start_momentum": c.muon_momentum_start, "warmup_steps": c.muon_momentum_warmup_steps}
     iteration: dict[str, Any] = {"newton_schulz": c.newton_schulz, "newton_schulz_steps": c.newton_schulz_steps}
-    columns = lambda name: c.head_dim if c.muon_by_head and BY_HEAD.fullmatch(name) else 0
-    return scale_by_muon(c.muon_momentum, **warmup, **iteration, scale=c.muon_scale, columns=columns, mesh=mesh)
+    return scale_by_muon(c.muon_momentum, **warmup, **iteration, scale=c.muon_scale, mesh=mesh)
 
 
 def _normuon(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
     return optax.chain(_muon(c, mesh), normalise_neurons(c.muon_scale))
 
 
-def _muonh(c: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
-    return optax.chain(_muon(c, mesh), unit_norm())
-
-
 GROUPS = {  # by label, see `labels_of`
     "adamw": Group("AdamW", "other arrays", "lr", lambda c, _: optax.scale_by_adam(*c.betas, c.eps)),
     "muon": Group("Muon", "matrices", "muon_lr", _muon),
     "normuon": Group("NorMuon", "matrices", "muon_lr", _normuon),
-    "muonh": Group("MuonH", "matrices", "muon_lr", _muonh, keeps_norm=True),
-    "soap": Group("SOAP", "matrices", "lr", lambda c, mesh: scale_by_soap(*c.betas, c.eps, mesh=mesh), False, True),
 }
 
 
@@ -188,13 +173,12 @@ def make_optimizer(
     """
     labels = labels_of(params, config)
     shape = schedule_shape(config, total_steps, first_total)
-    decays = lambda name: decayed(name, config.decay_embeddings) and not GROUPS[labels[name]].keeps_norm
-    decay = config.weight_decay, lambda tree: {name: decays(name) for name in tree}, config.decay_schedule, total_steps
+    mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
+    decay = config.weight_decay, mask, config.decay_schedule, total_steps, config.cautious_decay
     parts: dict[Hashable, optax.GradientTransformation] = {}
     for label, group in groups_of(labels).items():
-        steps = [group.make(config, mesh), decay_weights(*decay, config.cautious_decay)]
-        steps += [descend(getattr(config, group.rate), shape), *[keep_norm()] * group.keeps_norm]
-        parts[label] = optax.chain(*steps)
+        rate = descend(getattr(config, group.rate), shape)
+        parts[label] = optax.chain(group.make(config, mesh), decay_weights(*decay), rate)
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels), *average)
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
