@@ -202,7 +202,8 @@ class Trainer:
             old = run_lib.config_of(meta, self.workdir)
             self.total_before = total(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         self.first_total = (meta or {}).get("first_total", self.total_before)
-        self.kept = kept(self.mesh, config_lib.to_dict(config), self.model_config, self.total, self.first_total)
+        of_batches = config.batch_size, config.steps_per_dispatch, config.seed if config.dropout else None
+        self.kept = kept(self.mesh, settings, health, self.model_config, self.total, self.first_total, *of_batches)
         return make(self.total, self.first_total)
 
     def _time(self, step: Step, key: jax.Array) -> int:

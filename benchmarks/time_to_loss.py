@@ -2,6 +2,7 @@
 
     python -m benchmarks.time_to_loss                                     # to 1.8857, cold and warm, three seeds
     python -m benchmarks.time_to_loss --config=configs/shakespeare.py --target=1.56 --seconds=142
+    python -m benchmarks.time_to_loss --against=50f8da0 --caches warm     # and an earlier build, in turns
 
 Each run is the whole process `python main.py --config=...`, timed from outside. Its losses are exact: the whole
 validation split. Cold is with an empty compile cache, warm with what one run before left. The text must be there
@@ -9,6 +10,7 @@ already; packages are installed. With --seconds a run counts for what stood on t
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,14 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(config: str, seed: int, cache: Path, overrides: list[str], seconds: float = math.inf) -> dict[str, Any]:
-    """One run of main.py, ended after so many seconds: how long it took, and the rows of its metrics.
+def run(
+    config: str, seed: int, cache: Path, overrides: list[str], seconds: float = math.inf, build: Path = ROOT
+) -> dict[str, Any]:
+    """One run of a build's main.py, ended after so many seconds: how long it took, and the rows of its metrics.
 
     Each row has, as "at", the seconds from the shell prompt until it stood on the disk.
 
@@ -37,7 +42,7 @@ def run(config: str, seed: int, cache: Path, overrides: list[str], seconds: floa
         command += [f"--config.seed={seed}", *overrides]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         start = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=build, env=environment, stdout=subprocess.DEVNULL)
         rows: list[dict[str, Any]] = []
         while (running := process.poll() is None) and time.monotonic() - start < seconds:
             rows += read(metrics, len(rows), time.monotonic() - start)
@@ -76,6 +81,24 @@ def summary(result: dict[str, Any], target: float) -> dict[str, Any]:
     }
 
 
+SECONDS = "to the first logged step (s)", "whole process (s)", "target on the disk after (s)"
+
+
+def medians(rows: list[dict[str, Any]], key: str) -> str:
+    """The median of a column for each kind of start."""
+    kinds = sorted({row["compile cache"] for row in rows})
+    return ", ".join(f"{k} {statistics.median(r[key] for r in rows if r['compile cache'] == k):.1f} s" for k in kinds)
+
+
+def ratio(rows: list[dict[str, Any]], key: str) -> str:
+    """For each kind of start, the median over seeds of this build's seconds over the other's, where both have some."""
+    found: dict[str, list[float]] = {}
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        if all(isinstance(row[key], float) for row in (ours, theirs)):
+            found.setdefault(ours["compile cache"], []).append(ours[key] / theirs[key])
+    return ", ".join(f"{kind} {statistics.median(values):.2f}" for kind, values in found.items()) or "not reached"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/shakespeare_fast.py")
@@ -83,30 +106,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="the time that a run may take")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--caches", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
+    parser.add_argument("--against", metavar="REVISION", help="an earlier build to time beside, as git names it")
     parser.add_argument("--out", type=Path, help="the folder of the JSON; default benchmarks/results")
     flags, overrides = parser.parse_known_args(argv)
 
-    from benchmarks.harness import RESULTS, report
+    from benchmarks.harness import RESULTS, build_of, report
 
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {seed: Path(folder) / str(seed) for seed in flags.seeds}
+    rows, earlier = [], build_of(flags.against) if flags.against else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, earlier as place:
+        builds = {"this": ROOT} | ({flags.against: place} if place else {})
+        caches = {(build, seed): Path(folder) / f"{build}-{seed}" for build in builds for seed in flags.seeds}
         if not any(word.startswith("--config.data_dir") for word in overrides):
             overrides = [f"--config.data_dir={ROOT / 'data'}", *overrides]
-        filled = caches[flags.seeds[0]]  # by the first cold run, or by one that does not count
+        filled = {build: caches[build, flags.seeds[0]] for build in builds}  # by a run that does not count, if not cold
         if "cold" not in flags.caches:
-            run(flags.config, flags.seeds[0], filled, overrides)
-        for kind in sorted(flags.caches):
-            for seed in flags.seeds:
-                result = run(flags.config, seed, filled if kind == "warm" else caches[seed], overrides, flags.seconds)
-                rows.append({"compile cache": kind, "seed": seed, **summary(result, flags.target)})
-                print(rows[-1], file=sys.stderr)
-    median = lambda cache: statistics.median(row["whole process (s)"] for row in rows if row["compile cache"] == cache)
-    medians = ", ".join(f"{cache} {median(cache):.1f} s" for cache in sorted(flags.caches))
+            for build, where in builds.items():
+                run(flags.config, flags.seeds[0], filled[build], overrides, build=where)
+        for kind, seed, (build, where) in itertools.product(sorted(flags.caches), flags.seeds, builds.items()):
+            cache = filled[build] if kind == "warm" else caches[build, seed]
+            result = run(flags.config, seed, cache, overrides, flags.seconds, where)
+            about = {"build": build} if place else {}
+            rows.append({**about, "compile cache": kind, "seed": seed, **summary(result, flags.target)})
+            print(rows[-1], file=sys.stderr)
+    words = [f"Whole process, medians: {medians(rows, 'whole process (s)')}."]
+    if place:
+        words = [f"{key}, this build over {flags.against}: {ratio(rows, key)}." for key in SECONDS]
     limit = f", ended after {flags.seconds:.0f} s" if flags.seconds < math.inf else ""
     name = f"time_to_loss_{Path(flags.config).stem}"
     title = f"{flags.config} to a validation loss of {flags.target}{limit}"
-    report(name, title, rows, f"Whole process, medians: {medians}.", flags.out or RESULTS)
+    report(name, title, rows, " ".join(words), flags.out or RESULTS)
 
 
 if __name__ == "__main__":

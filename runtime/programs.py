@@ -138,7 +138,10 @@ class Kept:
         self._start: Path | None = None
         self._unchecked: tuple[Callable, Any, str] | None = None
         folder = jax.config.jax_compilation_cache_dir or "://"
-        with contextlib.suppress(Exception):  # all of this only saves time; `values` is no promise of JAX's
+        with contextlib.suppress(Exception):  # all of this only saves time, by what JAX does not promise to keep
+            from jax.experimental import serialize_executable  # here, as what a thread loads would be hashed or not
+
+            self._serializer = serialize_executable
             debugging = jax.config.values["jax_debug_nans"] or jax.config.values["jax_debug_infs"]
             if is_one_command() and num_processes() == 1 and "://" not in folder and not debugging:
                 self._devices = list(devices)
@@ -194,15 +197,13 @@ class Kept:
 
     def _read(self) -> tuple[Callable, str] | None:
         """The program as a function of arrays, and the hash of its text; None where there is none to be trusted."""
-        from jax.experimental import serialize_executable
-
         with contextlib.suppress(Exception):  # whatever a file holds, the program can be compiled
             start = parse_json(_read_sealed(self._start))
             program = _read_sealed(self._start.with_name(start["program"]))
             takes, gives = (jax.tree.structure((0,) * number) for number in start["arrays"])
             structures = jax.tree.structure((takes.unflatten([0] * takes.num_leaves), {})), gives
             places = {"backend": self._devices[0].client, "execution_devices": self._devices}
-            return serialize_executable.deserialize_and_load(program, *structures, **places), start["text"]
+            return self._serializer.deserialize_and_load(program, *structures, **places), start["text"]
         return None
 
     def _compile(self, function: Callable, shapes: Any) -> Callable:
@@ -222,12 +223,10 @@ class Kept:
 
         One that JAX had `known`, and has read from its cache, cannot be written again: what comes of it does not run.
         """
-        from jax.experimental import serialize_executable
-
         with contextlib.suppress(Exception):  # not every kind of device can write it, and the disk may be full
             program = self._start.with_name(f"program-{key}")
             if not known:
-                _write_sealed(program, serialize_executable.serialize(compiled)[0])
+                _write_sealed(program, self._serializer.serialize(compiled)[0])
             if program.exists():
                 told = {"program": program.name, "arrays": arrays, "text": _hash_of_text(lowered)}
                 _write_sealed(self._start, json.dumps(told).encode())

@@ -169,6 +169,14 @@ def test_the_parts_of_the_recipe(tmp_path, text):
     assert saved and all(row["steps to 9"] == "2" and row["steps to 0.1"] == "not reached" for row in saved)
 
 
+def test_an_earlier_build_is_a_ratio_of_each_seed():
+    key, rows = "to the first logged step (s)", []
+    for cache, seconds in (("cold", [2.0, 4.0, 3.0, 4.0, 9.0, 10.0]), ("warm", [1.0, 4.0, None, 3.0])):
+        rows += [{"compile cache": cache, key: x} for x in seconds]
+    assert time_to_loss.ratio(rows, key) == "cold 0.75, warm 0.25"
+    assert time_to_loss.ratio([{"compile cache": "warm", key: "not reached"}] * 2, key) == "not reached"
+
+
 @pytest.mark.once
 def test_time_to_a_loss(tmp_path, text):
     run = ["--seeds", 5, "--caches", "cold", "--target=9", f"--out={tmp_path}"]
