@@ -202,8 +202,9 @@ class Trainer:
             old = run_lib.config_of(meta, self.workdir)
             self.total_before = total(old, replace(self.batches, **at(old, run_lib.micro_step_of(meta))))
         self.first_total = (meta or {}).get("first_total", self.total_before)
-        of_batches = config.batch_size, config.steps_per_dispatch, config.seed if config.dropout else None
-        self.kept = kept(self.mesh, settings, health, self.model_config, self.total, self.first_total, *of_batches)
+        of_batches = config.batch_size, config.steps_per_dispatch
+        seed = config.seed if config.dropout or config.steps_per_dispatch > 1 else None  # loops keep what has no effect
+        self.kept = kept(self.mesh, settings, health, self.model_config, self.total, self.first_total, of_batches, seed)
         return make(self.total, self.first_total)
 
     def _time(self, step: Step, key: jax.Array) -> int:
@@ -320,7 +321,7 @@ class Trainer:
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)
-            with self.clock.pause():
+            with self.clock.pause(), self.watchdog.pause():
                 check(self.kept)
                 self.checkpoints.load_orbax()
         if due(config.sample_every):

@@ -453,7 +453,7 @@ def rebuilt(page: str) -> str:
         missing = cell is None or any(len(arms.get(arm, {})) < len(cell.seeds) for arm in cell.arms)
         timed = set(arms) - {MORE_STEPS} if MORE_STEPS in arms else set()
         missing |= not timed <= read_costs().get(name, {}).keys()
-        lines = ["Not trained to its end yet."] if missing else TABLES[kind](name)
+        lines = ["Not trained and timed to its end yet."] if missing else TABLES[kind](name)
         return begin + "\n" + "\n".join(lines) + "\n\n" + end
 
     return _BLOCK.sub(table, page)
@@ -467,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         each.add_argument("cells", nargs="*", choices=[*NAMES, []], metavar="CELL", help=", ".join(NAMES))
         if command == "cost":
             each.add_argument("--rounds", type=int, default=15)
-            each.add_argument("--steps", type=int, default=10, help="timed together; SOAP decomposes in one of ten")
+            each.add_argument("--steps", type=int, default=10, help="timed together")
     commands.add_parser("page")
     one = commands.add_parser("again")
     one.add_argument("row", nargs=3, metavar=("CELL", "ARM", "SEED"))

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if place:
         words = [f"{key}, this build over {flags.against}: {ratio(rows, key)}." for key in SECONDS]
     limit = f", ended after {flags.seconds:.0f} s" if flags.seconds < math.inf else ""
-    name = f"time_to_loss_{Path(flags.config).stem}"
+    name = f"time_to_loss_{Path(flags.config).stem}" + "_against" * bool(place)
     title = f"{flags.config} to a validation loss of {flags.target}{limit}"
     report(name, title, rows, " ".join(words), flags.out or RESULTS)
 

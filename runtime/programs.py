@@ -129,8 +129,8 @@ class Kept:
 
     JAX's cache is asked with the traced program, and tracing takes longer than to read it. A program is kept beside
     that cache, under the hash of what it was made of and of the state of every file that its process had loaded. What
-    that misses, `check` finds, which traces the function after all, once there is time. All this only in a process that
-    runs one command: elsewhere functions may have been exchanged.
+    that misses, `is_current` finds, which traces the function after all, once there is time. All this only in a process
+    that runs one command: elsewhere functions may have been exchanged.
     """
 
     def __init__(self, made_of: str, devices: Iterable[jax.Device]) -> None:
@@ -169,6 +169,9 @@ class Kept:
             except jax.errors.JaxRuntimeError:
                 self._forget()
                 raise
+            except (TypeError, ValueError):  # JAX refuses arguments of other types or places than it was compiled for
+                program = self._compile(function, shapes)
+                return program(*args)
             self._unchecked = function, shapes, text
             return made
 
@@ -182,18 +185,16 @@ class Kept:
 
         return call
 
-    def check(self) -> None:
-        """Raises UserError if the program that runs is not the one to which the function is traced now."""
+    def is_current(self) -> bool:
+        """Whether the program that runs is the one to which the function is traced now; if not, it is removed."""
         if not self._unchecked:
-            return
+            return True
         function, shapes, text = self._unchecked
         self._unchecked = None
-        if _hash_of_text(function.lower(*shapes)) != text:
+        current = _hash_of_text(function.lower(*shapes)) == text
+        if not current:
             self._forget()
-            raise UserError(
-                f"{self._start}: the compiled program that was kept here is not what the source gives now, though no "
-                "Python file has changed; it is removed, and nothing of this session was saved: start it again"
-            )
+        return current
 
     def _read(self) -> tuple[Callable, str] | None:
         """The program as a function of arrays, and the hash of its text; None where there is none to be trusted."""
@@ -233,7 +234,8 @@ class Kept:
             for kind in ("program", "start"):
                 paths = sorted(program.parent.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
                 for old in paths[:-_MOST_KEPT]:
-                    old.unlink()
+                    for file in (old, *old.parent.glob(f"{old.name.removeprefix('program-')}-sealed*")):
+                        file.unlink()  # JAX's too, as what JAX has is not kept again
 
     def _forget(self) -> None:
         with contextlib.suppress(OSError):

@@ -4,16 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, arguments, assert_one_line, losses, run_main, tiny_config
 
 PROCESS = """if True:
     import os, sys
     import jax
     import edited
     from runtime import processes, programs
-    from runtime.errors import UserError
 
     made_of, command, size = sys.argv[1], sys.argv[2] == "command", int(sys.argv[3])
     if command:
@@ -33,10 +33,8 @@ PROCESS = """if True:
             tree = {"k": jax.numpy.float32(5), "key": jax.random.key(0)}
             result = function(tree, jax.numpy.arange(count, dtype="float32"))
         before = before if count > size else len(traced)
-    try:
-        kept.check()
-    except UserError as error:
-        sys.exit(str(error))
+    if not kept.is_current():
+        sys.exit("not what it is traced to now")
     print(["taken", "traced"][before], result["a"], [float(x).hex() for x in result["b"]])
 """
 
@@ -73,10 +71,12 @@ def test_a_program_is_kept_for_the_next_process_that_runs_one_command(tmp_path, 
     assert len([*tmp_path.glob("cache/program-*")]) == 1 and len([*tmp_path.glob("cache/start-*")]) == 2
 
 
-def test_arguments_of_another_shape_are_traced(start):
+def test_arguments_of_another_shape_are_traced_and_kept(start):
     start("a", "command", "4")
     _, result = start("c", "command", "5")
     assert start("a", "command", "5") == ("traced", result)
+    assert start("a", "command", "5") == ("taken", result)
+    start("a", "command", "4")
     assert start("a", "command", "4", "then one larger") == ("taken", result)
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_only_one_of_the_processes_loads_keeps_them_apart(tmp_path, 
 def test_what_no_file_tells_is_found_when_it_is_traced_again(tmp_path, start):
     """As a variable of the environment which the source reads, or a file of numbers."""
     _, result = start("a", "command", "4", FACTOR="1")
-    start("a", "command", "4", FACTOR="2", fails="is not what the source gives now")
+    start("a", "command", "4", FACTOR="2", fails="not what it is traced to now")
     first, changed = start("a", "command", "4", FACTOR="2")
     assert first == "traced" and changed != result
     assert start("a", "command", "4", FACTOR="2") == ("taken", changed)
@@ -132,3 +132,52 @@ def test_what_jax_has_read_from_its_cache_is_not_written_again(tmp_path, start):
     for _ in range(2):
         assert start("a", "command", "4") == ("traced", result)
     assert not program.exists()
+
+
+# --- In a run -----------------------------------------------------------------------------------------------------
+
+PATCH = """if True:
+    import os
+    import jax
+    plain = jax.nn.logsumexp
+    jax.nn.logsumexp = lambda *args, **options: float(os.environ["FACTOR"]) * plain(*args, **options)
+"""
+
+
+@pytest.fixture
+def train(tmp_path: Path):
+    """Runs `main.py train` with the changes in a new workdir, on one cache: its process, and that workdir."""
+    (tmp_path / "cache").mkdir()
+
+    def train(fails: bool = False, variables: dict[str, str] | None = None, **changes: Any) -> Path:
+        workdir = tmp_path / f"run{len([*tmp_path.iterdir()])}"
+        settings = {"max_steps": 4, "eval_every": 4, "log_every": 4, "report": False, "sample_every": 0} | changes
+        config = tiny_config(cpu_devices="2", **settings)
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")} | (variables or {})
+        done = run_main(*arguments(config, workdir), **environment)
+        assert done.returncode == (2 if fails else 0), done.stderr
+        if fails:
+            assert_one_line(done.stderr, "compiled programs", "they are removed", "start it again")
+        return workdir
+
+    return train
+
+
+@pytest.mark.once
+def test_runs_of_other_seeds_meshes_and_lengths_of_dispatches_take_no_program_of_each_other(train):
+    """In a loop the seed is in the program, even without dropout."""
+    alone = losses(train(steps_per_dispatch=1))
+    for changes in ({"seed": 1}, {"steps_per_dispatch": 2}, {"steps_per_dispatch": 2, "seed": 1}, {"mesh": "fsdp=2"}):
+        assert losses(train(**changes)) == losses(train(**changes)), changes
+    assert losses(train(steps_per_dispatch=1)) == alone
+
+
+@pytest.mark.once
+def test_a_stale_program_ends_the_run_before_it_saves(tmp_path, train):
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(PATCH)
+    one, two = ({"PYTHONPATH": str(tmp_path / "patch"), "FACTOR": factor} for factor in ("1", "2"))
+    kept = losses(train(variables=one))
+    workdir = train(fails=True, variables=two, log_every=4, save_every=1)
+    assert not [*(workdir / "checkpoints").glob("[0-9]*")]
+    assert losses(train(variables=two)) != kept

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from runtime.errors import UserError
 from runtime.programs import Kept
 from training.step import Step, TrainState
 from transformer.xla import jit_for, target_of
@@ -49,13 +50,16 @@ def kept(mesh: Mesh, *made_of: Any) -> dict[str, Kept]:
 
     made_of: what the step and the shape of its batches depend on besides devices and source.
     """
-    return {name: Kept(f"{name} {made_of}", mesh.devices.flat) for name in ("init", "run")}
+    return {name: Kept(f"{name} {mesh.shape_tuple} {made_of}", mesh.devices.flat) for name in ("init", "run")}
 
 
 def check(kept: Mapping[str, Kept]) -> None:
-    """Raises UserError if a program that was kept is not what it would be now."""
-    for program in kept.values():
-        program.check()
+    """Raises UserError if a program that was kept is not what it would be now; then none of them is kept any more."""
+    if not all([program.is_current() for program in kept.values()]):
+        raise UserError(
+            "compiled programs: those that were kept are not what the source gives now, for a reason that no file or "
+            "setting tells; they are removed, and nothing of this session was saved: start it again"
+        )
 
 
 def ready(step: Step, several: bool, kept: Mapping[str, Kept]) -> tuple[Callable, Callable]:
