@@ -231,12 +231,15 @@ def _named(key: str, value: Any) -> Any:
     return sink_name(value) if key == "attention_sink" else value
 
 
+def without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved config without the keys of earlier builds that did nothing at the value that they have."""
+    return {key: value for key, value in values.items() if (key, value) not in optimizer_lib.REMOVED}
+
+
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The config that `to_dict` wrote; keys that it lacks take their defaults. Raises UserError as `check` does."""
     config = default.get_config()
-    for key, value in values.items():
-        if (key, value) in optimizer_lib.REMOVED:
-            continue
+    for key, value in without_removed(values).items():
         if key not in config:
             raise UserError(f"config.{key}: unknown key in the run's config.json")
         try:

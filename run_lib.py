@@ -28,7 +28,7 @@ from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from training.health import first_not_finite
 from training.micro_batch import largest_part
-from training.optimizer import REMOVED, OptimizerConfig
+from training.optimizer import OptimizerConfig
 from training.precision import Choice, best_here
 from training.step import Step, TrainState, make_step
 from transformer.config import CHOICES as MODEL_CHOICES
@@ -109,7 +109,7 @@ def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if a value is not allowed.
     """
     known = default.get_config()
-    saved = {key: value for key, value in saved.items() if (key, value) not in REMOVED}
+    saved = config_lib.without_removed(saved)
     checked = _checked(workdir, {key: value for key, value in saved.items() if key in known})
     return saved | config_lib.to_dict(checked)
 

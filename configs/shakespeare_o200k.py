@@ -2,7 +2,7 @@
 
 python main.py --config=configs/shakespeare_o200k.py
 
-On two CPU cores the process peaked at 4.53 GB resident (two steps, each with evaluation, a sample and a checkpoint);
+On two CPU cores an earlier build peaked at 4.53 GB resident (two steps, each with evaluation, sample and checkpoint);
 the logits of one batch alone would be 6.6 GB, and their gradient as much. A step of 8 x 1024 tokens took 76 to 84 s
 there, beside other work: made for a GPU, where it has not been timed. The first loss to expect is ln 200019 = 12.206.
 """

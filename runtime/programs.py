@@ -260,8 +260,9 @@ def _hash_of(made_of: str, devices: list[jax.Device]) -> str:
     return hashlib.sha256(repr((*told, _loaded_files())).encode()).hexdigest()
 
 
+@cache
 def _loaded_files() -> list[tuple[str, int, int, int]]:
-    """Every file that this process has loaded as a module: its size, when it was changed, and when its entry was."""
+    """Every file that this process had loaded as a module by then: its size, when it was changed, and its entry was."""
     paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
     found = ((path, os.stat(path)) for path in sorted(paths))
     return [(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for path, state in found]

@@ -87,6 +87,27 @@ def test_optimizers_train_at_their_best_rate_for_equal_time(rows):
     assert arms["NorMuon"] == {"hidden_optimizer": "normuon", "muon_lr": 0.03, "max_steps": 800}
 
 
+def test_what_was_taken_out_is_compared_and_shown_with_the_others(rows):
+    rates = laboratory.cells()["rates"].arms
+    rows("rates", {arm: [1.0 + ("0.03" not in arm)] for arm in rates})
+    costs = {"rates": {name: {"median": 1.0} for name in laboratory.OPTIMIZERS}}
+    (laboratory.ROWS / "cost.json").write_text(json.dumps(costs))
+    arms = laboratory.cells()["optimizers"].arms
+    rows("optimizers", {arm: [1.5, 1.6, 1.7, 1.8, 1.9] for arm in arms})
+    gone = [("optimizers", "Gone", seed, x) for seed, x in enumerate([1.51, 1.62, 1.7, 1.83, 1.9])]
+    gone += [("rates", f"Gone, lr {rate}", 5, x) for rate, x in (("0.1", 2.5), ("0.02", 2.25))]
+    keys = "cell", "arm", "seed", "val_loss", "command"
+    lines = [json.dumps(dict(zip(keys, (*row, "--config.max_steps=640"), strict=True))) + "\n" for row in gone]
+    (laboratory.ROWS / "taken_out.jsonl").write_text("".join(lines))
+    table = laboratory.losses_table("optimizers")
+    expected = stats.ttest_rel([1.51, 1.62, 1.7, 1.83, 1.9], [1.5, 1.6, 1.7, 1.8, 1.9])
+    assert f"| at p < {0.05 / len(arms):.2g} |" in table[0]  # it is one of the comparisons
+    cells = table[-1].strip("| ").split(" | ")
+    assert cells[0] == "Gone (taken out)" and cells[2].startswith("+0.0120") and cells[3] == f"{expected.pvalue:.2g}"
+    assert cells[-1] == "640"
+    assert laboratory.rates_table("rates")[-1] == "| Gone | `lr` | **2.2500** at 0.02, 2.5000 at 0.1 |"
+
+
 def test_rows_are_trained_once_and_anew_to_the_same_bits(rows, monkeypatch, capsys):
     text = SCRATCH / "laboratory.txt"
     text.write_text(make_text(300), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The program begins anew with large pages: once, as the same process, and only where that changes anything."""
+"""The program begins anew with large pages, once and only where that changes anything, and gives memory back."""
 
 import json
 import os
