@@ -137,7 +137,7 @@ def cells() -> dict[str, Cell]:
     made = {
         "main": Cell({}, FORMS),
         "recipe": Cell(best, RECIPE, [TUNING]),
-        "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST),
+        "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST | {"exclusive": FORMS["exclusive"]}),
         "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
         "rates": Cell({}, _rates(), [TUNING]),
         "bpe": Cell({"tokenizer": TOKENIZER}, FEW | {"value embeddings": FORMS["value embeddings"]}),
