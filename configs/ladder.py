@@ -3,21 +3,21 @@
 python main.py --config=configs/ladder.py:DEPTH
 python main.py sweep --config=configs/ladder.py:2,3,4,5,6 --seeds=3     (docs/using.md: how the loss falls with FLOPs)
 
-Depth 4 is the model of shakespeare.py, whose rates were tuned; other depths are unmeasured. With B sequences a step:
+Depth 4 is the model of shakespeare.py. With B sequences a step:
 
 - width 32 depth, heads of 32, an MLP four times as wide: matrices keep their aspect, parameters grow as depth^3.
 - tokens 2^18 depth. Parameters^0.37 is the allocation of Kaplan et al. (arXiv:2001.08361). Hoffmann's, in proportion to
   parameters (arXiv:2203.15556), would read the 1.0 million characters 50 times at depth 6; up to four times, which is
   depth 15, repeated text is worth nearly as much as new text (arXiv:2305.16264).
 - B in proportion to tokens^0.383, whatever the model's size (arXiv:2505.13738, 2410.21676), rounded to an even number.
-- muon_lr in proportion to B^0.5, whatever the width: an orthogonalised update times sqrt(out/in) has the spectral norm
-  that changes features alike at every width (arXiv:2310.17813). The residual branches have no factor for depth, so
-  nothing says that the rate carries over in depth: only a sweep does.
+- muon_lr 0.01 at depth 4, in proportion to B^0.5, whatever the width: an orthogonalised update times sqrt(out/in) has
+  the spectral norm that changes features alike at every width (arXiv:2310.17813). The residual branches have no factor
+  for depth, so nothing says that the rate carries over in depth; it does from 2 to 6 (docs/using.md).
 - lr in proportion to B^0.5 (Adam's scaling rule, arXiv:2205.10287) and to width^-0.5. muP (arXiv:2203.03466) wants
   width^0 for embeddings and vectors and width^-1 for the head; one rate trains both here, and this is their geometric
   mean. The head begins at 0, as muP advises.
-- weight_decay such that the time in which weights are forgotten, 1 / (muon_lr weight_decay) steps, is a third of the
-  run (arXiv:2405.13698): 0.1 at depth 4, as in shakespeare_best.py.
+- weight_decay such that the time in which weights are forgotten, 1 / (muon_lr weight_decay) steps, is the run's
+  (arXiv:2405.13698: it is to be kept as the run grows; docs/findings-on-sinks.md: 0.1 at depth 4 is near the best).
 """
 
 import re
@@ -47,7 +47,7 @@ def get_config(depth: str = "4") -> ConfigDict:
     config.eval_every = config.save_every = -(-config.max_steps // 4)
 
     noise = (config.batch_size / tuned_batch) ** 0.5
-    config.muon_lr = round(config.muon_lr * noise, 5)
+    config.muon_lr = round(0.01 * noise, 5)
     config.lr = round(config.lr * noise * ratio**-0.5, 5)
-    config.weight_decay = round(3 / (config.muon_lr * config.max_steps), 4)
+    config.weight_decay = round(1 / (config.muon_lr * config.max_steps), 4)
     return config
