@@ -84,7 +84,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "gate by channel": {"attention_sink": "none", "attention_gate": "channel"},
     "sink: logit, gate by head": {"attention_gate": "head"},
     "exclusive": {"attention_sink": "none", "exclusive_attention": True},
-    "value embeddings": {"attention_sink": "none", "value_embeddings": True},
     "residual scalars": {"attention_sink": "none", "residual_scalars": True},
     MORE_STEPS: {"attention_sink": "none", "max_steps": round(LONGER * STEPS)},
 }
@@ -108,7 +107,6 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gate, residual scalars, gelu, NorMuon": _GELU | {"hidden_optimizer": "normuon"},
     "gate, residual scalars, gelu, cautious decay": _GELU | {"cautious_decay": True},
     "gate, residual scalars, gelu, decay falls": _GELU | {"decay_schedule": "linear"},
-    "gate, residual scalars, value embeddings": _BOTH | {"value_embeddings": True},
     "gate, residual scalars, decay 0.05": _BOTH | {"weight_decay": 0.05},
     "gate, residual scalars, batch 12": _BOTH | {"batch_size": 12, "max_steps": 3067, "eval_every": 767},
 }
@@ -143,7 +141,7 @@ def cells() -> dict[str, Cell]:
         "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST | {"exclusive": FORMS["exclusive"]}),
         "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
         "rates": Cell({}, _rates(), [TUNING]),
-        "bpe": Cell({"tokenizer": TOKENIZER}, FEW | {"value embeddings": FORMS["value embeddings"]}),
+        "bpe": Cell({"tokenizer": TOKENIZER}, FEW),
         "larger": Cell(larger, FEW),
         "half": Cell({}, {"float32": {}, "products of bfloat16": {"dtype": "bfloat16_matmul"}}),
     }
@@ -339,8 +337,14 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         first, *_ = seconds.values()
         ratios = {arm: spread([a / b for a, b in zip(x, first, strict=True)]) for arm, x in seconds.items()}
         print(name, {arm: f"{1000 * statistics.median(values) / steps:.1f} ms" for arm, values in seconds.items()})
-        told = {"machine": machine(), "steps": steps}
+        told = {"machine": machine(), "steps": steps} | _costs_of_taken_out(name)
         (ROWS / "cost.json").write_text(json.dumps(read_costs() | {name: told | ratios}, indent=1) + "\n")
+
+
+def _costs_of_taken_out(name: str) -> dict[str, Any]:
+    """What was timed of arms that can no longer be."""
+    costs = read_costs().get(name, {})
+    return {row["arm"]: costs[row["arm"]] for row in taken_out(name) if row["arm"] in costs}
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -409,8 +413,9 @@ def heads_table(name: str) -> list[str]:
     """What heads do and how far the model goes beyond its context, as means over seeds: lines of Markdown."""
     head = ["arm", "to sinks", "to the first token", "sink rate", "to separators", "entropy", "largest activation"]
     head += ["kurtosis", "spikes", "loss at 2 x context", "without tokens farther away", "at 4 x", "without"]
-    rows, lines = rows_of(name), []
-    for arm in cells()[name].arms:
+    gone, lines = taken_out(name), []
+    rows = [*rows_of(name), *gone]
+    for arm in [*cells()[name].arms, *dict.fromkeys(row["arm"] for row in gone)]:
         of_arm = [row for row in rows if row["arm"] == arm]
         mean = lambda key, of_arm=of_arm: statistics.fmean(row["heads"][key] for row in of_arm)
         shares = [f"{mean(key):.1%}" for key in ("sink_share", "first_share")]

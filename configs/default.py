@@ -44,7 +44,6 @@ def get_config() -> ConfigDict:
     config.sink_pattern = "S"  # S sinks, N none, repeated over the layers; "SN" with window_pattern "LG": in local ones
     config.attention_gate = "none"  # attention's output times a sigmoid of its input: none | head | channel
     config.exclusive_attention = False  # attention's output loses its component along the token's own value
-    config.value_embeddings = False  # every other layer adds a second, gated embedding of each token to its values
     config.residual_scalars = False  # each block scales the residual stream, and adds some of what entered the first
     config.sliding_window = 0  # how many keys a query in a local layer sees, its own included; 0: all
     config.window_pattern = "L"  # L local, G global, repeated over the layers: "LG" alternates

@@ -78,8 +78,8 @@ class Family:
 
 
 _PLAIN_BLOCKS = {
-    **{"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False},
-    **{"value_embeddings": False, "residual_scalars": False},
+    **{"sink_pattern": "S", "attention_gate": "none"},
+    **{"exclusive_attention": False, "residual_scalars": False},
 }
 
 GPT2 = Family(

@@ -70,7 +70,6 @@ MORE = {  # what else a step can be asked for, all at once
     "attention_gate": "head",
     "exclusive_attention": True,
     "num_blocks": 4,
-    "value_embeddings": True,
     "residual_scalars": True,
 }
 

@@ -44,9 +44,7 @@ FAMILIES = {
         **{"num_blocks": 2, "sliding_window": 3, "window_pattern": "LG", "sink_pattern": "SN"},
         **{"attention_gate": "head", "exclusive_attention": True},
     },
-    "a second embedding in the values, scaled residuals": {  # in layers 0 and 2 of three
-        **{"num_blocks": 3, "num_kv_heads": 2, "head_dim": 4, "value_embeddings": True, "residual_scalars": True},
-    },
+    "scaled residuals": {"num_blocks": 3, "num_kv_heads": 2, "head_dim": 4, "residual_scalars": True},
     "softmax off by one, gated": {"attention_sink": "zero", "attention_gate": "channel", "num_kv_heads": 2},
 }
 
@@ -105,16 +103,12 @@ class Reference:
         turned = (x_TH[:, :half] + 1j * x_TH[:, half:]) * np.exp(1j * np.arange(len(x_TH))[:, None] * frequency)
         return scale * np.concatenate([turned.real, turned.imag], axis=-1)
 
-    def attention(self, x_TD, name, window, sinks, tokens_T):
+    def attention(self, x_TD, name, window, sinks):
         c, mixed = self.c, []
         q, k, v = (
             np.split(self.linear(x_TD, f"{name}.{part}"), heads, axis=-1)
             for part, heads in (("query", c.num_heads), ("key", c.num_kv_heads), ("value", c.num_kv_heads))
         )
-        if (second := f"{name}.value_embedding.embedding") in self.p:
-            gates_TK = 3 * sigmoid(self.linear(x_TD[:, :12], f"{name}.value_gate"))
-            rows = np.split(self.p[second][tokens_T], c.num_kv_heads, axis=-1)
-            v = [v[k] + gates_TK[:, [k]] * rows[k] for k in range(c.num_kv_heads)]
         distance_TS = np.arange(len(x_TD))[:, None] - np.arange(len(x_TD))
         for n in range(c.num_heads):
             shared = n * c.num_kv_heads // c.num_heads
@@ -157,7 +151,7 @@ class Reference:
             window = c.sliding_window if c.window_pattern[i % len(c.window_pattern)] == "L" else 0
             y_TD = self.norm(x_TD, f"blocks.{i}.attention_norm", centred)
             sinks = c.attention_sink if c.sink_pattern[i % len(c.sink_pattern)] == "S" else "none"
-            x_TD = x_TD + self.attention(y_TD, f"blocks.{i}.attention", window, sinks, tokens_T)
+            x_TD = x_TD + self.attention(y_TD, f"blocks.{i}.attention", window, sinks)
             x_TD = x_TD + self.mlp(self.norm(x_TD, f"blocks.{i}.mlp_norm", centred), f"blocks.{i}.mlp")
         head_DV = self.p["embedding.embedding"].T if c.tie_embeddings else self.p["head.kernel"]
         logits_TV = self.norm(x_TD, "final_norm", centred) @ head_DV
@@ -177,14 +171,14 @@ def test_a_family_is_a_table_of_settings_and_computes_what_they_say(random_param
         assert 1e-4 < np.sqrt(np.mean((have_BTV - want_BTV) ** 2)) / np.std(want_BTV) < 2**-5
 
 
-def test_gradients_of_value_embeddings_and_residual_scalars_are_those_of_their_definition(random_params):
+def test_gradients_of_residual_scalars_are_those_of_their_definition(random_params):
     """Of every parameter, along a random direction: against a difference quotient in float64."""
-    config = with_(**FAMILIES["a second embedding in the values, scaled residuals"])
+    config = with_(**FAMILIES["scaled residuals"])
     params, rng = random_params(config), np.random.default_rng(1)
     weight_BTV = rng.normal(size=(B, T, V))
     have = jax.jit(jax.grad(lambda params: (forward(config, params, tokens()) * weight_BTV).sum()))(params)
-    new = {name for name in params if "value_" in name or "residual" in name}
-    assert len(new) == 2 * 2 + 3 and {name.split(".")[1] for name in new if "value_" in name} == {"0", "2"}
+    new = {name for name in params if "residual" in name}
+    assert len(new) == 3
 
     def total(name, value):
         reference = Reference(config, params | {name: value})
@@ -288,9 +282,9 @@ def test_initial_weights():
     assert spread(tie_embeddings=False, output_init="zero")["head.kernel"] == (0, 0)
 
 
-@pytest.mark.parametrize("form", [{"attention_gate": "channel"}, {"value_embeddings": True}])
-def test_a_form_leaves_all_other_initial_weights_as_they_were(form):
-    without, with_it = (init_params(with_(SQUARE, num_blocks=3, **more), jax.random.key(5)) for more in ({}, form))
+def test_a_gate_leaves_all_other_initial_weights_as_they_were():
+    forms = {}, {"attention_gate": "channel"}
+    without, with_it = (init_params(with_(SQUARE, num_blocks=3, **more), jax.random.key(5)) for more in forms)
     assert without.keys() < with_it.keys()
     for name, value in without.items():
         np.testing.assert_array_equal(value, with_it[name], err_msg=name)
@@ -302,7 +296,7 @@ def test_a_form_leaves_all_other_initial_weights_as_they_were(form):
 
 
 def part_of(name):
-    parts = {"value_embedding": "value embeddings", "residual_scalars": "residual scalars", "head.": "head"}
+    parts = {"residual_scalars": "residual scalars", "head.": "head"}
     parts |= {"embedding.": "embedding", "positions.": "positions", "norm": "norms", "sink": "sinks"}
     parts |= {".attention.": "attention", ".mlp.": "mlp"}
     return next(part for sign, part in parts.items() if sign in name.replace("embedding.embedding", "embedding."))
@@ -338,8 +332,7 @@ def test_flops_per_token_counted_by_hand():
     for gate, width in (("head", 4), ("channel", 20)):
         own = flops_per_token(dataclasses.replace(config, attention_gate=gate)) - flops_per_token(config)
         assert own == 3 * 3 * 2 * 7 * width
-    second = dataclasses.replace(config, value_embeddings=True, residual_scalars=True)  # in layers 0 and 2
-    assert flops_per_token(second) - flops_per_token(config) == 3 * 2 * 2 * 7 * 2  # their gates: 7 channels, 2 heads
+    assert flops_per_token(dataclasses.replace(config, residual_scalars=True)) == flops_per_token(config)
     gated = dataclasses.replace(config, mlp="swiglu", sliding_window=3, window_pattern="LG")
     attention = 2 * 2 * 4 * 5 * (3 + 8 + 3)
     assert flops_per_token(gated) == 3 * (3 * 2 * (projections + mlp + 7 * 13) + attention + 2 * 7 * 11)
@@ -396,7 +389,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(random_params):
     @jax.jit
     def added(key):
         block = model_of(config, params).blocks[0]
-        run = lambda rngs: block(x_BTD, TokenInfo(None, None, tokens(), x_BTD), rngs)[0] - x_BTD
+        run = lambda rngs: block(x_BTD, TokenInfo(None, None, x_BTD), rngs)[0] - x_BTD
         plain, dropped = run(None), run(nnx.Rngs(dropout=key))
         silent = params | {"blocks.0.attention.out.kernel": 0 * params["blocks.0.attention.out.kernel"]}
         embedded, _ = model_of(config, silent).hidden(tokens(), rngs=nnx.Rngs(dropout=key))

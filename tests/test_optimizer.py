@@ -28,19 +28,19 @@ EVERYTHING = TransformerConfig(
     qkv_bias=True,
     attention_out_bias=True,
     tie_embeddings=False,
-    value_embeddings=True,
+    attention_gate="head",
     residual_scalars=True,
 )
 HIDDEN = {
     f"blocks.0.{layer}.kernel"
     for layer in (
-        *(f"attention.{x}" for x in ("query", "key", "value", "out", "value_gate")),
+        *(f"attention.{x}" for x in ("query", "key", "value", "out", "gate")),
         "mlp.up",
         "mlp.gate",
         "mlp.down",
     )
 }
-EMBEDDINGS = {"embedding.embedding", "positions.embedding", "blocks.0.attention.value_embedding.embedding"}
+EMBEDDINGS = {"embedding.embedding", "positions.embedding"}
 
 
 def normal(*shape, seed=0):

@@ -54,14 +54,11 @@ CONFIGS = {
         **{"sliding_window": 5, "window_pattern": "LG", "dtype": "bfloat16_matmul", "position": "rope"},
         tie_embeddings=False,
     ),
-    "sinks with keys, gates": TransformerConfig(
+    "sinks with keys, gates, scaled residuals": TransformerConfig(
         **{"vocab_size": V, "context_len": C, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
         **{"mlp_dim": 14, "tie_embeddings": False, "sliding_window": 5, "window_pattern": "LG", "sink_pattern": "SN"},
         **{"attention_sink": "key", "attention_gate": "head", "exclusive_attention": True},
-    ),
-    "a second embedding in the values": TransformerConfig(
-        **{"vocab_size": V, "context_len": C, "num_blocks": 3, "num_heads": 4, "num_kv_heads": 2, "embedding_dim": 20},
-        **{"mlp_dim": 14, "tie_embeddings": False, "value_embeddings": True, "residual_scalars": True},
+        residual_scalars=True,
     ),
     "learned positions": TransformerConfig(
         vocab_size=V, context_len=C, num_blocks=1, num_heads=2, embedding_dim=10, mlp_dim=14, tie_embeddings=False

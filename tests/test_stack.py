@@ -32,7 +32,6 @@ MODEL = TransformerConfig(
     sliding_window=3,
     window_pattern="LG",
     dropout=0.3,
-    value_embeddings=True,
     residual_scalars=True,
 )
 
@@ -153,11 +152,11 @@ def test_the_program_of_a_loop_does_not_grow_with_the_blocks(random_params):
     "changes, period",
     [
         ({}, 2),
-        ({"sliding_window": 0, "value_embeddings": False}, 1),
-        ({"window_pattern": "GG", "value_embeddings": False}, 1),
-        ({"window_pattern": "GG", "value_embeddings": True}, 2),
-        ({"num_blocks": 6, "window_pattern": "LLG", "value_embeddings": False}, 3),
-        ({"num_blocks": 12, "window_pattern": "LLG", "value_embeddings": True}, 6),
+        ({"sliding_window": 0}, 1),
+        ({"window_pattern": "GG"}, 1),
+        ({"window_pattern": "GG", "sink_pattern": "SN"}, 2),
+        ({"num_blocks": 6, "window_pattern": "LLG"}, 3),
+        ({"num_blocks": 12, "window_pattern": "LLG", "sink_pattern": "SN"}, 6),
         ({"num_blocks": 1}, 1),
     ],
 )

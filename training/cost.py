@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from training.optimizer import OptimizerConfig
 from training.step import TrainState
 from transformer.config import TransformerConfig
-from transformer.forms import VALUE_GATE_CHANNELS
 from transformer.kernels.choose import choose
 from transformer.sharding import DATA, FSDP, SEQUENCE, TENSOR
 
@@ -27,11 +26,10 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     return {
         "embedding": c.vocab_size * D,
         "positions": c.context_len * D if c.position == "learned" else 0,
-        "attention": L * attention + _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * K,
+        "attention": L * attention,
         "mlp": L * (matrices * D * F + (c.mlp_bias and (matrices - 1) * F + D)),
         "norms": (2 * L + 1) * norm + (2 * L * H if c.qk_norm == "scaled" else 0),
         "sinks": sum({"logit": N, "key": K * H}.get(c.sink(i), 0) * len(range(i, L, period)) for i in range(period)),
-        "value embeddings": _value_embeddings(c) * c.vocab_size * K * H,
         "residual scalars": 2 * L * c.residual_scalars,
         "head": 0 if c.tie_embeddings else c.vocab_size * D,
     }
@@ -40,11 +38,6 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
 def _gate(config: TransformerConfig) -> int:
     """Numbers in a token's gate, in one layer."""
     return config.num_heads * {"none": 0, "head": 1, "channel": config.head_dim}[config.attention_gate]
-
-
-def _value_embeddings(config: TransformerConfig) -> int:
-    """How many layers have one."""
-    return config.value_embeddings * (config.num_blocks + 1) // 2
 
 
 def flops_per_token(config: TransformerConfig) -> float:
@@ -58,7 +51,6 @@ def flops_per_token(config: TransformerConfig) -> float:
     attention = 2 * c.head_dim * (c.num_heads + c.num_kv_heads) + _gate(c)
     mlp = (3 if c.mlp.startswith("swiglu") else 2) * c.mlp_dim
     matrices = D * (c.num_blocks * (attention + mlp) + c.vocab_size)
-    matrices += _value_embeddings(c) * min(VALUE_GATE_CHANNELS, D) * c.num_kv_heads
     return 6 * matrices + 12 * keys * c.num_heads * c.head_dim
 
 
@@ -74,7 +66,7 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     D, N, K, H, F = c.embedding_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
     tokens, gated, size = rows * c.context_len, c.mlp.startswith("swiglu"), jnp.dtype(c.activation_dtype).itemsize
 
-    qkv = (N + 2 * K) * H + K * H * c.value_embeddings
+    qkv = (N + 2 * K) * H
     attended = 2 * N * H + (N * H + 2 * _gate(c) if _gate(c) else 0)
     inner = qkv + attended + (4 if gated else 2) * F + ((N + K) * H if c.qk_norm != "none" else 0)
     probs = N * c.context_len * (_kernel(c) == "plain")

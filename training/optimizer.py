@@ -24,8 +24,8 @@ from training.schedules import Schedule, descend, schedule_of
 from transformer.model import Params
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Positive, Range, Share, require
 
-HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|(value_)?gate)|mlp\.(gate|up|down))\.kernel")
-EMBEDDING = re.compile(r"(embedding|positions|blocks\.\d+\.attention\.value_embedding)\.embedding")
+HIDDEN_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(query|key|value|out|gate)|mlp\.(gate|up|down))\.kernel")
+EMBEDDING = re.compile(r"(embedding|positions)\.embedding")
 VECTOR = re.compile(r".*\.(bias|scale|sink|sink_key|residual_scalars)")
 HEAD = "head.kernel"
 
@@ -36,7 +36,8 @@ CHOICES = {
     "newton_schulz": ("classical", "polar_express"),
     "muon_scale": ("aspect", "rms"),
 }
-REMOVED = [("muon_by_head", False)]  # settings of some builds, at the value at which they did nothing
+# Settings of some builds, at the value at which they did nothing.
+REMOVED = [("muon_by_head", False), ("value_embeddings", False)]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,6 @@ class TransformerConfig(Execution):
     sink_pattern: str = "S"
     attention_gate: str = "none"
     exclusive_attention: bool = False
-    value_embeddings: bool = False
     residual_scalars: bool = False
     sliding_window: CountOrNone = 0
     window_pattern: str = "L"
@@ -115,14 +114,14 @@ class TransformerConfig(Execution):
             object.__setattr__(self, "sink_pattern", "S")
         if self.scan_blocks and self.period == self.num_blocks > 1:
             raise ValueError(
-                f"scan_blocks: window_pattern {self.window_pattern!r}, sink_pattern {self.sink_pattern!r} and "
-                f"value_embeddings do not repeat in {self.num_blocks} blocks; use False, or a multiple of their lengths"
+                f"scan_blocks: window_pattern {self.window_pattern!r} and sink_pattern {self.sink_pattern!r} do not "
+                f"repeat in {self.num_blocks} blocks; use False, or a multiple of their lengths"
             )
 
     @property
     def period(self) -> int:
         """The number of layers after which their kinds repeat: the least such divisor of num_blocks."""
-        layers = [(self.window(i), self.sink(i), self.has_value_embedding(i)) for i in range(self.num_blocks)]
+        layers = [(self.window(i), self.sink(i)) for i in range(self.num_blocks)]
         sizes = (p for p in range(1, self.num_blocks + 1) if self.num_blocks % p == 0)
         return next(p for p in sizes if layers == layers[:p] * (self.num_blocks // p))
 
@@ -152,10 +151,6 @@ class TransformerConfig(Execution):
     def sink(self, layer: int) -> str:
         """The form of this layer's sinks."""
         return self.attention_sink if self.sink_pattern[layer % len(self.sink_pattern)] == "S" else "none"
-
-    def has_value_embedding(self, layer: int) -> bool:
-        """Whether this layer has one: every other layer, the last among them."""
-        return self.value_embeddings and (self.num_blocks - layer) % 2 == 1
 
     @property
     def has_sinks(self) -> bool:

@@ -1,4 +1,4 @@
-"""Forms of attention that can be switched on: what a sink's logit is, what is done to values and to heads' outputs.
+"""Forms of attention that can be switched on: what a sink's logit is, what is done to heads' outputs.
 
 Shapes: B batch, T time, D embedding_dim, N query heads, K key/value heads, H head_dim.
 """
@@ -60,14 +60,6 @@ def exclusive(y_BTNH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
     y_BTKGH, v_BTK1H = y_BTNH.astype(jnp.float32).reshape(B, T, v_BTKH.shape[2], -1, H), v_BTKH[:, :, :, None]
     own_BTKG1 = (y_BTKGH * v_BTK1H).sum(-1, keepdims=True)
     return (y_BTKGH - own_BTKG1 * v_BTK1H).reshape(B, T, N, H).astype(y_BTNH.dtype)
-
-
-VALUE_GATE_CHANNELS = 12  # of the token's input, which the gate of its value embedding reads
-
-
-def with_value_embedding(v_BTKH: jax.Array, embedded_BTX: jax.Array, gate_BTK: jax.Array) -> jax.Array:
-    """Values plus a second embedding of each token, X = K H, times a gate from 0 to 3 for each head (nanochat)."""
-    return v_BTKH + 3 * jax.nn.sigmoid(gate_BTK)[..., None] * embedded_BTX.reshape(v_BTKH.shape)
 
 
 def first_residual_scalars(layer: int, num_blocks: int) -> jax.Array:

@@ -32,7 +32,6 @@ class TokenInfo(NamedTuple):
 
     turn: Rotation | None  # rotary cosines and sines
     document_BT: jax.Array | None  # each token's document number
-    tokens_BT: jax.Array
     first_BTD: jax.Array  # what entered the first block
 
 
@@ -84,15 +83,10 @@ class Attention(nnx.Module):
             self.sink = nnx.Param(jnp.zeros(c.num_heads, jnp.float32))
         if self.sinks == "key":
             self.sink_key = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
-        self.embeds_values = c.has_value_embedding(layer)
-        if c.attention_gate != "none" or self.embeds_values:
-            rngs = nnx.Rngs(rngs.forms())  # keys of their own, so that all other weights begin as without them
         if c.attention_gate != "none":
+            rngs = nnx.Rngs(rngs.forms())  # keys of its own, so that all other weights begin as without it
             width = c.num_heads * (c.head_dim if c.attention_gate == "channel" else 1)
             self.gate = _linear(c.embedding_dim, width, False, c, rngs)
-        if self.embeds_values:
-            self.value_embedding = _embed(c.vocab_size, c.num_kv_heads * c.head_dim, c, rngs)
-            self.value_gate = _linear(min(forms.VALUE_GATE_CHANNELS, c.embedding_dim), c.num_kv_heads, False, c, rngs)
 
     def project(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated, in the dtype of operands; and the
@@ -102,9 +96,6 @@ class Attention(nnx.Module):
         k_BTKH, v_BTKH = (f(x_BTD).reshape(B, T, c.num_kv_heads, c.head_dim) for f in (self.key, self.value))
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if self.embeds_values:
-            gate_BTK = self.value_gate(x_BTD[..., : forms.VALUE_GATE_CHANNELS])
-            v_BTKH = forms.with_value_embedding(v_BTKH, self.value_embedding(info.tokens_BT), gate_BTK)
         sink = forms.sink_logits(self.sinks, q_BTNH, getattr(self, "sink", None), getattr(self, "sink_key", None))
         if info.turn is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, info.turn), rotate(k_BTKH, info.turn)
@@ -217,7 +208,7 @@ class Transformer(nnx.Module):
             turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
         documents = cache is None and c.document_start >= 0
         document_BT = jnp.cumsum(tokens_BT == c.document_start, axis=1) if documents else None
-        info = TokenInfo(turn, document_BT, tokens_BT, x_BTD)
+        info = TokenInfo(turn, document_BT, x_BTD)
         if cache is None:
             period = c.period if c.scan_blocks else 0
             return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None

@@ -37,7 +37,6 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAMETERS = {  # pattern of the name -> axes; a parameter that matches none (bias, norm, sink) is whole everywhere
     r"embedding\.embedding": ("vocab", "width"),
     r"positions\.embedding": ("", "width"),
-    r"blocks\.\d+\.attention\.value_embedding\.embedding": ("", "key_heads"),
     r"blocks\.\d+\.attention\.(query|gate)\.kernel": ("width", "query_heads"),
     r"blocks\.\d+\.attention\.(key|value)\.kernel": ("width", "key_heads"),
     r"blocks\.\d+\.attention\.out\.kernel": ("query_heads", "width"),

@@ -184,7 +184,7 @@ def test_attention_with_a_gate_by_channel_equals_qwen3_next(agree):
     shape = {"num_heads": N, "num_kv_heads": K, "embedding_dim": D, "head_dim": H, "position": "rope"}
     form = {"qk_norm": "scaled", "attention_sink": "none", "attention_gate": "channel", "rope_theta": 50.0}
     graph, _ = nnx.split(Attention(TransformerConfig(vocab_size=5, **shape, **form), 0, nnx.Rngs(0)))
-    info = TokenInfo(rotation(jnp.arange(T)[None], *rope_frequencies(H, 50.0, None)), None, None, None)
+    info = TokenInfo(rotation(jnp.arange(T)[None], *rope_frequencies(H, 50.0, None)), None, None)
 
     def attend_with(params, x_BTD):
         state = nnx.from_flat_state([(tuple(n.split(".")), nnx.Param(p)) for n, p in params.items()])

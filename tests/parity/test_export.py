@@ -223,7 +223,7 @@ IN_THE_WAY = {
     + [("sliding_window", 5), ("logit_softcap", 7.0)],
     "Llama": [("num_heads", 10), ("norm", "layernorm"), ("position", "none"), ("mlp", "gelu"), ("mlp", "relu2")]
     + [("mlp", "swiglu_clamped"), ("sliding_window", 5), ("logit_softcap", 7.0)]
-    + [("value_embeddings", True), ("residual_scalars", True)],
+    + [("exclusive_attention", True), ("residual_scalars", True)],
     "Qwen3": [("norm", "layernorm"), ("position", "none"), ("mlp", "relu2"), ("mlp_bias", True)]
     + [("logit_softcap", 7.0)],
     "gpt-oss": [("norm", "layernorm"), ("position", "none"), ("position", "learned"), ("mlp", "relu2")]
