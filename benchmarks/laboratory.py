@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -48,7 +48,7 @@ from benchmarks.harness import (
 from configs import shakespeare
 from reports.paired import LEVEL, POWER, Difference, paired_t
 from reports.sinks import measure, scalars_of, separators_of, stretch
-from runtime.files import MetricsFile
+from runtime.files import MetricsFile, write_json, write_text
 from runtime.malloc import restart_with_large_pages
 from runtime.workdir import WorkdirLock
 from training.evaluate import Evaluator
@@ -110,13 +110,27 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gate, residual scalars, decay 0.05": _BOTH | {"weight_decay": 0.05},
     "gate, residual scalars, batch 12": _BOTH | {"batch_size": 12, "max_steps": 3067, "eval_every": 767},
 }
-# An optimizer's keys, and the rates that were tried for it.
-OPTIMIZERS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "Muon": ({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
-    "NorMuon": ({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06)),
-    "Muon, decay": ({"muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
-    "Muon, cautious decay": ({"cautious_decay": True, "muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2)),
-    "AdamW": ({"hidden_optimizer": "adamw"}, "lr", (0.0005, 0.001, 0.002, 0.004)),
+
+
+class Optimizer(NamedTuple):
+    """An optimizer's keys, the rates that were tried for it, the best of them (a test holds it against the rows), and
+    the steps that take the time of STEPS with Muon, by `cost rates` before its runs."""
+
+    keys: dict[str, Any]
+    rate: str
+    tried: tuple[float, ...]
+    best: float
+    steps: int
+
+
+OPTIMIZERS = {
+    "Muon": Optimizer({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06), 0.0075, STEPS),
+    "NorMuon": Optimizer({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06), 0.0075, 991),
+    "Muon, decay": Optimizer({"muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2), 0.1, 1002),
+    "Muon, cautious decay": Optimizer(
+        {"cautious_decay": True, "muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2), 0.05, 1001
+    ),
+    "AdamW": Optimizer({"hidden_optimizer": "adamw"}, "lr", (0.0005, 0.001, 0.002, 0.004), 0.001, 1151),
 }
 
 
@@ -128,63 +142,30 @@ class Cell(NamedTuple):
     seeds: Sequence[int] = SEEDS
 
 
-NAMES = ("main", "recipe", "tuned", "context", "rates", "optimizers", "bpe", "larger", "half")
-
-
-def cells() -> dict[str, Cell]:
-    """All of them. That of optimizers needs rows: its rates come from the cell `rates`, its steps from `cost rates`."""
-    larger = {"num_blocks": 6, "num_heads": 5, "embedding_dim": 160, "mlp_dim": 640}
-    best = {"context_len": 128, "weight_decay": 0.1, "max_steps": 2300, "eval_every": 575}
-    made = {
-        "main": Cell({}, FORMS),
-        "recipe": Cell(best, RECIPE, [TUNING]),
-        "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST | {"exclusive": FORMS["exclusive"]}),
-        "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
-        "rates": Cell({}, _rates(), [TUNING]),
-        "bpe": Cell({"tokenizer": TOKENIZER}, FEW),
-        "larger": Cell(larger, FEW),
-        "half": Cell({}, {"float32": {}, "products of bfloat16": {"dtype": "bfloat16_matmul"}}),
-    }
-    if (tuned := _tuned(made["rates"])) is not None:
-        made["optimizers"] = Cell({}, tuned)
-    return made
-
-
-def _rates() -> dict[str, dict[str, Any]]:
-    tried = {}
-    for name, (keys, rate, values) in OPTIMIZERS.items():
-        tried |= {f"{name}, {rate} {value:g}": keys | {rate: value} for value in values}
-    return tried
-
-
-def _tuned(cell: Cell) -> dict[str, dict[str, Any]] | None:
-    """Each optimizer at the best of its rates, for as many steps as take the time of STEPS with Muon."""
-    losses, costs = {row["arm"]: row["val_loss"] for row in _rows("rates", cell)}, read_costs().get("rates")
-    tried = {
-        name: [arm for value in values if (arm := f"{name}, {rate} {value:g}") in losses]
-        for name, (_, rate, values) in OPTIMIZERS.items()
-    }
-    if not all(tried.values()) or costs is None:
-        return None
-    chosen = {}
-    for name, arms in tried.items():
-        best = min(arms, key=losses.__getitem__)
-        chosen[name] = cell.arms[best] | {"max_steps": round(STEPS / costs[name]["median"])}
-    return chosen
+_LARGER = {"num_blocks": 6, "num_heads": 5, "embedding_dim": 160, "mlp_dim": 640}
+_LONG = {"context_len": 128, "weight_decay": 0.1, "max_steps": 2300, "eval_every": 575}
+_RATES = {
+    f"{name}, {o.rate} {value:g}": o.keys | {o.rate: value} for name, o in OPTIMIZERS.items() for value in o.tried
+}
+CELLS = {
+    "main": Cell({}, FORMS),
+    "recipe": Cell(_LONG, RECIPE, [TUNING]),
+    "tuned": Cell({"muon_lr": 0.0075}, FEW | BEST | {"exclusive": FORMS["exclusive"]}),
+    "context": Cell({"context_len": 256, "batch_size": 4}, FEW),
+    "rates": Cell({}, _RATES, [TUNING]),
+    "optimizers": Cell({}, {name: o.keys | {o.rate: o.best, "max_steps": o.steps} for name, o in OPTIMIZERS.items()}),
+    "bpe": Cell({"tokenizer": TOKENIZER}, FEW),
+    "larger": Cell(_LARGER, FEW),
+    "half": Cell({}, {"float32": {}, "products of bfloat16": {"dtype": "bfloat16_matmul"}}),
+}
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------------
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """The rows of a cell that are there."""
-    cell = cells().get(name)
-    return [] if cell is None else _rows(name, cell)
-
-
-def _rows(name: str, cell: Cell) -> list[dict[str, Any]]:
-    """Those left out that another command than today's has made."""
-    rows = MetricsFile(ROWS / f"{name}.jsonl").read(print)
+    """The rows of a cell that are there, those left out that another command than today's has made."""
+    cell, rows = CELLS[name], MetricsFile(ROWS / f"{name}.jsonl").read(print)
     asked = {(arm, seed): command_of(cell, arm, seed) for arm in cell.arms for seed in cell.seeds}
     return list({key: row for row in rows if asked.get(key := (row["arm"], row["seed"])) == row["command"]}.values())
 
@@ -221,7 +202,7 @@ def train_one(name: str, arm: str, seed: int, core: int) -> dict[str, Any]:
 
     Raises RuntimeError if the run fails.
     """
-    command = command_of(cells()[name], arm, seed)
+    command = command_of(CELLS[name], arm, seed)
     os.sched_setaffinity(0, {core})  # of this thread, and so of the process that it starts
     with tempfile.TemporaryDirectory(dir=PLACE) as folder:
         workdir = Path(folder) / "run"
@@ -291,11 +272,10 @@ def train(names: Sequence[str]) -> None:
 
     with WorkdirLock(PLACE, print), ThreadPoolExecutor(cores.qsize()) as pool:
         for name in names:
-            if (cell := cells().get(name)) is None:
-                failed.append(f"{name}: needs the rows of `train rates`, and `cost rates`")
-                continue
-            learn_tokenizer(cell)
-            there = {(row["arm"], row["seed"]) for row in rows_of(name)}
+            learn_tokenizer(cell := CELLS[name])
+            kept = rows_of(name)
+            there = {(row["arm"], row["seed"]) for row in kept}
+            write_text(ROWS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))  # without stale ones
             missing = [(arm, seed) for seed in cell.seeds for arm in cell.arms if (arm, seed) not in there]
             list(pool.map(lambda point, name=name: make(name, *point), missing))
     if failed:
@@ -307,7 +287,7 @@ def again(name: str, arm: str, seed: int) -> None:
     kept = next((row for row in rows_of(name) if (row["arm"], row["seed"]) == (arm, seed)), None)
     if kept is None:
         raise SystemExit(f"{name}, {arm}, {seed}: no such row")
-    learn_tokenizer(cells()[name])
+    learn_tokenizer(CELLS[name])
     new = json.loads(json.dumps(train_one(name, arm, seed, min(os.sched_getaffinity(0)))))
     print(f"{name}: {arm}, seed {seed}: {kept['val_loss']!r}, anew {new['val_loss']!r}")
     if differing := [key for key in new if kept[key] != new[key]]:
@@ -325,10 +305,10 @@ def learn_tokenizer(cell: Cell) -> None:
 def cost(names: Sequence[str], rounds: int, steps: int) -> None:
     """What each arm's step takes, in turns within a cell, over its first arm's; on one core."""
     for name in names:
-        learn_tokenizer(cell := cells()[name])
+        learn_tokenizer(cell := CELLS[name])
         arms = {arm: keys for arm, keys in cell.arms.items() if arm != MORE_STEPS}
         if name == "rates":
-            arms = {each: keys | {rate: values[0]} for each, (keys, rate, values) in OPTIMIZERS.items()}
+            arms = {each: o.keys | {o.rate: o.tried[0]} for each, o in OPTIMIZERS.items()}
         config = override(shakespeare.get_config(), ALL | cell.keys)
         vocab_size = run_lib.load_data(config, print).tokenizer.vocab_size
         made = {arm: TrainerStep(override(config, keys), vocab_size) for arm, keys in arms.items()}
@@ -337,14 +317,10 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         first, *_ = seconds.values()
         ratios = {arm: spread([a / b for a, b in zip(x, first, strict=True)]) for arm, x in seconds.items()}
         print(name, {arm: f"{1000 * statistics.median(values) / steps:.1f} ms" for arm, values in seconds.items()})
-        told = {"machine": machine(), "steps": steps} | _costs_of_taken_out(name)
-        (ROWS / "cost.json").write_text(json.dumps(read_costs() | {name: told | ratios}, indent=1) + "\n")
-
-
-def _costs_of_taken_out(name: str) -> dict[str, Any]:
-    """What was timed of arms that can no longer be."""
-    costs = read_costs().get(name, {})
-    return {row["arm"]: costs[row["arm"]] for row in taken_out(name) if row["arm"] in costs}
+        told, before = {"machine": machine(), "steps": steps}, read_costs().get(name, {})
+        taken = before.keys() - ratios.keys() - told.keys()
+        gone = {arm: {"machine": before["machine"]} | before[arm] for arm in taken}
+        write_json(ROWS / "cost.json", read_costs() | {name: told | ratios | gone})
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -366,15 +342,19 @@ def _told(d: Difference, level: float) -> str:
     return "lower" if d.mean < 0 else "higher"
 
 
+def _shown(arm: str, gone: Container[str]) -> str:
+    return arm + " (taken out)" * (arm in gone)
+
+
 def losses_table(name: str) -> list[str]:
     """Losses against the first arm's, at equal steps and at equal time: lines of Markdown."""
-    cell, losses, costs = cells()[name], by_arm(name), read_costs().get(name, {})
+    cell, losses, costs = CELLS[name], by_arm(name), read_costs().get(name, {})
     gone = {row["arm"]: int(re.search(r"max_steps=(\d+)", row["command"])[1]) for row in taken_out(name)}
     control, *others = [*cell.arms, *gone]
     if len(cell.seeds) == 1:
         (seed,), first = cell.seeds, losses[control]
         differences = {arm: losses[arm][seed] - first[seed] for arm in others}
-        rows = [[arm, f"{losses[arm][seed]:.4f}", f"{differences[arm]:+.4f}"] for arm in others]
+        rows = [[_shown(arm, gone), f"{losses[arm][seed]:.4f}", f"{differences[arm]:+.4f}"] for arm in others]
         return _table(["arm", f"val_loss, seed {seed}", "difference"], [[control, f"{first[seed]:.4f}", ""], *rows])
     longer = losses.get(MORE_STEPS)
     compared = [arm for arm in others if arm != MORE_STEPS]
@@ -389,7 +369,7 @@ def losses_table(name: str) -> list[str]:
     for arm in [control, *others]:
         values = losses[arm]
         words = [
-            arm + " (taken out)" * (arm in gone),
+            _shown(arm, gone),
             f"{statistics.fmean(values.values()):.4f} ± {statistics.stdev(values.values()):.4f}",
         ]
         pairs = []
@@ -413,13 +393,13 @@ def heads_table(name: str) -> list[str]:
     """What heads do and how far the model goes beyond its context, as means over seeds: lines of Markdown."""
     head = ["arm", "to sinks", "to the first token", "sink rate", "to separators", "entropy", "largest activation"]
     head += ["kurtosis", "spikes", "loss at 2 x context", "without tokens farther away", "at 4 x", "without"]
-    gone, lines = taken_out(name), []
-    rows = [*rows_of(name), *gone]
-    for arm in [*cells()[name].arms, *dict.fromkeys(row["arm"] for row in gone)]:
+    rows, lines = [*rows_of(name), *(others := taken_out(name))], []
+    gone = dict.fromkeys(row["arm"] for row in others)
+    for arm in [*CELLS[name].arms, *gone]:
         of_arm = [row for row in rows if row["arm"] == arm]
         mean = lambda key, of_arm=of_arm: statistics.fmean(row["heads"][key] for row in of_arm)
         shares = [f"{mean(key):.1%}" for key in ("sink_share", "first_share")]
-        words = [arm, *shares, f"{mean('sink_rate'):.2f}", f"{mean('separator_share'):.1%}"]
+        words = [_shown(arm, gone), *shares, f"{mean('sink_rate'):.2f}", f"{mean('separator_share'):.1%}"]
         words += [f"{mean('attention_entropy'):.2f}", f"{mean('largest_activation'):.1f}", f"{mean('kurtosis'):.1f}"]
         words.append(str(sum(row["loss_spikes"] for row in of_arm)))
         beyond = lambda factor, number, of_arm=of_arm: statistics.fmean(r["longer"][factor][number] for r in of_arm)
@@ -440,7 +420,8 @@ def rates_table(name: str) -> list[str]:
         best = min(found.values())
         shown = lambda loss, best=best: f"**{loss:.4f}**" if loss == best else f"{loss:.4f}"
         told = [f"{shown(loss)} at {value:g}" for value, loss in sorted(found.items())]
-        lines.append([optimizer, f"`{rate}`", ", ".join(told)])
+        gone = () if optimizer in OPTIMIZERS else (optimizer,)
+        lines.append([_shown(optimizer, gone), f"`{rate}`", ", ".join(told)])
     return _table(["optimizer", "rate", f"val_loss after {STEPS} steps, seed {TUNING}"], lines)
 
 
@@ -457,8 +438,8 @@ def rebuilt(page: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         begin, kind, name, end = found.groups()
-        cell, arms = cells().get(name), by_arm(name)
-        missing = cell is None or any(len(arms.get(arm, {})) < len(cell.seeds) for arm in cell.arms)
+        cell, arms = CELLS[name], by_arm(name)
+        missing = any(len(arms.get(arm, {})) < len(cell.seeds) for arm in cell.arms)
         timed = set(arms) - {MORE_STEPS} if MORE_STEPS in arms else set()
         missing |= not timed <= read_costs().get(name, {}).keys()
         lines = ["Not trained and timed to its end yet."] if missing else TABLES[kind](name)
@@ -472,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("cost", "train"):
         each = commands.add_parser(command)
-        each.add_argument("cells", nargs="*", choices=[*NAMES, []], metavar="CELL", help=", ".join(NAMES))
+        each.add_argument("cells", nargs="*", choices=[*CELLS, []], metavar="CELL", help=", ".join(CELLS))
         if command == "cost":
             each.add_argument("--rounds", type=int, default=15)
             each.add_argument("--steps", type=int, default=10, help="timed together")
@@ -490,9 +471,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.command == "again":
         again(flags.row[0], flags.row[1], int(flags.row[2]))
     elif flags.command == "train":
-        train(flags.cells or NAMES)
+        train(flags.cells or [*CELLS])
     else:
-        cost(flags.cells or [name for name in NAMES if name not in ("recipe", "optimizers")], flags.rounds, flags.steps)
+        cost(flags.cells or [name for name in CELLS if name not in ("recipe", "optimizers")], flags.rounds, flags.steps)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def rows(tmp_path, monkeypatch):
     laboratory.ROWS.mkdir()
 
     def write(name, losses):
-        cell, lines = laboratory.cells()[name], []
+        cell, lines = laboratory.CELLS[name], []
         for arm, xs in losses.items():
             for seed, x in zip(cell.seeds, xs, strict=False):
                 command = laboratory.command_of(cell, arm, seed)
@@ -34,7 +34,7 @@ def rows(tmp_path, monkeypatch):
 
 
 def test_every_arm_is_a_config_that_differs_in_its_own_keys():
-    for cell in laboratory.cells().values():
+    for cell in laboratory.CELLS.values():
         configs = {}
         for arm in cell.arms:
             _, _, *words = shlex.split(laboratory.command_of(cell, arm, 3))
@@ -48,7 +48,7 @@ def test_every_arm_is_a_config_that_differs_in_its_own_keys():
 
 
 def test_kept_rows_are_each_there_once_and_of_the_commands_of_today():
-    for name in laboratory.cells():
+    for name in laboratory.CELLS:
         path = laboratory.ROWS / f"{name}.jsonl"
         assert len(laboratory.rows_of(name)) == (len(path.read_text().splitlines()) if path.exists() else 0), name
 
@@ -75,24 +75,31 @@ def test_differences_are_by_seed_and_at_equal_time_the_control_trains_longer(row
     assert found[5] == "1.050 (1.040 - 1.070)" and found[6].startswith(f"{sum(by_hand) / 3:+.4f}")
 
 
-def test_optimizers_train_at_their_best_rate_for_equal_time(rows):
-    assert "optimizers" not in laboratory.cells()
-    rates = laboratory.cells()["rates"].arms
-    rows("rates", {arm: [float("0.03" not in arm) + ("AdamW" in arm)] for arm in rates})
-    (laboratory.ROWS / "cost.json").write_text(
-        json.dumps({"rates": {name: {"median": 1.25 if name == "NorMuon" else 1.0} for name in laboratory.OPTIMIZERS}})
-    )
-    arms = laboratory.cells()["optimizers"].arms
-    assert arms["Muon"] == {"muon_lr": 0.03, "max_steps": 1000}
-    assert arms["NorMuon"] == {"hidden_optimizer": "normuon", "muon_lr": 0.03, "max_steps": 800}
+def test_optimizers_train_at_their_best_rate():
+    losses = laboratory.by_arm("rates")
+    for name, optimizer in laboratory.OPTIMIZERS.items():
+        at = lambda value, name=name, rate=optimizer.rate: losses[f"{name}, {rate} {value:g}"][laboratory.TUNING]
+        assert optimizer.best == min(optimizer.tried, key=at), name
+        assert min(optimizer.tried) < optimizer.best < max(optimizer.tried) or name == "Muon, cautious decay"
+
+
+def test_what_is_no_longer_timed_keeps_its_time_and_machine(rows, monkeypatch):
+    old = {"machine": {"processor": "old"}, "steps": 2, "Gone": {"median": 1.5}, "float32": {"median": 3.0}}
+    (laboratory.ROWS / "cost.json").write_text(json.dumps({"half": old, "other": {"steps": 9}}))
+    text = SCRATCH / "laboratory_cost.txt"
+    text.write_text(make_text(300), encoding="utf-8")
+    monkeypatch.setattr(laboratory, "ALL", laboratory.ALL | TINY | {"dataset": str(text)})
+    monkeypatch.setattr(laboratory.os, "sched_setaffinity", lambda pid, cores: None)
+    laboratory.cost(["half"], rounds=2, steps=1)
+    costs = laboratory.read_costs()
+    assert costs["other"] == {"steps": 9} and costs["half"]["steps"] == 1
+    assert costs["half"]["Gone"] == {"machine": {"processor": "old"}, "median": 1.5}
+    assert costs["half"]["float32"]["median"] == 1 and costs["half"]["machine"]["processor"] != "old"
 
 
 def test_what_was_taken_out_is_compared_and_shown_with_the_others(rows):
-    rates = laboratory.cells()["rates"].arms
-    rows("rates", {arm: [1.0 + ("0.03" not in arm)] for arm in rates})
-    costs = {"rates": {name: {"median": 1.0} for name in laboratory.OPTIMIZERS}}
-    (laboratory.ROWS / "cost.json").write_text(json.dumps(costs))
-    arms = laboratory.cells()["optimizers"].arms
+    rows("rates", {arm: [1.0] for arm in laboratory.CELLS["rates"].arms})
+    arms = laboratory.CELLS["optimizers"].arms
     rows("optimizers", {arm: [1.5, 1.6, 1.7, 1.8, 1.9] for arm in arms})
     gone = [("optimizers", "Gone", seed, x) for seed, x in enumerate([1.51, 1.62, 1.7, 1.83, 1.9])]
     gone += [("rates", f"Gone, lr {rate}", 5, x) for rate, x in (("0.1", 2.5), ("0.02", 2.25))]
@@ -105,7 +112,7 @@ def test_what_was_taken_out_is_compared_and_shown_with_the_others(rows):
     cells = table[-1].strip("| ").split(" | ")
     assert cells[0] == "Gone (taken out)" and cells[2].startswith("+0.0120") and cells[3] == f"{expected.pvalue:.2g}"
     assert cells[-1] == "640"
-    assert laboratory.rates_table("rates")[-1] == "| Gone | `lr` | **2.2500** at 0.02, 2.5000 at 0.1 |"
+    assert laboratory.rates_table("rates")[-1] == "| Gone (taken out) | `lr` | **2.2500** at 0.02, 2.5000 at 0.1 |"
 
 
 def test_rows_are_trained_once_and_anew_to_the_same_bits(rows, monkeypatch, capsys):
@@ -113,8 +120,10 @@ def test_rows_are_trained_once_and_anew_to_the_same_bits(rows, monkeypatch, caps
     text.write_text(make_text(300), encoding="utf-8")
     monkeypatch.setattr(laboratory, "ALL", laboratory.ALL | TINY | {"dataset": str(text)})
     arms = {"a": {"attention_sink": "none"}, "b": {"attention_gate": "head"}}
-    monkeypatch.setattr(laboratory, "cells", lambda: {"small": laboratory.Cell({}, arms, [4])})
+    monkeypatch.setattr(laboratory, "CELLS", {"small": laboratory.Cell({}, arms, [4])})
+    (laboratory.ROWS / "small.jsonl").write_text('{"arm": "a", "seed": 4, "command": "of an earlier day"}\n')
     laboratory.train(["small"])
+    assert "earlier" not in (laboratory.ROWS / "small.jsonl").read_text()
     kept = sorted(laboratory.rows_of("small"), key=lambda row: row["arm"])  # they were trained at the same time
     assert [(row["arm"], row["seed"]) for row in kept] == [("a", 4), ("b", 4)]
     assert kept[0]["heads"]["sink_share"] == 0 and set(kept[0]["longer"]) == {"2", "4"}
