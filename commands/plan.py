@@ -36,7 +36,7 @@ from training.traffic import Collective, axes_of_group
 from transformer import sampling
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import choose, obstacle
-from transformer.sharding import DATA, FSDP, is_data_parallel, make_mesh, parse_mesh
+from transformer.sharding import DATA, FSDP, is_data_parallel, parse_mesh
 from transformer.xla import aimed_at, target_of
 
 MEMORY = {**{name: gpu[5] for name, gpu in GPUS.items()}, "B200": 180e9}  # bytes of a device, by the data sheet
@@ -57,7 +57,7 @@ VOCABULARIES = {  # size and end-of-text token, so that no file has to be downlo
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("hardware", "H100", [*MEMORY], "The devices.", flag_values=values)
+    flags.DEFINE_enum("hardware", None, [*MEMORY], "The devices; default H100.", flag_values=values)
     where = "Compile for these: v5e:4x4 (a TPU slice), v5e:4x4*2 (two), H100:8, cpu:8."
     flags.DEFINE_string("compile_for", "", where, flag_values=values)
     flags.DEFINE_bool("fit", False, "If it does not fit, find changes with which it does.", flag_values=values)
@@ -81,13 +81,19 @@ def main(argv: list[str]) -> None:
     if values.fit and not values.compile_for:
         raise UserError("--fit: needs --compile_for, whose compiler says what fits")
     if values.compile_for:
+        if values.devices or values.hardware:
+            raise UserError("--devices, --hardware: --compile_for names the devices; leave them out")
         there, memory = devices_of(values.compile_for)
         hardware = values.compile_for.partition(":")[0]
     else:
         devices.simulate_cpu_devices(num_devices(config, values.devices))
-        there, hardware = devices.start_jax(), values.hardware
+        there, hardware = devices.start_jax(), values.hardware or "H100"
         memory = MEMORY[hardware]
         config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+        if config.attention_kernel in ("splash", "cudnn"):
+            console.line(f"attention_kernel={config.attention_kernel}: not on simulated devices, planned with auto")
+            config.attention_kernel = "auto"
+    memory *= FREE if hardware in GPUS or hardware in MEMORY else 1
     with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
         config_lib.check_devices(config, len(there))
         tokens = vocabulary(config, console)
@@ -100,21 +106,23 @@ def main(argv: list[str]) -> None:
             found = "it fits with" if fits(planned, memory) else "it does not fit; the last that was tried:"
             console.line(f"{found} {_as_flags(changes) or 'no change'}")
         if values.out:
-            plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", memory, changes)
+            plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", hardware, memory, changes)
             write_json(Path(values.out), plan)
 
 
 def num_devices(config: ConfigDict, asked: int) -> int:
-    """The number of devices: what the mesh names, or what was asked for."""
-    sizes = parse_mesh(config.mesh).values()
-    return asked or (1 if -1 in sizes else math.prod(sizes))
+    """The number of devices: what was asked for, or what the mesh names; what it leaves open is 1."""
+    return asked or math.prod(size for size in parse_mesh(config.mesh).values() if size > 0)
 
 
 def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
     """The vocabulary's size and end-of-text token; from the data if the tokenizer's name does not determine them."""
-    if config.tokenizer in VOCABULARIES:
+    if config.init_from:
+        tokenizer = run_lib.load_tokenizer(Path(config.init_from))
+    elif config.tokenizer in VOCABULARIES:
         return VOCABULARIES[config.tokenizer]
-    tokenizer = run_lib.load_data(config, console.line).tokenizer
+    else:
+        tokenizer = run_lib.load_data(config, console.line).tokenizer
     return tokenizer.vocab_size, tokenizer.eot
 
 
@@ -127,6 +135,8 @@ class Planned:
     model: TransformerConfig
     memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
     state_arrays: int  # of the training state, all of which should be donated
+    kernels: int  # bytes of all matrices in float32
+    own_compiler: bool  # whether the programs, and those that evaluate and sample, are compiled for these very devices
     programs: dict[str, dict[str, Any]]  # what `facts_of` says of the step, and of the others if asked for
 
     @property
@@ -136,16 +146,21 @@ class Planned:
 
     @property
     def needed(self) -> int | None:
-        """The most memory that a device needs, by the compiler."""
+        """The most memory that a device needs, by its compiler, or without that by the rule."""
+        if not self.own_compiler:
+            return sum(self.memory.values())
         sizes = {name: p.get("peak_bytes") or p.get("needed_bytes") for name, p in self.programs.items()}
         return max((size + self.beside(name) for name, size in sizes.items() if size), default=None)
 
     def beside(self, program: str) -> int:
         """What a run holds besides while this program runs: the optimizer's state, and for samples the parameters.
 
-        The first device alone writes samples, with whole parameters: where they are split, its parts of them stay.
+        The first device alone writes samples, with whole parameters: where they are split, its parts of them stay. In
+        half precision they are decoded with from rounded copies.
         """
         parts = 0 if is_data_parallel(self.mesh) else self.memory["parameters"]
+        if program == "decode" and self.model.operand_dtype != "float32":
+            parts += self.kernels
         return {"step": 0, "evaluation": self.memory["optimizer"]}.get(program, self.memory["optimizer"] + parts)
 
     @property
@@ -180,12 +195,8 @@ def plan_step(
             programs["evaluation"] = facts_of(evaluation, mesh.devices)
             for name, program in sampling.traced(model, step.state.params, SingleDeviceSharding(first[0])).items():
                 programs[name] = facts_of(program, first)
-        return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), programs)
-
-
-def rule_bytes(config: ConfigDict, vocab_size: int, eot: int | None, mesh: Mesh) -> int:
-    """What a device needs by `training.cost.held_bytes`; nothing is compiled."""
-    return sum(_built(config, vocab_size, eot, mesh)[2].values())
+        kernels = sum(4 * value.size for name, value in step.state.params.items() if name.endswith(".kernel"))
+        return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), kernels, others, programs)
 
 
 def _built(
@@ -209,7 +220,9 @@ def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
         if i == 2 and config.remat != "block":
             yield (changes := changes | {"remat": "block"})
         if i == 3 and mesh.size > 1 and is_data_parallel(mesh):
-            yield (changes := changes | {"mesh": f"fsdp={mesh.size}"})
+            apart = _slices(mesh)  # between slices the network is slow: only data goes across
+            across = f"data={apart}," if apart > 1 else ""
+            yield (changes := changes | {"mesh": f"{across}fsdp={mesh.size // apart}"})
         if rows % (2 * parts) == 0:
             rows, rounds = rows // 2, 2 * rounds
             yield (changes := changes | {"batch_size": rows, "accumulation_steps": rounds})
@@ -219,16 +232,16 @@ def _planned(
     config: ConfigDict, tokens: tuple[int, int | None], there: list, memory: float, whole: bool, console: Console
 ) -> Planned:
     with console.busy("compiling the step" + ", the evaluation, prefill and decode" * whole):
-        return plan_step(config, *tokens, make_mesh(config.mesh, devices=there), memory, whole)
+        return plan_step(config, *tokens, config_lib.mesh_of(config, there), memory, whole)
 
 
 def fits(planned: Planned, memory: float) -> bool:
-    """Whether it fits, by the compiler. Those of GPUs refuse nothing, so what JAX takes of the memory is the limit."""
-    return not planned.refused and (planned.needed or 0) <= memory * (FREE if _is_gpu(planned) else 1)
+    """Whether it fits into the memory that JAX takes. A GPU's compiler refuses nothing."""
+    return not planned.refused and (planned.needed or 0) <= memory
 
 
-def _is_gpu(planned: Planned) -> bool:
-    return planned.mesh.devices.flat[0].platform == "gpu"
+def _slices(mesh: Mesh) -> int:
+    return len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
 
 
 def fitted(
@@ -240,7 +253,8 @@ def fitted(
     for candidate in smaller(first.config, first.mesh):
         config = first.config.copy_and_resolve_references()
         config.update(candidate)
-        share = rule_bytes(config, *tokens, make_mesh(config.mesh, devices=there)) / sum(first.memory.values())
+        by_rule = _built(config, *tokens, config_lib.mesh_of(config, there))[2]
+        share = sum(by_rule.values()) / sum(first.memory.values())
         if first.needed and share * first.needed > 1.5 * memory:
             continue  # hopeless, even if the rule is far off
         tries, changes, began = tries + 1, candidate, time.monotonic()
@@ -276,7 +290,7 @@ def report(
         row(f"  {name}", megabytes(size), "exact" if name in ("parameters", "optimizer") else "rule")
     total = sum(planned.memory.values())
     if not compile_for:
-        verdict = "fits" if total < 0.9 * memory else "does NOT fit"
+        verdict = "fits" if fits(planned, memory) else "does NOT fit"
         row("  together", f"{megabytes(total)} of {memory / 1e6:,.0f}: {verdict}", "rule; data sheet")
         row("  compiler", megabytes(step["argument_bytes"] + step["temp_bytes"]), "compiled, for a CPU")
     else:
@@ -286,24 +300,23 @@ def report(
     console.line("sent by each device, a step")
     for c in planned.traffic:
         where = axes_of_group(c.group, dict(mesh.shape))
-        times = c.count * config.accumulation_steps
-        text = f"{c.sent * config.accumulation_steps / 1e6:12,.3f} MB in {times:,} among {len(c.group)} ({where})"
+        times = 1 if c.in_branch else config.accumulation_steps
+        text = f"{c.sent * times / 1e6:12,.3f} MB in {c.count * times:,} among {len(c.group)} ({where})"
         row(f"  {c.op}", text, "compiled" + (", a loop counted once" if c.in_open_loop else ""))
-    if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1:
+    if _slices(mesh) > 1:
         row("  not counted", "what slices send to each other: the compiler makes no collective of it")
     if not planned.traffic:
         row("  nothing" if not planned.refused else "  unknown", "", "compiled")
     console.line("")
     peak = peak_flops(mesh.devices.flat[0].device_kind if compile_for else hardware)
-    if peak is None:  # of a CPU
-        return
-    seconds = planned.flops / (mfu * n * peak)
-    tokens = budget or config.max_steps * planned.tokens
-    console.line(f"time at an MFU of {mfu:.0%}")
-    row("  step", f"{seconds * 1000:12,.2f} ms, {human(planned.tokens / seconds)} tokens/s", "assumed")
-    if tokens:
-        row("  run", f"{human(tokens)} tokens in {duration(tokens / planned.tokens * seconds)}", "assumed")
-    console.line("")
+    if peak is not None:  # of a CPU none is known
+        seconds = planned.flops / (mfu * n * peak)
+        tokens = budget or config.max_steps * planned.tokens
+        console.line(f"time at an MFU of {mfu:.0%}")
+        row("  step", f"{seconds * 1000:12,.2f} ms, {human(planned.tokens / seconds)} tokens/s", "assumed")
+        if tokens:
+            row("  run", f"{human(tokens)} tokens in {duration(tokens / planned.tokens * seconds)}", "assumed")
+        console.line("")
     for line in textwrap.wrap(SOURCES.format(compile_for or "simulated CPU devices"), 100):
         console.line(line)
 
@@ -315,21 +328,22 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
             row(f"  {name}", f"does NOT fit: {program['refused']}")
             row(
                 "",
-                "try --fit, or a smaller batch_size with more accumulation_steps, remat, loss_chunk, fsdp in the mesh",
+                "what helps (--fit tries it): smaller micro-batches, remat, loss_chunk, fsdp in the mesh",
             )
             continue
         need = program["peak_bytes"] + planned.beside(name)
-        share, parts = FREE if _is_gpu(planned) else 1, "" if name == "step" else "with the state beside it"
-        verdict = "fits" if need <= share * memory else "does NOT fit"
-        if share < 1 and share * memory < need <= 0.95 * memory:
+        parts = "" if name == "step" else "with the state beside it"
+        verdict = "fits" if need <= memory else "does NOT fit"
+        if memory < need <= 0.95 / FREE * memory and planned.mesh.devices.flat[0].platform == "gpu":
             verdict = "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
-        limit = f" of {share * memory / 1e6:,.0f}: {verdict}" if math.isfinite(memory) else ""
+        limit = f" of {memory / 1e6:,.0f}: {verdict}" if math.isfinite(memory) else ""
         row(f"  {name}", f"{need / 1e6:12,.3f} MB{limit}", f"compiled; {parts}".rstrip("; "))
         sizes = ", ".join(f"{what} {program[f'{what}_bytes'] / 1e6:,.1f}" for what in ("argument", "output", "temp"))
         kept = ", at an earlier call" if program["kept"] else ""
         row("", f"             {sizes} MB", f"compiled in {duration(program['compile_seconds'])}{kept}")
         if program["flops"]:
-            row("", f"             {human(program['flops'])} FLOPs", "compiled; a loop counted once")
+            own = f"{human(program['flops'])} FLOPs of a device, of a micro-batch"
+            row("", f"             {own}", "compiled; a loop counted once")
         if name == "step":
             row("  donated", f"{program['donated']:,} of the state's {planned.state_arrays:,} arrays", "compiled")
     kernels = planned.programs["step"].get("kernels")
@@ -345,14 +359,21 @@ def _attention(planned: Planned) -> str:
     documents = model.document_start >= 0
     chosen = choose(model.attention_kernel, *sizes, documents)
     best = {"tpu": "splash", "cuda": "cudnn"}.get(target_of(planned.mesh.devices.flat).platform, chosen)
-    why = obstacle(best, *sizes, documents).removesuffix("; use auto") or "config.attention_kernel asks for it"
+    asked = "auto takes it for bfloat16" if model.attention_kernel == "auto" else "config.attention_kernel asks for it"
+    why = obstacle(best, *sizes, documents).removesuffix("; use auto") or asked
     return chosen if chosen == best else f"{chosen}: {why}"
 
 
-def as_json(planned: Planned, compile_for: str, memory: float, changes: dict[str, Any]) -> dict[str, Any]:
-    """The plan as plain values; sizes are bytes on each device."""
+def as_json(
+    planned: Planned, compile_for: str, hardware: str, memory: float, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """The plan as plain values; sizes are bytes on each device, `memory_bytes` what JAX takes of it.
+
+    `programs` are those of a micro-step; what stands `in_branch` is sent once in a real step.
+    """
     return {
         "compile_for": compile_for,
+        "hardware": hardware,
         "device_kind": planned.mesh.devices.flat[0].device_kind,
         "mesh": dict(planned.mesh.shape),
         "memory_bytes": memory if math.isfinite(memory) else None,

@@ -244,17 +244,22 @@ def looks_like_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("window, with_sinks", [(0, True), (50, False)])
-def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(looks_like_cuda, devices, window, with_sinks):
-    arguments = inputs(64, "bfloat16", with_sinks)
+@pytest.mark.parametrize("window, with_sinks, apart", [(0, True, False), (50, False, False), (50, True, True)])
+def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(
+    looks_like_cuda, devices, window, with_sinks, apart
+):
+    arguments = *inputs(64, "bfloat16", with_sinks), jnp.zeros((B, 64), jnp.int32)
 
     def gradients(*arguments):
-        loss = lambda q, k, v, sink: causal_attention(q, k, v, sink, window).astype(jnp.float32).sum()
+        def loss(q, k, v, sink, document_BT):
+            document_BT = document_BT if apart else None
+            return causal_attention(q, k, v, sink, window, document_BT=document_BT).astype(jnp.float32).sum()
+
         return jax.grad(loss, (0, 1, 2))(*arguments)
 
     if devices > 1:
         rows = PartitionSpec("data")
-        specs = {"in_specs": (rows, rows, rows, PartitionSpec()), "out_specs": rows}
+        specs = {"in_specs": (rows, rows, rows, PartitionSpec(), rows), "out_specs": rows}
         gradients = jax.shard_map(
             gradients, mesh=AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,)), **specs, check_vma=False
         )
@@ -262,7 +267,8 @@ def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(looks_lik
     calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
     assert ["Backward(" in line for line in calls] == [False, True]
     for line in calls:
-        assert f"sliding_window_length\\22: {window}" in line and "mask_type\\22: \\22CAUSAL" in line
+        assert ("ScaleBias" in line) == (f"tensor<{B // devices}x1x64x64xbf16>" in line) == apart
+        assert f"sliding_window_length\\22: {0 if apart else window}" in line and "mask_type\\22: \\22CAUSAL" in line
         assert f"fmha_scale\\22: {1 / math.sqrt(H)}"[:24] in line
         assert f"tensor<{B // devices}x64x{N}x{H}xbf16>" in line  # each device its own rows
     assert f"-> (tensor<{B // devices}x{N}x64x{H}xbf16>, tensor<{B // devices}x{N}x64xf32>" in calls[0]
@@ -314,11 +320,15 @@ def test_cudnn_by_name_is_taken_or_refused_with_the_reason(looks_like_cuda, capa
                 choose("cudnn", 64, N, K, head_dim, jnp.dtype(dtype))
 
 
-def test_cudnn_does_not_keep_documents_apart(looks_like_cuda):
-    with pytest.raises(ValueError, match=r"^attention_kernel: cudnn does not keep documents apart here; use auto, or "):
-        choose("cudnn", 64, N, K, H, jnp.bfloat16, documents=True)
-    with pytest.warns(UserWarning, match="taken instead: chunked"):
-        assert choose("auto", 2048, N, K, H, jnp.bfloat16, documents=True) == "chunked"
+@pytest.mark.parametrize("window", [0, 3])
+def test_what_cudnn_adds_to_scores_hides_other_documents(looks_like_cuda, window):
+    document_BT = jnp.array([[0, 0, 1, 1, 1, 1, 2], [3, 3, 3, 3, 3, 4, 4]])
+    assert choose("auto", 2048, N, K, H, jnp.bfloat16, documents=True) == "cudnn"
+    bias_BTS = np.asarray(vendor.document_bias(document_BT, window, jnp.bfloat16), np.float32)[:, 0]
+    distance = np.arange(7)[:, None] - np.arange(7)
+    seen_BTS = (document_BT[:, :, None] == document_BT[:, None, :]) & (distance < (window or 7))
+    np.testing.assert_array_equal(bias_BTS == 0, seen_BTS)
+    assert (np.exp(bias_BTS[~np.asarray(seen_BTS)]) == 0).all() and np.isfinite(bias_BTS).all()
 
 
 def test_the_config_refuses_what_cannot_run_and_lets_a_resume_change_it(tmp_path):

@@ -17,14 +17,17 @@ from xla_flags import SOONER
 
 import config_lib
 import main
-from commands.plan import MEMORY
+import run_lib
+from commands.plan import MEMORY, fits, plan_step, smaller, vocabulary
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
+from runtime.errors import UserError
 from runtime.screen.text import duration, human
 from training.compilers import devices_of, facts_of
 from training.cost import flops_per_token, parameter_counts, peak_flops
 from training.traffic import axes_of_group, collectives, sent_bytes
 from transformer.config import TransformerConfig
+from transformer.sharding import make_mesh
 
 HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -60,12 +63,12 @@ ENTRY %main.7 (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_with_their_loops():
-    assert {(c.op, c.group, c.count, c.sent, c.in_open_loop) for c in collectives(HLO, 8)} == {
-        ("all-gather", (0, 2, 4, 6), 7, 7 * 24 * 4 * 2 * 3 / 4, False),
-        ("collective-permute", (0, 1), 1, 12.0, True),
-        ("reduce-scatter", (0, 1), 1, 20.0, False),
-        ("all-to-all", (0, 4), 1, 48 / 2, False),
-        ("all-reduce", tuple(range(8)), 1, 2 * 40 * 7 / 8, False),
+    assert {(c.op, c.group, c.count, c.sent, c.in_open_loop, c.in_branch) for c in collectives(HLO, 8)} == {
+        ("all-gather", (0, 2, 4, 6), 7, 7 * 24 * 4 * 2 * 3 / 4, False, False),
+        ("collective-permute", (0, 1), 1, 12.0, True, False),
+        ("reduce-scatter", (0, 1), 1, 20.0, False, True),
+        ("all-to-all", (0, 4), 1, 48 / 2, False, False),
+        ("all-reduce", tuple(range(8)), 1, 2 * 40 * 7 / 8, False, False),
     }
 
 
@@ -169,6 +172,11 @@ def test_the_plan_of_eight_devices():
     )
     assert "fits" in out and "does NOT" not in out
     assert all(mark in out for mark in ("exact", "rule", "compiled", "data sheet", "counted"))
+    # In four micro-steps gradients are summed four times; what the optimizer sends, once.
+    in_four = plan("--config.mesh=data=8", "--config.batch_size=8", "--config.accumulation_steps=4").stdout
+    again = {line.split()[0]: line for line in in_four.splitlines() if line.strip()}
+    assert float(again["all-reduce"].split()[1]) == pytest.approx(4 * sent, abs=6e-4) and " 4 among 8" in in_four
+    assert again["all-gather"] == found["all-gather"]
     # The days: the model's FLOPs at a quarter of what eight A100s can do.
     step, run = (line for line in out.splitlines() if line.endswith("assumed"))
     seconds = flops_per_token(model) / (0.25 * 8 * 312e12)
@@ -187,6 +195,7 @@ NOT_INSTALLED = "--compile_for={}: its compiler is not installed; pip install -r
         (["--config.mesh=data=3", "--config.batch_size=4"], "--devices: JAX is already running with"),
         (["--config.mesh=fsdp=2,data"], "config.mesh: "),
         (["--fit"], "--fit: needs --compile_for"),
+        (["--compile_for=H100:4", "--devices=8"], "--devices, --hardware: --compile_for names the devices"),
         (["--compile_for=H100"], "--compile_for: 'H100' names no devices; give a TPU slice (v4, v5e, "),
         (["--compile_for=V100:8"], "--compile_for: 'V100:8' names no devices"),
         (["--compile_for=H100:2x2"], "--compile_for: 'H100:2x2' names no devices"),
@@ -224,6 +233,7 @@ def test_devices_that_are_not_here_by_name(monkeypatch, name, options, there):
     )
     assert devices_of(name) == ([], there)
     assert asked.pop("platform") == ("cuda" if name == "H200:8" else "tpu")
+    assert ("target_config" in asked) == (name == "H200:8")
     assert "core_count: 132" in (config := asked.pop("target_config", "core_count: 132")) and "{{" not in config
     assert asked == options
 
@@ -329,6 +339,41 @@ def test_what_a_compiler_cannot_do_ends_in_its_own_words(tmp_path, monkeypatch, 
     words = " ".join(str(error).split())
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cpu: its compiler fails: {words}; try another ")
     assert not (tmp_path / "plan").exists()
+
+
+def test_an_answer_is_of_its_devices_and_settings(tmp_path, monkeypatch):
+    """The same text for one slice of a TPU and for two is another question, and so is one under other XLA_FLAGS."""
+    monkeypatch.setattr("training.compilers.user_cache", lambda: tmp_path)
+    asked = []
+    monkeypatch.setattr("training.compilers._compiled", lambda lowered, devices: asked.append(devices) or {})
+    program = Refused("never", ValueError(str(tmp_path)))
+    on = lambda *slices: np.array([SimpleNamespace(device_kind="TPU", slice_index=i, coords=(0,)) for i in slices])
+    assert [facts_of(program, on(*slices))["kept"] for slices in ((0, 0), (0, 1), (0, 0))] == [False, False, True]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
+    assert not facts_of(program, on(0, 0))["kept"] and len(asked) == 3
+
+
+def test_of_several_slices_only_data_takes_more_than_one():
+    devices = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    shape = {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
+    mesh = SimpleNamespace(size=8, shape=shape, devices=np.array(devices))
+    assert {change.get("mesh") for change in smaller(tiny_config(batch_size=64), mesh)} == {None, "data=2,fsdp=4"}
+    with pytest.raises(UserError, match=r"^config\.mesh: data=1 on 2 TPU slices; make it a multiple"):
+        config_lib.mesh_of(tiny_config(mesh="fsdp=8"), devices)
+
+
+def test_one_verdict_on_memory_whoever_asks():
+    told = plan_step(tiny_config(max_steps=3), 256, None, make_mesh(devices=jax.devices()))
+    rule = sum(told.memory.values())
+    assert told.needed == rule and fits(told, rule) and not fits(told, rule - 1)
+    assert replace(told, own_compiler=True).needed not in (None, rule)
+    half = replace(told, model=replace(told.model, dtype="bfloat16"))
+    assert half.beside("decode") - told.beside("decode") == told.kernels > 0 == half.beside("step")
+
+
+def test_a_run_from_weights_is_planned_with_their_vocabulary(monkeypatch):
+    monkeypatch.setattr(run_lib, "load_tokenizer", lambda path: SimpleNamespace(vocab_size=77, eot=5))
+    assert vocabulary(tiny_config(init_from="runs/imported", tokenizer="gpt2"), None) == (77, 5)
 
 
 def test_what_needs_too_much_memory_is_a_finding_with_its_sizes():

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from runtime import devices as runtime_devices
 from runtime.devices import lacks_memory, simulate_cpu_devices, sizes_in, start_jax
 from runtime.errors import Interrupted, StorageError, UserError, one_line
 from runtime.files import read_object, user_cache, write_json
-from training.traffic import collectives
+from training import traffic
 
-GIB = 2**30
 TPUS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a device: a chip, of a tpu7x half a chip
 GPUS = {
     # Compute capability, multiprocessors, shared memory of one (KiB), L2 (MiB), memory (bytes), its bandwidth (byte/s),
@@ -39,9 +39,7 @@ _QUIET = {  # the compilers' remarks that there is no such device here, and wait
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 # Calls of kernels: a Pallas kernel of a TPU is named by the instruction, one of cuDNN by what is called.
-_KERNEL = re.compile(
-    r'%([\w\-]+?)(?:\.[\d.]+)?(?:\.clone)? = .*custom_call_target="(tpu_custom_call|__cudnn\$\w+|\w+triton\w*)"'
-)
+_KERNEL = re.compile(r'%([\w\-]+?)(?:\.[\d.]+)?(?:\.clone)? = .*custom_call_target="(tpu_custom_call|__cudnn\$\w+)"')
 _ALIAS = re.compile(r"\b(?:may|must)-alias\b")
 
 
@@ -67,7 +65,7 @@ def devices_of(text: str) -> tuple[list[jax.Device], float]:
         return start_jax(), math.inf
     options: dict[str, Any] = {}
     if kind in TPUS:
-        libraries, memory, file = ["libtpu"], TPUS[kind] * GIB, "requirements-tpu-compiler.txt"
+        libraries, memory, file = ["libtpu"], TPUS[kind] * 2**30, "requirements-tpu-compiler.txt"
         options["topology_name"] = f"{kind}:{shape}"
         if math.prod(sizes) <= 4:  # all on one host
             options["chips_per_host_bounds"] = [*sizes, 1][:3]
@@ -117,12 +115,16 @@ def facts_of(traced: Any, devices: np.ndarray) -> dict[str, Any]:
     Raises UserError with its own words if it cannot compile it for another reason than the devices' memory.
 
     refused: its own words if there is not enough memory; then only needed and available bytes are known, if it says so.
-    kept: whether these are its answers of an earlier time, to the same question by the same versions. They are beside
-    the compiled programs, because JAX cannot read back a program whose devices are not here.
+    kept: whether these are its answers of an earlier time, to the same question by the same versions of the libraries
+    and of what reads the answers. They are beside the compiled programs, because JAX cannot read back a program whose
+    devices are not here.
     """
     with _in_its_words(devices):
         lowered = traced.lower()
-    asked = [_versions(), f"{devices.size} {devices.flat[0].device_kind}", lowered.as_text()]
+    places = [(getattr(d, "slice_index", 0), getattr(d, "coords", None)) for d in devices.flat]
+    settings = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    readers = [Path(module).read_bytes() for module in (__file__, traffic.__file__, runtime_devices.__file__)]
+    asked = [_versions(), devices.flat[0].device_kind, places, settings, readers, lowered.as_text()]
     name = f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
     path = Path(jax.config.jax_compilation_cache_dir or user_cache()) / "planned" / name
     with contextlib.suppress(OSError, ValueError):
@@ -187,5 +189,5 @@ def _compiled(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
         "compile_seconds": seconds,
         "kernels": kernels,
         "donated": len(_ALIAS.findall(text.partition("\n")[0])),
-        "collectives": [dataclasses.asdict(c) for c in collectives(text, devices.size)],
+        "collectives": [dataclasses.asdict(c) for c in traffic.collectives(text, devices.size)],
     }

@@ -27,13 +27,14 @@ _AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+)|=(\d+))?")
 
 @dataclass(frozen=True)
 class Collective:
-    """All operations of one kind among the same groups of devices, in a whole step."""
+    """All operations of one kind among the same groups of devices, in one run of a program."""
 
     op: str
     group: tuple[int, ...]  # the devices of the first group, as the mesh numbers them
-    count: int  # in a step
-    sent: float  # bytes that each device sends in a step
+    count: int
+    sent: float  # bytes that each device sends
     in_open_loop: bool  # in a loop whose length the program does not state; counted once
+    in_branch: bool  # of a conditional: of a step's micro-steps only the last one runs it, with the optimizer
 
 
 def sent_bytes(op: str, result: int, n: int) -> float:
@@ -46,7 +47,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     bodies, chains = _computations(text), set()
-    for name, (times, known) in _times(bodies).items():
+    for (name, in_branch), (times, known) in _times(bodies).items():
         for line in bodies[name]:
             match = _COLLECTIVE.search(line)
             if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
@@ -56,10 +57,10 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
                     continue
                 chains.add(key)
             result = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
-            entry = found[match["op"], group, not known]
+            entry = found[match["op"], group, not known, in_branch]
             entry[0] += times
             entry[1] += times * sent_bytes(match["op"], _bytes(result), len(group))
-    rows = [Collective(op, group, int(n), sent, open_) for (op, group, open_), (n, sent) in found.items()]
+    rows = [Collective(op, group, int(n), sent, *where) for (op, group, *where), (n, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
 
 
@@ -78,15 +79,18 @@ def _computations(text: str) -> dict[str, list[str]]:
     return result
 
 
-def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
-    """How often a step runs each computation, and whether all its loops state their length. Both branches count."""
-    result: dict[str, tuple[int, bool]] = {}
+def _times(bodies: dict[str, list[str]]) -> dict[tuple[str, bool], tuple[int, bool]]:
+    """How often a program runs each computation, and whether all its loops state their length.
 
-    def visit(name: str, times: int, known: bool) -> None:
-        before = result.get(name, (0, True))
-        result[name] = before[0] + times, before[1] and known
-        for callee, trips, said in calls[name]:
-            visit(callee, times * trips, known and said)
+    Those in a branch of a conditional stand apart, by name and True; both branches count.
+    """
+    result: dict[tuple[str, bool], tuple[int, bool]] = {}
+
+    def visit(name: str, in_branch: bool, times: int, known: bool) -> None:
+        before = result.get((name, in_branch), (0, True))
+        result[name, in_branch] = before[0] + times, before[1] and known
+        for callee, branch, trips, said in calls[name]:
+            visit(callee, in_branch or branch, times * trips, known and said)
 
     calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
     holds = {name: any(map(_COLLECTIVE.search, lines)) for name, lines in bodies.items()}
@@ -96,18 +100,18 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
             break
         holds = grown
     calls = {name: [call for call in found if holds[call[0]]] for name, found in calls.items()}
-    visit(next(reversed(bodies)), 1, True)
+    visit(next(reversed(bodies)), False, 1, True)
     return result
 
 
-def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, int, bool]]:
+def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, bool, int, bool]]:
     names = _CALLED.findall(line)
     for branches in _BRANCHES.findall(line):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
-    trips, loop = _TRIPS.search(line), " while(" in line
+    trips, loop, branch = _TRIPS.search(line), " while(" in line, " conditional(" in line
     for name in names:
         if name in bodies:
-            yield name, int(trips[1]) if loop and trips else 1, not loop or trips is not None
+            yield name, branch, int(trips[1]) if loop and trips else 1, not loop or trips is not None
 
 
 def _result(start: str) -> str:

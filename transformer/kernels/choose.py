@@ -113,27 +113,26 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents:
             return f"cudnn needs compute capability 8.0 (Ampere), and this GPU has {capability}; use auto"
         if dtype != jnp.bfloat16:
             return f"cudnn computes in bfloat16, not {jnp.dtype(dtype)}; set dtype to bfloat16, or use auto"
-        if documents:
-            return "cudnn does not keep documents apart here; use auto, or set mask_documents to False"
     else:
         return ""
-    return _misfit(kernel, T, N, K, H, jnp.dtype(dtype))
+    return _misfit(kernel, T, N, K, H, jnp.dtype(dtype), documents)
 
 
 @cache
-def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any) -> str:
+def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool) -> str:
     """Why the installed library refuses a kernel of its own (none of them is a stable interface), or "".
 
     Nothing is compiled or run: only the shapes are computed, forward and backward.
     """
 
-    def forward_and_backward(*qkv):
-        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink=None, document_BT=None), *qkv)
+    def forward_and_backward(document_BT, *qkv):
+        out, pull_back = jax.vjp(partial(attend_by, KERNELS[kernel], 0, sink=None, document_BT=document_BT), *qkv)
         return pull_back(out)
 
     array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, H), dtype)
     try:
-        jax.eval_shape(forward_and_backward, array(N), array(K), array(K))
+        document_BT = jax.ShapeDtypeStruct((1, T), jnp.int32) if documents else None
+        jax.eval_shape(forward_and_backward, document_BT, array(N), array(K), array(K))
     except Exception as error:  # whatever this or a later version raises
         return f"{kernel} does not fit: {' '.join(str(error).split())}; use auto"
     return ""

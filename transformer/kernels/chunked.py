@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 
 from transformer.attention import MASKED, visible
