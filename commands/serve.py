@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
             programs.set_up_compile_cache(console.warn)
             devices.start_jax()
             model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
-            with console.busy("compiling"):
+            with console.busy("compiling"), devices.memory_limit("--max_batch", "lower it"):
                 size = values.max_batch, values.queue
                 engine = Engine(model, tokenizer.ends, tokenizer.unsampled, *size, warn=console.warn)
             chat = partial(chat_tokens, tokenizer) if config.chat else None

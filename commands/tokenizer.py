@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.screen.console import Console
 from runtime.screen.text import Table
-from runtime.workdir import prepare_workdir
+from runtime.workdir import prepare_workdir, removed_if_unused
 
 COMPARED = ("gpt2", "o200k_base")
 SAMPLE_BYTES = 10_000_000  # of the corpus, by which tokenizers are compared
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
     data_dir = run_lib.data_dir_of(default.get_config())
     all_of_it = {"tokenizer": "gpt2", "val_fraction": 0.0, "test_fraction": 0.0, "data_dir": data_dir}
     sample: list[str] = []
-    with spoken_in_flags(), Console() as console:
+    with spoken_in_flags(), removed_if_unused(path.parent), Console() as console:
+        prepare_workdir(path.parent, flag="--out")  # before the work whose result goes there
         with console.busy("reading the files"):
             wanted = Wanted.of(values, **all_of_it, say=console.line)
             files = open_corpus(wanted)
@@ -70,7 +71,6 @@ def main(argv: list[str]) -> None:
         tokenizer = train_tokenizer(texts(), values.vocab_size, values.split)
         if tokenizer.vocab_size < values.vocab_size:
             console.warn(f"no more pairs occur twice: {tokenizer.vocab_size:,} tokens, not {values.vocab_size:,}")
-        prepare_workdir(path.parent)
         write_json(path, tokenizer.to_dict())
         size = sum(len(text.encode()) for text in sample)
         rows = [_row(values.out, tokenizer, sample, size)]

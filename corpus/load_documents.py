@@ -56,7 +56,7 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(out) as unfinished, live.set_aside():
-                prepare(replace(wanted, say=lambda line: None), unfinished, len(os.sched_getaffinity(0)), Console())
+                prepare(wanted, unfinished, len(os.sched_getaffinity(0)), Console(), quiet=True)
         except OSError as error:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"

@@ -26,7 +26,7 @@ from corpus.tokenizer import CharTokenizer, Tokenizer, check_tokenizer_name, tok
 from runtime.errors import UserError
 from runtime.files import read_json, storing, write_json
 from runtime.screen.console import Console
-from runtime.workdir import WorkdirLock, prepare_workdir
+from runtime.workdir import WorkdirLock, prepare_workdir, removed_if_unused
 
 # Besides the files themselves, and `skip_bad_rows`, which makes no difference up to the first bad row.
 SHARDS_DEPEND_ON = ("tokenizer", "val_fraction", "test_fraction", "shard_tokens", "text_column")
@@ -35,22 +35,23 @@ BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
-def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> None:
+def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console, quiet: bool = False) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `shard_tokens` or more, or with the last task of its split.
+    `shard_tokens` or more, or with the last task of its split. `quiet`: nothing is said of the shards.
 
     Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
     fails; another call goes on from there.
     """
-    vocabulary, say = wanted.vocabulary, wanted.say
+    vocabulary = wanted.vocabulary
     if vocabulary is None:
         check_tokenizer_name(wanted.tokenizer)
         if wanted.tokenizer not in tokenizer_names():  # a directory, whose content may change
-            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
-    out = prepare_workdir(out)
-    with WorkdirLock(out, console.warn):
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, wanted.say)
+    say = (lambda line: None) if quiet else wanted.say
+    with removed_if_unused(out), WorkdirLock(_own(out), console.warn):
+        out = Path(out).expanduser().resolve()
         with console.busy("reading the files"):
             files = open_corpus(wanted)
         source = {key: getattr(wanted, key) for key in SHARDS_DEPEND_ON}
@@ -66,6 +67,9 @@ def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> 
         if vocabulary is None and wanted.tokenizer != "char":
             vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
         tokenizer = vocabulary or _alphabet(wanted, state, files, threads, console)
+        kept = out / TOKENIZER_FILE
+        if kept.exists() and read_json(kept) != json.loads(json.dumps(tokenizer.to_dict())):
+            raise UserError(f"--out={out}: holds another tokenizer; name another directory")
         output = Output(out, state, wanted.shard_tokens, tokenizer.dtype, say)
         if place := state["place"]:
             say(f"going on after {place:,} of {files.size:,} {files.unit}")
@@ -98,6 +102,16 @@ def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> 
         say(_summary(out, index))
 
 
+def _own(out: str | os.PathLike[str]) -> Path:
+    """The directory, made if it is not there. UserError if it is of something else."""
+    place = Path(out).expanduser()
+    if place.is_dir() and not any((place / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)):
+        others = sorted(path.name for path in place.iterdir() if path.name not in (".lock", TOKENIZER_FILE))
+        if others:
+            raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
+    return prepare_workdir(out)
+
+
 def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:
     if old == new:
         return
@@ -117,8 +131,6 @@ def _state(out: Path, source: dict[str, Any], files: TextFiles | RowFiles) -> di
             raise UserError(f"{out / PROGRESS_FILE}: is damaged; remove {out} and begin again")
         _check_source(out, state["source"], source)
         return state
-    if others := sorted(path.name for path in out.iterdir() if path.name not in (".lock", TOKENIZER_FILE)):
-        raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
     splits = {name: {"tokens": 0, "bytes": 0, "shards": []} for name in SPLITS}
     counts = {"place": 0, "documents": 0, "empty": files.empty, "bad": 0}
     return {"source": source, "symbols": None, **counts, "splits": splits, "part": None}

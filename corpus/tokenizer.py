@@ -14,6 +14,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -113,7 +114,7 @@ class Tokenizer(ABC):
     def pieces(self) -> list[bytes]:
         """The bytes of each id; b"" for one that stands for no text."""
         pieces = [b""] * self.vocab_size
-        for i in set(range(self.vocab_size)) - {*self.unsampled, self.eot, *self.special.values()}:
+        for i in set(range(self.vocab_size)) - {*self.unsampled, *self.ends, *self.special.values()}:
             pieces[i] = self.decode_bytes([i])
         return pieces
 
@@ -200,6 +201,15 @@ class ByteTokenizer(Tokenizer):
         return {"kind": "byte"}
 
 
+MOST_BLANKS = 100_000  # in a row; a longer run is cut
+
+
+def _ends_within_blanks(text: str) -> list[int]:
+    """Where long runs of blanks are cut, so that a pattern can match each part."""
+    runs = [match.span() for match in re.finditer(r"\s+", text) if match.end() - match.start() > MOST_BLANKS]
+    return [place for start, stop in runs for place in range(start + MOST_BLANKS, stop, MOST_BLANKS)]
+
+
 class TiktokenTokenizer(Tokenizer):
     """Byte-pair encoding by tiktoken. Special tokens written in a text are plain text; lone surrogates become "?"."""
 
@@ -218,7 +228,16 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
         well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
-        return self._encoding.encode_to_numpy(well_formed, disallowed_special=()).astype(self.dtype)
+        try:
+            return self._ids(well_formed)
+        except ValueError:  # the library's patterns backtrack too far in a run of a million blanks (tiktoken 0.14)
+            places = [0, *_ends_within_blanks(well_formed), len(well_formed)]
+            if len(places) == 2:
+                raise
+            return np.concatenate([self._ids(well_formed[start:stop]) for start, stop in pairwise(places)])
+
+    def _ids(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
         try:

@@ -177,8 +177,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step, so that it is never half written. Raises StorageError if it cannot be written."""
     if is_first():
-        with storing(path), replacing(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+        with storing(path), replacing(path) as unfinished:  # surrogates: names of files that are no UTF-8
+            unfinished.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 @contextlib.contextmanager

@@ -73,11 +73,12 @@ def _itself(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = ()) -> Path:
+def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = (), flag: str = "--workdir") -> Path:
     """Creates a run's directory, checks that it can be written, and returns its absolute path.
 
-    `files` are the names of files that the run will write. Raises UserError if the directory cannot be created or
-    written, or if under a name that the run writes to there is a link out of it or something of another kind.
+    `files` are the names of files that the run will write, `flag` is what names the directory. Raises UserError if the
+    directory cannot be created or written, or if under a name that the run writes to there is a link out of it or
+    something of another kind.
     """
     try:
         workdir = Path(path).expanduser().resolve()
@@ -92,7 +93,7 @@ def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = ()) -> 
             probe.write(b"probe")
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle, or a ~ without a home
         reason = "is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
-        raise UserError(f"workdir {path}: {reason}; --workdir must name a directory that can be written") from None
+        raise UserError(f"{flag}={path}: {reason}; name a directory that can be written") from None
     return workdir
 
 

@@ -297,6 +297,8 @@ class Service:
             raise Refusal(f"{most[0]}: must be at most {self.max_tokens}, got {most[1]}", most[0])
         if ask.stream_options and not ask.stream:
             raise Refusal("stream_options: only with stream", "stream_options")
+        if (texts := len(prompts) * ask.n) > self.engine.places:
+            raise Refusal(f"n: {texts} texts at once; this server takes at most {self.engine.places}", "n")
         for _, ids in prompts:
             if len(ids) > (room := self._config.context_len):
                 name = "messages" if isinstance(ask, Chat) else "prompt"
@@ -364,10 +366,15 @@ class Writing:
         event = lambda value: f"data: {json.dumps(value)}\n\n"
         told = bool(self._ask.stream_options and self._ask.stream_options.include_usage)
         try:
+            usage = {"usage": None} if told else {}
+            if isinstance(self._ask, Chat):  # once: clients put the pieces of each field together
+                for index in range(len(self._texts)):
+                    choice = {"index": index, "logprobs": None, "finish_reason": None}
+                    opening = {"delta": {"role": "assistant", "content": ""}}
+                    yield event(head | {"choices": [choice | opening]} | usage)
             async with aclosing(self._parts()) as parts:
                 async for index, part in parts:
-                    choice = self._choice(index, part, "delta")
-                    yield event(head | {"choices": [choice]} | ({"usage": None} if told else {}))
+                    yield event(head | {"choices": [self._choice(index, part, "delta")]} | usage)
             if told:
                 yield event(head | {"choices": [], "usage": self._usage()})
         except Refusal as refusal:
@@ -425,7 +432,8 @@ class Writing:
             if ask.logprobs:
                 content = [entry(*own) | {"top_logprobs": [entry(*other) for other in others]} for *own, others in told]
                 choice["logprobs"] = {"content": content, "refusal": None}
-            return choice | {name: {"role": "assistant", "content": part.text}}
+            role = {"role": "assistant"} if name == "message" else {}
+            return choice | {name: role | {"content": part.text}}
         if ask.logprobs is not None:
             likely = [{word(token): value for token, value in reversed(others)} for *_, others in told]
             choice["logprobs"] = {

@@ -205,12 +205,28 @@ class Engine:
             raise self.error
 
     def submit(self, *requests: Request) -> None:
-        """All of them, or none. Raises Full if too many wait already."""
+        """All of them, or none. Raises Full if too many wait already, those that were given up not counted."""
         with self._news:
-            if self._closed or len(self._waiting) + len(requests) > self._queue + self._texts.count(None):
+            wanted = [text for text in self._waiting if not text.cancelled]
+            self._waiting.clear()
+            self._waiting.extend(wanted)
+            if self._closed or len(wanted) + len(requests) > self._queue + self._texts.count(None):
                 raise Full
             self._waiting.extend(requests)
             self._news.notify()
+
+    @property
+    def places(self) -> int:
+        """The most texts that can be taken at once."""
+        return self._queue + len(self._texts)
+
+    def _next(self) -> Request | None:
+        """The next text that is still wanted."""
+        with self._news:
+            while self._waiting:
+                if not (text := self._waiting.popleft()).cancelled:
+                    return text
+        return None
 
     def _clear(self, rows: int) -> None:
         """A new cache, and nothing in it."""
@@ -248,10 +264,8 @@ class Engine:
                 self._texts[row] = None
             elif text and len(text.tokens) > self.model.config.context_len:
                 self._enter(row, text)  # its last half
-        while self._waiting and None in self._texts:
-            text = self._waiting.popleft()
-            if not text.cancelled:
-                self._enter(self._texts.index(None), text)
+        while None in self._texts and (text := self._next()):
+            self._enter(self._texts.index(None), text)
         if any(self._texts):
             self._decode()
 

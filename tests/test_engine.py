@@ -99,6 +99,22 @@ def test_as_many_wait_as_may_and_a_failure_is_told(model, monkeypatch):
         assert warned == ["a chunk of text failed: RuntimeError: no memory"]
 
 
+def test_who_no_longer_waits_takes_no_place(model):
+    with Engine(model, rows=1, queue=2) as engine:
+        held = hold(engine)
+        assert engine.places == 3
+        first = [Asked([1], 5, Sampling(0)) for _ in range(3)]
+        engine.submit(*(one.request for one in first))
+        with pytest.raises(Full):
+            engine.submit(Asked([1], 5, Sampling(0)).request)
+        first[0].request.cancelled = first[2].request.cancelled = True
+        more = [Asked([1], 5, Sampling(0)) for _ in range(2)]
+        engine.submit(*(one.request for one in more))
+        held.set()
+        assert first[1].wait() == more[0].wait() == more[1].wait()
+        assert not first[0].tokens and not first[2].tokens
+
+
 def test_a_failure_without_a_new_cache_ends_the_engine(model, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no memory")

@@ -263,6 +263,9 @@ def test_names_say_which_rows_are_held_out(tmp_path, bpe, capsys):
         "test": len(joined(bpe, ["the test"])),
     }
     assert "for validation, by their names: validation-0.jsonl" in capsys.readouterr().out
+    said = []
+    data_of(tmp_path / "*.jsonl", "gpt2", data_dir=tmp_path, **SPLIT | {"context_len": 2, "say": said.append})
+    assert said.count("for validation, by their names: validation-0.jsonl") == 1
     (tmp_path / "validation-0.jsonl").unlink()
     data = data_of(str(tmp_path / "*.jsonl"), "gpt2", data_dir=tmp_path, **SPLIT | {"context_len": 2})
     assert bpe.decode(ids(data.test)) == "<|endoftext|>the test"

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import regex
@@ -106,6 +107,7 @@ def test_the_command_compares_with_what_is_here(own, tmp_path, capsys, monkeypat
     assert "300 bad rows are left out; the first is " in capsys.readouterr().err
     for more, words in (
         ([f"--out={own}"], [f"--out={own}: holds a tokenizer"]),
+        ([f"--out={tmp_path / 'rows.jsonl.gz'}/in"], ["--out=", "rows.jsonl.gz/in"]),
         ([], ["--out: must be given"]),
         (["--vocab_size=260", "--out=x"], [f"--vocab_size=260: 260 is not an integer in the range [{FEWEST}, "]),
         (["--split=gpt3", "--out=x"], ["split", "gpt2|gpt4"]),
@@ -113,6 +115,7 @@ def test_the_command_compares_with_what_is_here(own, tmp_path, capsys, monkeypat
     ):
         assert main.main([*flags, *more]) == 2
         assert_one_line(capsys.readouterr().err, *words)
+    assert not Path("x").exists()
 
 
 def test_a_run_keeps_it_and_needs_its_directory_no_more(own, tmp_path, capsys):

@@ -25,7 +25,7 @@ from corpus.prepare import Output, prepare
 from corpus.shards import read_shard
 from corpus.tokenizer import TiktokenTokenizer
 from runtime.errors import StorageError
-from runtime.files import read_json
+from runtime.files import read_json, write_json
 from runtime.screen.console import Console
 
 EOT = 300
@@ -285,6 +285,16 @@ def test_a_finished_directory_stays_as_it_is(corpus, tmp_path, bpe, monkeypatch)
     assert "are not the files that" in refusal(run, corpus / "*.txt", tmp_path / "out")
 
 
+def test_a_tokenizer_that_lies_in_the_directory_stays(corpus, tmp_path, bpe):
+    for name, tokenizer in (("other", small_bpe(EOT + 1)), ("same", bpe)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "tokenizer.json", tokenizer.to_dict())
+    before = (tmp_path / "other" / "tokenizer.json").read_bytes()
+    assert "holds another tokenizer" in refusal(run, corpus, tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").read_bytes() == before
+    assert run(corpus, tmp_path / "same")["fingerprint"] == bpe.fingerprint
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +309,8 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex, which is of something else" in refusal(run, corpus / "*.txt", tmp_path / "e")
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["thesis.tex"]
+    assert not any((tmp_path / name).exists() for name in "abcd")  # what was made for nothing is gone again
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / ".progress.json").write_text("{}")
     assert "is damaged" in refusal(run, corpus / "*.txt", tmp_path / "f")

@@ -115,6 +115,12 @@ def test_rows_come_back_as_they_were_and_what_is_not_finite_as_none(tmp_path):
     assert text.count("\n") == 2 and text.endswith("\n") and "NaN" not in text and "Infinity" not in text
 
 
+def test_a_name_that_is_no_utf8_is_written_and_read_back(tmp_path):
+    values = {"command": "train --config.dataset=caf\udce9.txt"}
+    files.write_json(tmp_path / "config.json", values)
+    assert files.read_json(tmp_path / "config.json") == values
+
+
 def test_metrics_go_back_to_where_the_checkpoint_was(tmp_path):
     file, said = files.MetricsFile(tmp_path / "metrics.jsonl"), []
     file.append({"step": 1})
@@ -522,7 +528,7 @@ def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypa
         with pytest.raises(UserError, match=reason) as caught:
             workdir.prepare_workdir(path)
         text = str(caught.value)
-        assert text.startswith(f"workdir {path}: ") and "; " in text and "\n" not in text
+        assert text.startswith(f"--workdir={path}: ") and "; " in text and "\n" not in text
 
     refused(tmp_path / "file", "is a file")
     refused(tmp_path / "file" / "run", "Not a directory")

@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,11 @@ def test_greedy_text_equals_recomputation_over_several_refills(models, name):
     have = tokens_of(models[name], ids, 70)
     np.testing.assert_array_equal(have, recompute(models[name], ids, 70))
     assert min(len(set(row)) for row in have.tolist()) > 5  # no row that only repeats itself
+
+
+def test_a_prompt_that_becomes_no_token_begins_as_an_empty_one_does():
+    nothing = SimpleNamespace(encode=lambda text, replace_unknown=False: np.array([], np.int32), eot=7)
+    assert sampling.prompt_tokens(nothing, "dropped").tolist() == sampling.prompt_tokens(nothing, "").tolist() == [7]
 
 
 @pytest.mark.parametrize("lengths", [(9,), (1,), (1, 9, 5)], ids=str)

@@ -174,6 +174,10 @@ def test_a_conversation_in_each_form(client, model):
     assert first.top_logprobs[0].token == first.token and len(first.top_logprobs) == 7
     parts = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(part.choices[0].delta.content for part in parts) == want
+    assert {part.choices[0].delta.role for part in parts[1:]} == {None}
+    with client.chat.completions.stream(**ask, n=2) as together:  # as the client puts it together
+        choices = together.get_final_completion().choices
+    assert [(choice.message.role, choice.message.content) for choice in choices] == [("assistant", want)] * 2
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
 
 
@@ -206,6 +210,7 @@ TALK = {"messages": [{"role": "user", "content": "a"}]}
         (COMPLETIONS, {"top_p": "1"}, "top_p", "got '1'"),
         (COMPLETIONS, {"seed": -1}, "seed", "greater than or equal to 0"),
         (COMPLETIONS, {"n": 0}, "n", "greater than or equal to 1"),
+        (COMPLETIONS, {"n": 112, "prompt": ["a", "b"]}, "n", "224 texts at once; this server takes at most 223"),
         (COMPLETIONS, {"stop": ["a", ""]}, "stop", "at least 1 character"),
         (COMPLETIONS, {"stop": ["a"] * 5}, "stop", "at most 4 items"),
         (COMPLETIONS, {"logprobs": 6}, "logprobs", "less than or equal to 5"),

@@ -77,6 +77,14 @@ def test_lone_surrogates_become_question_marks_at_byte_level():
     assert BPE.decode(BPE.encode("a\udfffb")) == "a?b"
 
 
+def test_a_run_of_a_million_blanks_is_encoded():
+    """tiktoken's patterns cannot match it in one piece."""
+    text = "a" + " " * 1_000_000 + "b"
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text and ids.dtype == BPE.dtype
+    assert BPE.encode("a" + " " * 1000).tolist() == ids[: len(BPE.encode("a" + " " * 1000))].tolist()
+
+
 def test_tiktoken_merges_and_takes_special_tokens_as_plain_text():
     assert BPE.encode("hello hell he").tolist() == [259, 32, 258, 32, 256]
     assert BPE.encode("<|endoftext|>").tolist() == list(b"<|endoftext|>")

@@ -404,6 +404,14 @@ def test_special_tokens_in_a_text_are_plain_text_and_surrogates_question_marks(i
     assert imported.decode(imported.encode("e\ud800l")) == "e?l"
 
 
+def test_a_second_end_without_a_token_has_no_text():
+    """As where a vocabulary is padded."""
+    content = tokenizer_from_dict(learn("ab ab", ".", {"<|endoftext|>": 300}).to_dict())
+    library = json.loads(to_tokenizers(content).to_str())
+    imported = ImportedTokenizer(library, 320, 300, [310])
+    assert imported.ends == (300, 310) and len(imported.pieces) == 320 and imported.pieces[310] == b""
+
+
 @each_imported
 def test_ids_that_stand_for_no_text_are_refused(imported):
     assert imported.decode([]) == "" and imported.encode("").size == 0

@@ -254,11 +254,14 @@ def generate_tokens(
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
-    """A prompt's ids; for an empty prompt the end-of-text token, or else a newline, or else the first symbol."""
+    """A prompt's ids; without any the end-of-text token, or else a newline, or else the first symbol.
+
+    An imported tokenizer may make nothing of a text that is not empty.
+    """
     if not isinstance(prompt, str):
         return prompt
-    if prompt:
-        return tokenizer.encode(prompt)
+    if prompt and len(ids := tokenizer.encode(prompt)):
+        return ids
     if tokenizer.eot is not None:
         return np.array([tokenizer.eot])
     newline = tokenizer.encode("\n", replace_unknown=True)
