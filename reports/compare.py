@@ -40,6 +40,7 @@ class RunRecord:
     environment: dict[str, Any]  # where it ran
     rows: list[dict[str, float | None]]  # of metrics.jsonl, by step; None for a value that is not a finite number,
     # and for flops, the model's so far, if the run did not note what a token takes
+    timed_steps: int = 0  # that `max_seconds` were found to be enough for
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -120,7 +121,8 @@ def read_runs(paths: Sequence[Path], warn: Callable[[str], None]) -> list[RunRec
         name, environment = os.path.relpath(path.resolve(), shared), {key: saved.get(key) for key in _ENVIRONMENT}
         each = saved.get("flops_per_token")
         rows = [row | {"flops": None if each is None else each * row["tokens"]} for row in rows]
-        runs.append(RunRecord(name, config, environment, rows))
+        timed = saved.get("timed_steps", 0)
+        runs.append(RunRecord(name, config, environment, rows, timed if type(timed) is int else 0))
     return runs
 
 
@@ -248,9 +250,14 @@ def paired(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunReco
 
 
 def _whole(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Those evaluated nearly as far as the farthest; one that failed would bring all pairs to where it stopped."""
-    ends = [run.evaluations[-1]["tokens"] if run.evaluations else 0 for run in runs]
-    return [run for run, end in zip(runs, ends, strict=True) if end >= 0.9 * max(ends)]
+    """Those evaluated nearly as far as the farthest; one that failed would bring all pairs to where it stopped.
+
+    How far a run of `max_seconds` goes depends on the machine: it is whole at the end of its own steps.
+    """
+    last = lambda run, key: run.evaluations[-1][key] if run.evaluations else 0
+    farthest = max(last(run, "tokens") for run in runs)
+    ended = lambda run: bool(run.timed_steps) and last(run, "step") >= run.timed_steps
+    return [run for run in runs if ended(run) or last(run, "tokens") >= 0.9 * farthest]
 
 
 def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:

@@ -316,6 +316,16 @@ def test_names_of_seeds_and_the_last_way_out():
     assert list(compare.group_seeds(records)) == ["p ..."]
 
 
+def test_a_run_of_max_seconds_is_whole_at_its_own_end():
+    def record(name, timed, *steps):
+        rows = [{"step": step, "tokens": 10 * step, "val_loss": 1.0} for step in steps]
+        return compare.RunRecord(name, {"seed": 0}, {}, rows, timed)
+
+    fast, slow, cut, failed = record("a", 100, 50, 100), record("b", 70, 70), record("c", 80, 60), record("d", 90)
+    assert compare._whole([fast, slow, cut, failed]) == [fast, slow]
+    assert compare._whole([record("e", 0, 100), record("f", 0, 70)]) == [record("e", 0, 100)]
+
+
 # --- The config command, and help -------------------------------------------------------------------------------------
 
 

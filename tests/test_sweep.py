@@ -349,5 +349,6 @@ def test_what_is_no_question_is_refused(flags, words, stand_in, capsys):
 
 def test_a_pair_of_which_a_run_failed_says_nothing(stand_in, capfd):
     """Nor does the table of differences by seed, which holds for a number of seeds that was fixed beforehand."""
-    assert main.main(["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.4", "--until_p=0.5", "--most=2"]) == 4
+    assert main.main(["sweep", BASE, f"--workdir={stand_in}", "--set=lr=0.5,0.4", "--until_p=0.5", "--most=9"]) == 4
+    assert len(calls(stand_in)) == 2  # more seeds could settle nothing
     assert "ettled by" not in (out := capfd.readouterr().out) and "Differences by seed" not in out
