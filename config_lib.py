@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import default
@@ -24,7 +26,7 @@ from transformer.config import Execution, TransformerConfig
 from transformer.forms import sink_name
 from transformer.kernels.choose import obstacle
 from transformer.ranges import BelowOne, Count, CountOrNone, NotNegative, Range, require
-from transformer.sharding import DATA, FSDP, mesh_sizes, parse_mesh
+from transformer.sharding import DATA, FSDP, make_mesh, mesh_sizes, parse_mesh
 from transformer.xla import target
 
 CHOICES = {
@@ -146,6 +148,12 @@ def _check_together(config: ConfigDict) -> None:
         )
 
 
+def mesh_of(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+    """The config's mesh of these devices. Raises UserError if it does not fit them, or their TPU slices."""
+    with _of_the_config():
+        return make_mesh(config.mesh, devices=devices)
+
+
 def check_devices(config: ConfigDict, num_devices: int) -> None:
     """Raises UserError if the mesh does not fit the devices or the batch, or if they lack the attention kernel."""
     with _of_the_config():
@@ -259,6 +267,15 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
                 f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "
                 f"old run aside), or --config.init_from={workdir} in another --workdir"
             )
+    origins = [(config.init_from, config.init_weights) for config in (old, new)]
+    if all(path for path, _ in origins) and Path(old.init_from).exists():  # where it is gone, it may have been moved
+        (was, of), (now, wanted) = origins
+        if (Path(was).resolve(), of) != (Path(now).resolve(), wanted):
+            key = "init_from" if of == wanted else "init_weights"
+            raise UserError(
+                f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; use "
+                "another --workdir, or --fresh (moves the old run aside)"
+            )
     falls = ["schedule", *["decay_schedule"] * bool(new.weight_decay)]
     laid_out = next((key for key in falls if new[key] in ("cosine", "linear")), None)
     if laid_out is None:
@@ -271,7 +288,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
             f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
-    if new.epochs and sequences(old) != sequences(new):
+    if (new.epochs or new.max_flops) and sequences(old) != sequences(new):
         raise UserError(
             f"config.batch_size: {laid_out} {new[laid_out]!r} was laid out in steps of {sequences(old)} sequences, "
             f"which would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "

@@ -64,6 +64,13 @@ def main(argv: list[str]) -> int:
             raise
         Console().print_error(expected)
         return expected.status
+    except Exception as error:
+        devices = sys.modules.get("runtime.devices")
+        if devices is None or not devices.lacks_memory(error) or "--debug" in flags:
+            raise
+        advice = "let other programs end, or take a device with more of it"
+        Console().print_error(full := ExpectedError(f"{command}: out of memory; {advice}"))
+        return full.status
     return 0
 
 

@@ -390,13 +390,25 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 
-def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None:
-    """Begins a run. Raises NoCheckpointError if steps are logged whose checkpoints are gone (an unmounted disk?)."""
-    if (rows := metrics.read()) and not checkpoints.never_saved():
-        raise NoCheckpointError(
-            f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
-            "directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the rest aside"
-        )
+def require_nothing_lost(workdir: Path, checkpoints: Checkpoints) -> None:
+    """Begins a run.
+
+    Raises NoCheckpointError if steps are logged whose checkpoints are gone (an unmounted disk?), or UserError if
+    another program's files would be overwritten (an exported model, say): a run that was interrupted before its first
+    checkpoint has left a mark.
+    """
+    if not checkpoints.never_saved():
+        if rows := MetricsFile(workdir / METRICS_FILE).read():
+            raise NoCheckpointError(
+                f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring "
+                "the directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the "
+                "rest aside"
+            )
+        if taken := next((name for name in FILES if (workdir / name).exists()), None):
+            raise UserError(
+                f"workdir {workdir}: holds {taken} and no checkpoint, so it is no run that could go on; use another "
+                "--workdir, or --fresh, which moves aside what is there"
+            )
     checkpoints.begin()
 
 

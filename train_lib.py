@@ -42,7 +42,7 @@ from training.optimizer import groups_of, schedule_shape
 from training.step import Step, make_step
 from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
-from transformer.sharding import make_mesh, most_parts, shardings_of, whole
+from transformer.sharding import most_parts, shardings_of, whole
 
 
 def train(
@@ -66,7 +66,8 @@ def train(
     with removed_if_unused(workdir), Console(silent=not is_first()) as console:
         workdir = prepare_workdir(workdir, run_lib.FILES)
         console.doing("starting the devices")
-        devices.set_up_cpu_devices(config.cpu_devices, run_lib.batch_to_share(config, workdir), console.warn)
+        shared = config.batch_size if fresh else run_lib.batch_to_share(config, workdir)
+        devices.set_up_cpu_devices(config.cpu_devices, shared, console.warn)
         set_up_compile_cache(console.warn)
         config_lib.check_devices(config, len(devices.start_jax()))
         with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
@@ -101,7 +102,8 @@ class Trainer:
         rebatch: bool,
     ):
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-        self.console, self.stop, self.watchdog, self.tracing = console, stop, watchdog, False
+        self.console, self.stop, self.watchdog = console, stop, watchdog
+        self.tracing: bool | None = None  # whether a trace is being written; None: none was
         latest = checkpoints.latest()
         allow = cache(lambda step: run_lib.require_same_run(checkpoints.meta(step), config, workdir, rebatch))
         if latest is not None:  # checked before anything is loaded
@@ -120,7 +122,7 @@ class Trainer:
         how = run_lib.dtype_of(config, None if latest is None else checkpoints.meta(latest))
         self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
-        self.mesh = make_mesh(config.mesh, devices=devices.start_jax())
+        self.mesh = config_lib.mesh_of(config, devices.start_jax())
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         if config.micro_batch:
             console.doing("looking how many sequences fit at once")
@@ -192,8 +194,9 @@ class Trainer:
 
         def total(c: ConfigDict, batches: Batches) -> int:
             k, epochs = c.accumulation_steps, batches.steps(c.epochs) if c.epochs else None
-            of_a_step = flops * c.context_len * c.batch_size * k
-            return total_steps(epochs, k, c.max_steps, self.timed, c.max_flops, of_a_step)
+            a_sequence = flops * c.context_len
+            left = c.max_flops and c.max_flops - a_sequence * batches.offset  # what was read in steps of another size
+            return total_steps(epochs, k, c.max_steps, self.timed, left, a_sequence * c.batch_size * k)
 
         if config.max_seconds and not meta:
             self.timed = self._time(make(total(config, self.batches)), key)
@@ -225,7 +228,7 @@ class Trainer:
             source = Path(self.config.init_from)
             which = self.placement, self.console.warn, self.config.init_weights
             self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
-        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
+        run_lib.require_nothing_lost(self.workdir, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.compiled_before = -compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
@@ -243,8 +246,9 @@ class Trainer:
         self.compiled_before = meta.get("compile_seconds", 0.0) - compile_seconds()
         self.saved = (self.micro_step, self.reported)
         if self.step > self.total:
+            limits = " or ".join(key for key in ("max_steps", "epochs", "max_flops") if self.config[key])
             raise UserError(
-                f"config.max_steps: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
+                f"config.{limits}: the run in {self.workdir} is at step {self.step}, past {self.total}; raise it"
             )
         if changed := run_lib.other_arithmetic(meta, self.arithmetic):
             self.console.warn(f"not as in the session before: {changed}; the numbers will differ (docs/exactness.md)")
@@ -281,12 +285,16 @@ class Trainer:
                         self.reported = False
                         self._report(step_metrics)
                         update(self.step)
-            if profile:
-                self._profile(*profile)
         except Interrupted:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
+        finally:
+            if self.tracing:
+                self._end_trace()
+        if profile and self.tracing is None:
+            self.console.warn(f"--profile_steps: no trace, as this session made no step from {profile[0]} on")
+        self.watchdog.stop()  # the rest makes no step
         self.console.doing("drawing the curves")
         history = run_lib.read_metrics(self.workdir, self.console.warn)
         by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
@@ -431,13 +439,16 @@ class Trainer:
         self.checkpoints.save(number, self.state.params, self.state[1:], meta, val_loss, position, self.val_tokens)
 
     def _profile(self, first: int, last: int) -> None:
-        """Trace the real steps from `first` to before `last`; called before each dispatch, and after the loop."""
+        """Trace the real steps from `first` to before `last`; called before each dispatch."""
         k = self.config.accumulation_steps
-        if self.tracing and (self.micro_step >= last * k or self.step == self.total):
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.console.line(f"wrote a trace to {self.workdir / 'profile'}")
-            self.tracing = False
+        if self.tracing and self.micro_step >= last * k:
+            self._end_trace()
         elif self.micro_step == first * k:
             jax.profiler.start_trace(self.workdir / "profile")
             self.tracing = True
+
+    def _end_trace(self) -> None:
+        self.tracing = False
+        jax.block_until_ready(self.state)
+        jax.profiler.stop_trace()
+        self.console.line(f"wrote a trace to {self.workdir / 'profile'}")

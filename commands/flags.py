@@ -65,6 +65,9 @@ def parse_flags(
         raise UserError(one_line(error)) from error
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever the config file raises
         raise UserError(_explain_value(argv, error)) from error
+    for name in {*values} & {"workdir", "out", "from"}:  # a shell leaves ~ after = as it is
+        if values[name].value:
+            values[name].value = os.path.expanduser(values[name].value)
     if values.help:
         _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
         sys.exit(0)
@@ -131,9 +134,9 @@ def _config_path(argv: Sequence[str]) -> str | None:
     """The path in the last --config=PATH or --config PATH."""
     path = None
     for word, following in zip(argv, [*argv[1:], None], strict=False):
-        if word.startswith("--config="):
+        if word.startswith(("--config=", "-config=")):
             path = word.partition("=")[2]
-        elif word == "--config":
+        elif word in ("--config", "-config"):
             path = following
     return path
 
@@ -149,11 +152,19 @@ def _with_config(argv: Sequence[str]) -> list[str]:
     found = next((str(place) for place in (Path(path), *beside) if place.is_file()), path)
     if named is None:
         return [f"--config={found}", *argv]
-    return _renamed(argv, named, ":".join([found, *argument]))
+    return _renamed(argv, ":".join([found, *argument]))
 
 
-def _renamed(argv: Sequence[str], named: str, new: str) -> list[str]:
-    return [word.replace(named, new) if word in (named, f"--config={named}") else word for word in argv]
+def _renamed(argv: Sequence[str], new: str) -> list[str]:
+    """`argv` with another text in each --config, of which the last one counts."""
+    renamed = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if before in ("--config", "-config"):
+            word = new
+        elif word.startswith(("--config=", "-config=")):
+            word = f"--config={new}"
+        renamed.append(word)
+    return renamed
 
 
 def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
@@ -167,7 +178,7 @@ def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]
     texts = listed.split(";" if ";" in listed else ",")
     if len(texts) == 1 or os.path.exists(listed):  # a list too long for a name is no error
         return [({}, list(argv))]
-    return [({Path(file).stem: text}, _renamed(argv, named, f"{file}:{text}")) for text in texts]
+    return [({Path(file).stem: text}, _renamed(argv, f"{file}:{text}")) for text in texts]
 
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:
@@ -175,13 +186,15 @@ def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     from config_lib import type_name
 
     known = default.get_config()
-    for word in argv:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not word.startswith("--config.") or key not in known:
             continue
         kind = type(known[key])
+        if not equals:
+            text = "true" if kind is bool else following
         try:
-            ok = bool(equals) and (kind not in (int, float) or kind(text) is not None)
+            ok = kind not in (int, float) or kind(text) is not None
             ok = ok and (kind is not bool or text.lower() in ("true", "false", "0", "1"))
             ok = ok and (kind is not tuple or all(float(part) is not None for part in text.strip("()").split(",")))
         except ValueError:

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
             )
         console.line(f"{'checkpoint':>10}  {'val_loss':>8}  {'bytes':>13}  state")
         for step in steps:
-            found = checkpoints.examine(step)
+            if (found := checkpoints.examine(step)) is None:
+                continue  # the run went on meanwhile, and no longer keeps it
             loss = "" if found.val_loss is None else f"{found.val_loss:.4f}"
             more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
             state = f"damaged: {found.wrong[0]}{more}" if found.wrong else "ok" if found.listed else NO_LIST

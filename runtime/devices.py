@@ -144,6 +144,9 @@ def _own_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+_CGROUP = "/sys/fs/cgroup/memory"
+
+
 def memory_available() -> int:
     """Bytes that each device here can take: its own, or of a CPU its share of what is free in the machine and cgroup.
 
@@ -153,8 +156,9 @@ def memory_available() -> int:
         return there
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        told.append(most - used)
+        most, used = (int(Path(f"{_CGROUP}.{name}").read_text()) for name in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)", Path(f"{_CGROUP}.stat").read_text(), re.MULTILINE)
+        told.append(most - used + (int(cached[1]) if cached else 0))  # files that were read give way
     with contextlib.suppress(OSError):
         told += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
     return min(told) // jax.local_device_count()

@@ -1,7 +1,9 @@
 """Runs whose length is given in seconds or in floating-point operations."""
 
 import json
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import pytest
 from helpers import assert_same_state, losses, tiny_config, train_until
 
@@ -17,6 +19,11 @@ from training.cost import flops_per_token
 SMALL = {"num_blocks": 1, "max_steps": 0, "sample_every": 0, "sample_tokens": 1, "eval_every": 4, "save_every": 3}
 
 
+class SimpleState(NamedTuple):
+    params: Any
+    opt_state: Any
+
+
 def flops_of_a_step(config):
     model = config_lib.model_config_of(config, vocab_size=34)  # as of the tests' text
     return flops_per_token(model) * config.batch_size * config.context_len * config.accumulation_steps
@@ -28,6 +35,46 @@ def test_max_flops_is_so_many_steps(tmp_path):
     assert train_lib.train(config, tmp_path / "run").step == 5
     config.max_flops = 6.1 * flops_of_a_step(config)  # constant rates: it may go on
     assert train_lib.train(config, tmp_path / "run").step == 6
+
+
+def test_flops_are_spent_in_steps_of_either_size(tmp_path):
+    config = tiny_config(**SMALL)
+    config.max_flops = 8.1 * flops_of_a_step(config)
+    train_until(4, config, tmp_path / "run")
+    config.batch_size *= 2
+    assert train_lib.train(config, tmp_path / "run", rebatch=True).step == 6  # four, and two of twice the size
+    config.schedule = "cosine"
+    smaller = config.copy_and_resolve_references()
+    smaller.batch_size //= 2
+    with pytest.raises(UserError, match=r"^config\.batch_size: schedule 'cosine' was laid out in steps of"):
+        config_lib.check_resume(smaller, config, tmp_path, rebatch=True)
+
+
+def test_limits_beyond_all_bounds_are_no_error():
+    assert budget.total_steps(10**12, 1, 0) == budget.total_steps(None, 1, 0, 0, 1e300, 1.0) == 2**31 - 1
+    assert (
+        steps_in(1e300, Pace(1e-3, 0.0, 0.0), side_work(8, 20, 0, eval_every=4, sample_every=0, save_every=8))
+        == 2**31 - 1
+    )
+
+
+def test_processes_make_the_same_steps_whatever_their_clocks_say(monkeypatch):
+    """Each step is an exchange; the numbers asked for are those of the first process."""
+    monkeypatch.setattr(budget, "from_all", lambda values: values[None] * 0 + 17)
+    taken = []
+
+    class Counted:
+        def init(self, key):
+            return SimpleState(jnp.zeros(2), ())
+
+        def run(self, state, batch):
+            taken.append(batch)
+            return state, jnp.zeros(())
+
+    monkeypatch.setattr(budget, "average_of", lambda opt_state: None)
+    monkeypatch.setattr(budget, "fingerprints", lambda tree: {})
+    budget.measure(Counted(), None, lambda i: i, 2, lambda params, tokens: (0.0, tokens), seconds=1.0)
+    assert len(taken) == 2 * (1 + 2 + 17)
 
 
 def test_less_than_a_step_is_refused(tmp_path):

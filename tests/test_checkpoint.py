@@ -148,3 +148,21 @@ def test_on_a_cpu_a_large_state_is_written_when_save_returns(tmp_path, monkeypat
         for step in (1, 2):
             save(checkpoints, step)
             assert str(step) in stored(tmp_path)
+
+
+def test_a_reader_follows_a_run_that_deletes_what_it_was_about_to_read(tmp_path):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, val_loss in ((10, 2.0), (20, 2.5), (30, 1.5)):
+            save(checkpoints, step, val_loss)
+    place, aside = tmp_path / "checkpoints", tmp_path / "aside"
+    aside.mkdir()
+    (place / "30").rename(aside / "30")
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        assert reader.steps() == [10, 20]
+        (place / "10").rename(aside / "10")
+        assert reader.examine(10) is None and reader.examine(20).wrong == []
+        assert reader.restore_best_params(PARAMS, PLACE, pytest.fail)[0] == 20
+        (aside / "30").rename(place / "30")
+        (place / "20").rename(aside / "20")
+        assert reader.restore_best_params(PARAMS, PLACE, pytest.fail)[0] == 30
+        assert reader.meta(30)["step"] == 30

@@ -227,6 +227,20 @@ def test_a_config_file_with_an_unknown_key_names_the_key(tmp_path, refused, trai
     refused([f"--config={path}"], "config.num_layer: unknown key")
 
 
+def test_the_config_s_name_elsewhere_on_the_line_stays_as_it_is():
+    words = ["--config", "shakespeare", "--workdir", "shakespeare", "--config.run=shakespeare"]
+    values = commands.flags.parse_flags("train", "", words, commands.flags.define_checkpoint, config=True)
+    assert (values.workdir, values.config.run) == ("shakespeare", "shakespeare") and values.config.num_blocks == 4
+    values = commands.flags.parse_flags("eval", "", ["--workdir=~/runs/a"], commands.flags.define_checkpoint)
+    assert values.workdir == f"{Path.home()}/runs/a"
+    assert str(commands.flags.default_workdir(["-config=configs/enwik8.py"], DEFAULTS)) == "runs/enwik8"
+
+
+def test_a_wrong_value_is_told_though_another_is_given_as_a_word_of_its_own(refused):
+    refused(["--config.num_blocks", "2", "--config.lr=fast"], "config.lr: expected a number, got 'fast'")
+    refused(["--config.report", "--config.num_blocks", "two"], "config.num_blocks: expected a whole number, got 'two'")
+
+
 def test_flags_reach_the_trainer(trained):
     flags = ["--config.lr=0.5", "--config.betas=0.8,0.9", "--config.use_muon=False", "--config.run=a b", "--fresh"]
     assert main.main(flags) == 0

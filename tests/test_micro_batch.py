@@ -136,6 +136,13 @@ def test_plan_divides_by_its_rule():
     assert (divided.config.batch_size, divided.config.accumulation_steps, divided.tokens) == (2, 2, whole.tokens)
 
 
+def test_files_in_a_container_s_memory_are_as_good_as_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_CGROUP", str(tmp_path / "memory"))
+    for name, text in (("max", "3000000\n"), ("current", "2900000\n"), ("stat", "anon 5\ninactive_file 900000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert devices.memory_available() == 1_000_000 // jax.local_device_count()
+
+
 def test_memory_that_is_available_is_no_more_than_the_machine_has():
     machine = devices.os.sysconf("SC_PAGE_SIZE") * devices.os.sysconf("SC_PHYS_PAGES")
     assert 2**20 < devices.memory_available() <= machine // jax.local_device_count()

@@ -214,6 +214,28 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(copy):
         assert content(copy.with_name(f"copy.old-{number}")) == before
 
 
+def test_another_programs_files_are_not_overwritten(tmp_path):
+    held = {"config.json": '{"model_type": "gpt2"}', "samples.txt": "mine", "notes.md": "mine too"}
+    for name, text in held.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"holds samples\.txt and no checkpoint, so it is no run .* --fresh"):
+        train_lib.train(tiny_config(max_steps=1), tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in held} == held
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_does_not_go_on_from_other_initial_weights(tmp_path):
+    began = tiny_config(init_from=str(tmp_path))
+    check = lambda old, **changes: config_lib.check_resume(old, tiny_config(**changes), Path("run"))
+    with pytest.raises(UserError, match=r"^config\.init_from: the run in run began with '.*', this config has 'other'"):
+        check(began, init_from="other")
+    with pytest.raises(UserError, match=r"^config\.init_weights: the run in run began with 'auto', .* has 'trained'"):
+        check(began, init_from=str(tmp_path), init_weights="trained")
+    check(began, init_from=f"{tmp_path}/.")
+    check(began)
+    check(tiny_config(init_from="moved away"), init_from=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "key, new", [("seed", 5), ("num_blocks", 3), ("batch_size", 8), ("betas", (0.8, 0.9)), ("val_fraction", 0.4)]
 )

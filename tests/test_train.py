@@ -174,6 +174,16 @@ def test_only_losses_over_the_same_tokens_make_a_best(tmp_path, monkeypatch):
     assert run_lib.load_model(tmp_path)[3] == 21
 
 
+def test_a_trace_ends_with_the_run_and_if_none_was_written_that_is_said(tmp_path, capsys, monkeypatch):
+    calls, config = [], tiny_config(max_steps=2, report=False)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    train_lib.train(config, tmp_path / "a", profile=(1, 9))
+    assert calls == ["start", "stop"] and "no trace" not in capsys.readouterr().err
+    train_lib.train(config, tmp_path / "b", profile=(2, 9))
+    assert calls == ["start", "stop"] and "--profile_steps: no trace" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "meta, tokens",
     [

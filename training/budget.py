@@ -21,6 +21,7 @@ TRIAL = 3.0  # seconds of steps, at most a tenth of the budget
 MOST = 1000  # steps of the trial
 EVALUATED = 2**14  # tokens
 DISK = 1e9  # assumed bytes a second
+ENDLESS = 2**31 - 1  # steps; beyond, 32 bits do not count them
 
 
 def total_steps(
@@ -31,10 +32,10 @@ def total_steps(
     0, and None for epochs, is no limit. Raises UserError if the FLOPs are less than a step takes.
     """
     by_epochs = 0 if epochs is None else max(1, math.ceil(epochs / accumulation))
-    by_flops = int(max_flops / flops_a_step)
+    by_flops = int(min(max_flops / flops_a_step, ENDLESS))
     if max_flops and not by_flops:
         raise UserError(f"config.max_flops: {max_flops:g} is less than the {flops_a_step:g} of a step; raise it")
-    return min(filter(None, (by_epochs, most, timed, by_flops)), default=2**31 - 1)
+    return min([ENDLESS, *filter(None, (by_epochs, most, timed, by_flops))])
 
 
 class Pace(NamedTuple):
@@ -64,15 +65,19 @@ def measure(
         return work(), time.monotonic() - began
 
     batches, state = [batch_at(i) for i in range(accumulation)], step.init(key)
-    count, began = -1, 0.0
-    while count < 2 or (count < MOST and time.monotonic() - began < min(TRIAL, seconds / 10)):
-        for batch in batches:
-            state, metrics = step.run(state, batch)
-        jax.block_until_ready(metrics)
-        count += 1
-        if not count:
-            began = time.monotonic()  # the first one compiled
-    a_step = (time.monotonic() - began) / count
+
+    def a_step_of(count: int) -> float:
+        nonlocal state
+        began = time.monotonic()
+        for _ in range(count):
+            for batch in batches:
+                state, metrics = step.run(state, batch)
+            jax.block_until_ready(metrics)
+        return (time.monotonic() - began) / count
+
+    a_step_of(1)  # compiles
+    most = min(TRIAL, seconds / 10) / max(a_step_of(2), 1e-6)
+    a_step = a_step_of(_agreed(min(MOST, max(2, int(most)))))
     (_, tokens), an_evaluation = timed(lambda: evaluate(state.params, EVALUATED))
     copies = 1 + (average_of(state.opt_state) is not None)
     _, a_save = timed(lambda: fingerprints(state))
@@ -90,5 +95,10 @@ def steps_in(seconds: float, pace: Pace, side_work: Mapping[str, SideWork]) -> i
         size = lambda name: side_work[name].ahead(0, steps)[1]
         return steps * pace.step + size("evaluation") * pace.evaluation + size("save") * pace.save
 
-    steps = bisect_right(range(1, int(seconds / pace.step) + 2), seconds, key=takes)
-    return int(from_all(np.array([max(1, steps)]))[0, 0])
+    most = int(min(seconds / pace.step + 1, ENDLESS))
+    return _agreed(max(1, bisect_right(range(1, most + 1), seconds, key=takes)))
+
+
+def _agreed(number: int) -> int:
+    """The first process's number: each has a clock of its own, and steps are taken together."""
+    return int(from_all(np.array([number]))[0, 0])

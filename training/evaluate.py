@@ -23,6 +23,8 @@ from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
 
+LOGITS = 2**30  # bytes of the logits of a batch, where they are wanted whole
+
 
 class Evaluator:
     """Exact loss over a split: every token but the first is predicted once, in non-overlapping windows."""
@@ -86,10 +88,10 @@ class Evaluator:
 def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarray]:
     """Log-probabilities, in nats, of every token of a split but the first, in order: float32 [n] at a time.
 
-    Each is predicted in the same window as by an `Evaluator`; `rows` windows are read at once.
+    Each is predicted in the same window as by an `Evaluator`; at most `rows` windows are read at once.
     """
-
     of_batch = token_log_probs(model)
+    rows = max(1, min(rows, LOGITS // (4 * model.config.context_len * model.config.vocab_size)))
     for batch in eval_batches(split, model.config.context_len, rows):
         yield np.asarray(of_batch(batch))[batch[:, 1:] >= 0]
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from corpus.tokenizer import Tokenizer
 from input_pipeline import IGNORED
-from training.evaluate import token_log_probs
+from training.evaluate import LOGITS, token_log_probs
 from transformer.model import Transformer
 
-ROOM = 2**30  # bytes of the logits of a batch
 SHORTEST = 16  # tokens of a row; longer ones have a power of two, or all of the context: so there are few programs
 Z = 1.959964  # standard deviations to either side of 95 % of a normal distribution
 
@@ -93,7 +92,7 @@ def log_likelihoods(
     length_of = lambda number: min(most, max(SHORTEST, 1 << (len(requests[number][0]) - 2).bit_length()))
     for length, group in groupby(sorted(range(len(requests)), key=length_of), length_of):
         numbers = list(group)
-        rows = max(1, min(ROOM // (4 * length * model.config.vocab_size), 4096 // length, len(numbers)))
+        rows = max(1, min(LOGITS // (4 * length * model.config.vocab_size), 4096 // length, len(numbers)))
         rows = 1 << (rows.bit_length() - 1)
         for start in range(0, len(numbers), rows):
             some = numbers[start : start + rows]

@@ -42,6 +42,7 @@ BYTES_PER_ARRAY = 4096  # what a checkpoint takes besides the numbers
 AVERAGE = "/average/"  # training.ema's, in the paths of the optimizer's state
 LARGE = 2**29  # bytes; a larger state is not written in the background on a CPU, where the step needs the memory
 NEVER = 100 * 365 * 86400  # seconds
+LOOKS = 5  # at the list, where a run deletes what was read from it
 Placement = jax.sharding.Sharding | Callable[[Any], Any]  # one for all arrays, or a function: tree -> tree of shardings
 
 
@@ -114,13 +115,27 @@ class Checkpoints(contextlib.AbstractContextManager):
             by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             by_first(lambda: retention.tidy_up(self.directory))
         self._empty_trash()
+        self._read_marks()
+        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+
+    def _read_marks(self) -> None:
         for step in self._steps_on_disk():
             try:
                 meta = self.meta(step)
                 self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"], val_tokens_of(meta))
-            except DamagedError as error:
+            except NoCheckpointError as error:  # DamagedError is one
+                if not self.is_there(step):
+                    continue
+                if not isinstance(error, DamagedError):
+                    raise
                 self._damaged[step] = str(error)
-        require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
+
+    def _look(self) -> None:
+        """List the checkpoints again, of a run that goes on meanwhile."""
+        self._marks.clear()
+        self._damaged.clear()
+        self._read_marks()
+        self._manager.reload()
 
     def load_orbax(self) -> None:
         """Load Orbax now, and not only at the first save, which should find nothing missing. All processes call it."""
@@ -154,6 +169,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _steps_on_disk(self) -> list[int]:
         names = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
         return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name)))
+
+    def is_there(self, step: int) -> bool:
+        """Whether the checkpoint is on the disk now: a run deletes old ones while others look."""
+        return step in self._steps_on_disk()
 
     def _known(self) -> dict[int, Mark]:
         """The marks of the checkpoints whose meta is sound."""
@@ -422,7 +441,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             meta = self.meta(step)
             return meta, *self.restore(step, *target(step, meta), sharding)
 
-        step, found, damaged = self._first_sound(retention.newest_first(self._known()), read)
+        step, found, damaged = self._first_sound(lambda: retention.newest_first(self._known()), read)
         for bad, reason in damaged:
             place = self._set_aside(bad)
             warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
@@ -439,19 +458,32 @@ class Checkpoints(contextlib.AbstractContextManager):
         Which weights, `restore_params` says. Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
         """
         read = lambda step: self.restore_params(step, params, sharding, weights)
-        step, found, damaged = self._first_sound(self._best_first(), read)
+        step, found, damaged = self._first_sound(self._best_first, read)
         for bad, reason in damaged:
             warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
         return step, found
 
-    def _first_sound(self, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any, list[tuple[int, str]]]:
-        """The first of the steps that `read` can read, what it gave, and what is wrong with each damaged one."""
-        damaged = dict(self._damaged)
-        for step in steps:
-            try:
-                return step, read(step), sorted(damaged.items())
-            except DamagedError as error:
-                damaged[step] = str(error)
+    def _first_sound(
+        self, listed: Callable[[], list[int]], read: Callable[[int], Any]
+    ) -> tuple[int, Any, list[tuple[int, str]]]:
+        """The first of the steps that `read` can read, what it gave, and what is wrong with each damaged one.
+
+        What a run deletes meanwhile is passed over; if nothing else is left, they are listed again.
+        """
+        for _ in range(LOOKS):
+            steps, damaged = listed(), dict(self._damaged)
+            for step in steps:
+                try:
+                    return step, read(step), sorted(damaged.items())
+                except (NoCheckpointError, FileNotFoundError) as error:
+                    if not self.is_there(step):
+                        continue
+                    if not isinstance(error, DamagedError):
+                        raise
+                    damaged[step] = str(error)
+            if all(map(self.is_there, steps)):
+                break
+            self._look()
         raise self._all_damaged(damaged)
 
     def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:
@@ -470,8 +502,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._manager.reload()
         return place
 
-    def examine(self, step: int) -> Finding:
-        """Check every file and every array of a checkpoint, on one device."""
+    def examine(self, step: int) -> Finding | None:
+        """Check every file and every array of a checkpoint, on one device; None if it is deleted meanwhile."""
+        try:
+            found = self._examine(step)
+        except (NoCheckpointError, FileNotFoundError):
+            if self.is_there(step):
+                raise
+            return None
+        return found if self.is_there(step) else None
+
+    def _examine(self, step: int) -> Finding:
         path, val_loss, changed = self.directory / str(step), None, None
         wrong: list[str] = []
         try:
