@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         if config.attention_kernel in ("splash", "cudnn"):
             console.line(f"attention_kernel={config.attention_kernel}: not on simulated devices, planned with auto")
             config.attention_kernel = "auto"
-    memory *= FREE if hardware in GPUS or hardware in MEMORY else 1
+    memory *= FREE if hardware in MEMORY else 1  # all of them GPUs
     with aimed_at(target_of(there)), warnings.catch_warnings(action="ignore"):  # the report says why
         config_lib.check_devices(config, len(there))
         tokens = vocabulary(config, console)
