@@ -22,6 +22,7 @@ from runtime.workdir import WEIGHTS
 from training import optimizer as optimizer_lib
 from training.optimizer import OptimizerConfig
 from transformer.config import CHOICES as MODEL_CHOICES
+from transformer.config import REMOVED as MODEL_REMOVED
 from transformer.config import Execution, TransformerConfig
 from transformer.forms import sink_name
 from transformer.kernels.choose import obstacle
@@ -241,7 +242,7 @@ def _named(key: str, value: Any) -> Any:
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:
     """A saved config without the keys of earlier builds that did nothing at the value that they have."""
-    return {key: value for key, value in values.items() if (key, value) not in optimizer_lib.REMOVED}
+    return {key: value for key, value in values.items() if (key, value) not in (*optimizer_lib.REMOVED, *MODEL_REMOVED)}
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
@@ -271,10 +272,10 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
     if all(path for path, _ in origins) and Path(old.init_from).exists():  # where it is gone, it may have been moved
         (was, of), (now, wanted) = origins
         if (Path(was).resolve(), of) != (Path(now).resolve(), wanted):
-            key = "init_from" if of == wanted else "init_weights"
+            key = "init_weights" if Path(was).resolve() == Path(now).resolve() else "init_from"
             raise UserError(
-                f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; use "
-                "another --workdir, or --fresh (moves the old run aside)"
+                f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; put "
+                "that back or leave it out, or use another --workdir, or --fresh (moves the old run aside)"
             )
     falls = ["schedule", *["decay_schedule"] * bool(new.weight_decay)]
     laid_out = next((key for key in falls if new[key] in ("cosine", "linear")), None)

@@ -26,6 +26,7 @@ from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
+from runtime.workdir import CHECKPOINTS
 from training.health import first_not_finite
 from training.micro_batch import largest_part
 from training.optimizer import OptimizerConfig
@@ -303,7 +304,7 @@ def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Chec
 
     A damaged config.json may ask for millions, and to list their shapes would take for ever.
     """
-    with contextlib.suppress(DamagedError):  # it is reported later
+    with contextlib.suppress(NoCheckpointError):  # damaged, or just deleted: that is reported later
         arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
         if config.num_blocks > len(arrays):
             raise UserError(
@@ -331,8 +332,8 @@ def load_weights(
                 f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
                 "init_from needs a model of the same shape"
             )
-        step, params = checkpoints.restore_best_params(want, sharding, warn, weights)
-        require_same_model(workdir, config, tokenizer, checkpoints.meta(step))
+        _, params, meta = checkpoints.restore_best_params(want, sharding, warn, weights)
+        require_same_model(workdir, config, tokenizer, meta)
     return params
 
 
@@ -353,15 +354,15 @@ def load_model(
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)
         if step is None:
-            step, params = checkpoints.restore_best_params(abstract, place, warn, weights)
+            step, params, meta = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
             try:
-                params = checkpoints.restore_params(step, abstract, place, weights)
+                params, meta = checkpoints.restore_params(step, abstract, place, weights), checkpoints.meta(step)
             except DamagedError as error:
                 raise NoCheckpointError(
                     f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
                 ) from error
-        require_same_model(workdir, config, tokenizer, meta := checkpoints.meta(step))
+        require_same_model(workdir, config, tokenizer, meta)
     check_finite(params, workdir)
     how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
     model_config = dataclasses.replace(model_config, **how)
@@ -390,25 +391,28 @@ def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 
-def require_nothing_lost(workdir: Path, checkpoints: Checkpoints) -> None:
-    """Begins a run.
+def require_no_others_files(workdir: Path) -> None:
+    """Raises UserError if a run would overwrite another program's files, such as those of an exported model.
 
-    Raises NoCheckpointError if steps are logged whose checkpoints are gone (an unmounted disk?), or UserError if
-    another program's files would be overwritten (an exported model, say): a run that was interrupted before its first
-    checkpoint has left a mark.
+    A run that has begun has a checkpoint, or the mark that there is none yet, or has logged steps.
     """
-    if not checkpoints.never_saved():
-        if rows := MetricsFile(workdir / METRICS_FILE).read():
-            raise NoCheckpointError(
-                f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring "
-                "the directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the "
-                "rest aside"
-            )
-        if taken := next((name for name in FILES if (workdir / name).exists()), None):
-            raise UserError(
-                f"workdir {workdir}: holds {taken} and no checkpoint, so it is no run that could go on; use another "
-                "--workdir, or --fresh, which moves aside what is there"
-            )
+    checkpoints = workdir / CHECKPOINTS
+    if (checkpoints.is_dir() and any(checkpoints.iterdir())) or MetricsFile(workdir / METRICS_FILE).read():
+        return
+    if taken := next((name for name in FILES if (workdir / name).exists()), None):
+        raise UserError(
+            f"workdir {workdir}: holds {taken} and no checkpoint, so it is no run that could go on; use another "
+            "--workdir, or --fresh, which moves aside what is there"
+        )
+
+
+def require_nothing_lost(metrics: MetricsFile, checkpoints: Checkpoints) -> None:
+    """Begins a run. Raises NoCheckpointError if steps are logged whose checkpoints are gone (an unmounted disk?)."""
+    if (rows := metrics.read()) and not checkpoints.never_saved():
+        raise NoCheckpointError(
+            f"{checkpoints.directory}: {rows[-1].get('step')} steps are logged and no checkpoint is there; bring the "
+            "directory back (is its disk mounted?), or start again from step 0 with --fresh, which moves the rest aside"
+        )
     checkpoints.begin()
 
 

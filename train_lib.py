@@ -65,6 +65,8 @@ def train(
     config = config_lib.in_parts(config)
     with removed_if_unused(workdir), Console(silent=not is_first()) as console:
         workdir = prepare_workdir(workdir, run_lib.FILES)
+        if not fresh:
+            run_lib.require_no_others_files(workdir)
         console.doing("starting the devices")
         shared = config.batch_size if fresh else run_lib.batch_to_share(config, workdir)
         devices.set_up_cpu_devices(config.cpu_devices, shared, console.warn)
@@ -195,8 +197,10 @@ class Trainer:
         def total(c: ConfigDict, batches: Batches) -> int:
             k, epochs = c.accumulation_steps, batches.steps(c.epochs) if c.epochs else None
             a_sequence = flops * c.context_len
-            left = c.max_flops and c.max_flops - a_sequence * batches.offset  # what was read in steps of another size
-            return total_steps(epochs, k, c.max_steps, self.timed, left, a_sequence * c.batch_size * k)
+            a_step = a_sequence * c.batch_size * k
+            # Steps of another size, before --rebatch, have read so many sequences more, or fewer.
+            left = batches.offset and c.max_flops and max(a_step, c.max_flops - a_sequence * batches.offset)
+            return total_steps(epochs, k, c.max_steps, self.timed, left or c.max_flops, a_step)
 
         if config.max_seconds and not meta:
             self.timed = self._time(make(total(config, self.batches)), key)
@@ -228,7 +232,7 @@ class Trainer:
             source = Path(self.config.init_from)
             which = self.placement, self.console.warn, self.config.init_weights
             self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
-        run_lib.require_nothing_lost(self.workdir, self.checkpoints)
+        run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.compiled_before = -compile_seconds()
         self.val_loss = self.best_val_loss = self.best_step = None
@@ -289,21 +293,26 @@ class Trainer:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
             raise
-        finally:
+        except BaseException:
             if self.tracing:
-                self._end_trace()
+                with contextlib.suppress(Exception):  # it must not hide the error
+                    jax.profiler.stop_trace()
+            raise
+        if self.tracing:
+            self._end_trace()
         if profile and self.tracing is None:
-            self.console.warn(f"--profile_steps: no trace, as this session made no step from {profile[0]} on")
-        self.watchdog.stop()  # the rest makes no step
-        self.console.doing("drawing the curves")
-        history = run_lib.read_metrics(self.workdir, self.console.warn)
-        by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
-        losses, model = (self.val_loss, self.best_val_loss, self.best_step), self._model(self.state.params)
-        run = Run(model, self.tokenizer, history, self.workdir, self.step, *losses, self.val_tokens)
-        if self.config.report:
-            self.console.doing("writing report.html")
-            by_first(lambda: write_after_training(run, self.console.warn))
-        self.console.closing(*summary.closing(run, self.clock.elapsed))
+            first, last = profile
+            self.console.warn(f"--profile_steps: no trace, as this session made no step from {first} to before {last}")
+        with self.watchdog.pause():  # only the last save is still watched
+            self.console.doing("drawing the curves")
+            history = run_lib.read_metrics(self.workdir, self.console.warn)
+            by_first(lambda: plot_loss(history, self.workdir / run_lib.CURVES_FILE, self.workdir.name))
+            losses, model = (self.val_loss, self.best_val_loss, self.best_step), self._model(self.state.params)
+            run = Run(model, self.tokenizer, history, self.workdir, self.step, *losses, self.val_tokens)
+            if self.config.report:
+                self.console.doing("writing report.html")
+                by_first(lambda: write_after_training(run, self.console.warn))
+            self.console.closing(*summary.closing(run, self.clock.elapsed))
         return run
 
     def _report(self, step_metrics: dict[str, jax.Array]) -> None:
@@ -443,7 +452,7 @@ class Trainer:
         k = self.config.accumulation_steps
         if self.tracing and self.micro_step >= last * k:
             self._end_trace()
-        elif self.micro_step == first * k:
+        elif self.tracing is None and first * k <= self.micro_step < last * k:
             jax.profiler.start_trace(self.workdir / "profile")
             self.tracing = True
 

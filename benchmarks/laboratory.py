@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -113,8 +113,11 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 
 class Optimizer(NamedTuple):
-    """An optimizer's keys, the rates that were tried for it, the best of them (a test holds it against the rows), and
-    the steps that take the time of STEPS with Muon, by `cost rates` before its runs."""
+    """An optimizer of the cells `rates` and `optimizers`.
+
+    best: the best of the tried rates, by the rows of `rates`. steps: how many take the same time as STEPS of Muon, by
+    `cost rates` before these runs.
+    """
 
     keys: dict[str, Any]
     rate: str
@@ -165,7 +168,9 @@ CELLS = {
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """The rows of a cell that are there, those left out that another command than today's has made."""
-    cell, rows = CELLS[name], MetricsFile(ROWS / f"{name}.jsonl").read(print)
+    if (cell := CELLS.get(name)) is None:
+        return []
+    rows = MetricsFile(ROWS / f"{name}.jsonl").read(print)
     asked = {(arm, seed): command_of(cell, arm, seed) for arm in cell.arms for seed in cell.seeds}
     return list({key: row for row in rows if asked.get(key := (row["arm"], row["seed"])) == row["command"]}.values())
 
@@ -275,7 +280,9 @@ def train(names: Sequence[str]) -> None:
             learn_tokenizer(cell := CELLS[name])
             kept = rows_of(name)
             there = {(row["arm"], row["seed"]) for row in kept}
-            write_text(ROWS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))  # without stale ones
+            if stale := len(MetricsFile(path := ROWS / f"{name}.jsonl").read(print)) - len(kept):
+                print(f"{path}: {stale} rows of other commands than today's are dropped")
+                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
             missing = [(arm, seed) for seed in cell.seeds for arm in cell.arms if (arm, seed) not in there]
             list(pool.map(lambda point, name=name: make(name, *point), missing))
     if failed:
@@ -297,7 +304,7 @@ def again(name: str, arm: str, seed: int) -> None:
 
 def learn_tokenizer(cell: Cell) -> None:
     """The vocabulary of a cell that wants one of its own, which is the same each time."""
-    if "tokenizer" in cell.keys and not (ROOT / TOKENIZER).exists():
+    if "tokenizer" in cell.keys and not (ROOT / TOKENIZER / "tokenizer.json").exists():
         words = [sys.executable, "main.py", *shlex.split(LEARN_TOKENIZER)]
         subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True)
 
@@ -318,7 +325,7 @@ def cost(names: Sequence[str], rounds: int, steps: int) -> None:
         ratios = {arm: spread([a / b for a, b in zip(x, first, strict=True)]) for arm, x in seconds.items()}
         print(name, {arm: f"{1000 * statistics.median(values) / steps:.1f} ms" for arm, values in seconds.items()})
         told, before = {"machine": machine(), "steps": steps}, read_costs().get(name, {})
-        taken = before.keys() - ratios.keys() - told.keys()
+        taken = [arm for arm in before if arm not in told | ratios]
         gone = {arm: {"machine": before["machine"]} | before[arm] for arm in taken}
         write_json(ROWS / "cost.json", read_costs() | {name: told | ratios | gone})
 
@@ -342,8 +349,8 @@ def _told(d: Difference, level: float) -> str:
     return "lower" if d.mean < 0 else "higher"
 
 
-def _shown(arm: str, gone: Container[str]) -> str:
-    return arm + " (taken out)" * (arm in gone)
+def _shown(arm: str, gone: bool) -> str:
+    return arm + " (taken out)" * gone
 
 
 def losses_table(name: str) -> list[str]:
@@ -354,7 +361,7 @@ def losses_table(name: str) -> list[str]:
     if len(cell.seeds) == 1:
         (seed,), first = cell.seeds, losses[control]
         differences = {arm: losses[arm][seed] - first[seed] for arm in others}
-        rows = [[_shown(arm, gone), f"{losses[arm][seed]:.4f}", f"{differences[arm]:+.4f}"] for arm in others]
+        rows = [[_shown(arm, arm in gone), f"{losses[arm][seed]:.4f}", f"{differences[arm]:+.4f}"] for arm in others]
         return _table(["arm", f"val_loss, seed {seed}", "difference"], [[control, f"{first[seed]:.4f}", ""], *rows])
     longer = losses.get(MORE_STEPS)
     compared = [arm for arm in others if arm != MORE_STEPS]
@@ -369,7 +376,7 @@ def losses_table(name: str) -> list[str]:
     for arm in [control, *others]:
         values = losses[arm]
         words = [
-            _shown(arm, gone),
+            _shown(arm, arm in gone),
             f"{statistics.fmean(values.values()):.4f} ± {statistics.stdev(values.values()):.4f}",
         ]
         pairs = []
@@ -399,7 +406,7 @@ def heads_table(name: str) -> list[str]:
         of_arm = [row for row in rows if row["arm"] == arm]
         mean = lambda key, of_arm=of_arm: statistics.fmean(row["heads"][key] for row in of_arm)
         shares = [f"{mean(key):.1%}" for key in ("sink_share", "first_share")]
-        words = [_shown(arm, gone), *shares, f"{mean('sink_rate'):.2f}", f"{mean('separator_share'):.1%}"]
+        words = [_shown(arm, arm in gone), *shares, f"{mean('sink_rate'):.2f}", f"{mean('separator_share'):.1%}"]
         words += [f"{mean('attention_entropy'):.2f}", f"{mean('largest_activation'):.1f}", f"{mean('kurtosis'):.1f}"]
         words.append(str(sum(row["loss_spikes"] for row in of_arm)))
         beyond = lambda factor, number, of_arm=of_arm: statistics.fmean(r["longer"][factor][number] for r in of_arm)
@@ -420,8 +427,7 @@ def rates_table(name: str) -> list[str]:
         best = min(found.values())
         shown = lambda loss, best=best: f"**{loss:.4f}**" if loss == best else f"{loss:.4f}"
         told = [f"{shown(loss)} at {value:g}" for value, loss in sorted(found.items())]
-        gone = () if optimizer in OPTIMIZERS else (optimizer,)
-        lines.append([_shown(optimizer, gone), f"`{rate}`", ", ".join(told)])
+        lines.append([_shown(optimizer, optimizer not in OPTIMIZERS), f"`{rate}`", ", ".join(told)])
     return _table(["optimizer", "rate", f"val_loss after {STEPS} steps, seed {TUNING}"], lines)
 
 

@@ -117,7 +117,7 @@ def num_devices(config: ConfigDict, asked: int) -> int:
 
 def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
     """The vocabulary's size and end-of-text token; from the data if the tokenizer's name does not determine them."""
-    if config.init_from:
+    if config.init_from and (Path(config.init_from).is_dir() or config.tokenizer not in VOCABULARIES):
         tokenizer = run_lib.load_tokenizer(Path(config.init_from))
     elif config.tokenizer in VOCABULARIES:
         return VOCABULARIES[config.tokenizer]
@@ -135,7 +135,7 @@ class Planned:
     model: TransformerConfig
     memory: dict[str, int]  # parameters and optimizer exact, the rest by `training.cost.held_bytes`
     state_arrays: int  # of the training state, all of which should be donated
-    kernels: int  # bytes of all matrices in float32
+    matrices: int  # bytes of all of them in float32
     own_compiler: bool  # whether the programs, and those that evaluate and sample, are compiled for these very devices
     programs: dict[str, dict[str, Any]]  # what `facts_of` says of the step, and of the others if asked for
 
@@ -156,11 +156,11 @@ class Planned:
         """What a run holds besides while this program runs: the optimizer's state, and for samples the parameters.
 
         The first device alone writes samples, with whole parameters: where they are split, its parts of them stay. In
-        half precision they are decoded with from rounded copies.
+        half precision, decode reads rounded copies, and the float32 matrices stay beside them.
         """
         parts = 0 if is_data_parallel(self.mesh) else self.memory["parameters"]
         if program == "decode" and self.model.operand_dtype != "float32":
-            parts += self.kernels
+            parts += self.matrices
         return {"step": 0, "evaluation": self.memory["optimizer"]}.get(program, self.memory["optimizer"] + parts)
 
     @property
@@ -195,8 +195,8 @@ def plan_step(
             programs["evaluation"] = facts_of(evaluation, mesh.devices)
             for name, program in sampling.traced(model, step.state.params, SingleDeviceSharding(first[0])).items():
                 programs[name] = facts_of(program, first)
-        kernels = sum(4 * value.size for name, value in step.state.params.items() if name.endswith(".kernel"))
-        return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), kernels, others, programs)
+        matrices = sum(4 * value.size for name, value in step.state.params.items() if name.endswith(".kernel"))
+        return Planned(mesh, config, model, held, len(jax.tree.leaves(step.state)), matrices, others, programs)
 
 
 def _built(
@@ -291,7 +291,8 @@ def report(
     total = sum(planned.memory.values())
     if not compile_for:
         verdict = "fits" if fits(planned, memory) else "does NOT fit"
-        row("  together", f"{megabytes(total)} of {memory / 1e6:,.0f}: {verdict}", "rule; data sheet")
+        source = f"rule; {FREE:.0%} of the data sheet"
+        row("  together", f"{megabytes(total)} of {memory / 1e6:,.0f}: {verdict}", source)
         row("  compiler", megabytes(step["argument_bytes"] + step["temp_bytes"]), "compiled, for a CPU")
     else:
         row("  together", megabytes(total), "rule")
@@ -359,7 +360,9 @@ def _attention(planned: Planned) -> str:
     documents = model.document_start >= 0
     chosen = choose(model.attention_kernel, *sizes, documents)
     best = {"tpu": "splash", "cuda": "cudnn"}.get(target_of(planned.mesh.devices.flat).platform, chosen)
-    asked = "auto takes it for bfloat16" if model.attention_kernel == "auto" else "config.attention_kernel asks for it"
+    asked = "config.attention_kernel asks for it"
+    if model.attention_kernel == "auto":
+        asked = f"auto takes {best} for bfloat16 alone"
     why = obstacle(best, *sizes, documents).removesuffix("; use auto") or asked
     return chosen if chosen == best else f"{chosen}: {why}"
 

@@ -230,8 +230,8 @@ def main(argv: list[str]) -> None:
             tried = zip(points[:number:2], points[1:number:2], strict=True)
             pairs = [(sweep_dir / a.name, sweep_dir / b.name) for a, b in tried if not {a.name, b.name} & failed.keys()]
             settled, said = answer(pairs, values.until_p, values.most, console) if pairs else (False, "")
-            if failed:  # which config fails is part of the question
-                settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}. Without them: {said}"
+        if values.until_p is not None and failed:  # which config fails is part of the question
+            settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}. Without them: {said}"
         if settled or (failed and values.until_p is not None):
             break
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the directory of a run")
     devices.start_jax()
-    damaged = []
+    damaged, examined = [], 0
     with Checkpoints(workdir, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
@@ -33,15 +33,19 @@ def main(argv: list[str]) -> None:
         console.line(f"{'checkpoint':>10}  {'val_loss':>8}  {'bytes':>13}  state")
         for step in steps:
             if (found := checkpoints.examine(step)) is None:
-                continue  # the run went on meanwhile, and no longer keeps it
+                console.line(f"{step:>10}  {'':>8}  {'':>13}  deleted meanwhile, by the run itself")
+                continue
+            examined += 1
             loss = "" if found.val_loss is None else f"{found.val_loss:.4f}"
             more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
             state = f"damaged: {found.wrong[0]}{more}" if found.wrong else "ok" if found.listed else NO_LIST
             console.line(f"{step:>10}  {loss:>8}  {found.size:>13,}  {state}")
             damaged += [step] if found.wrong else []
+    if not examined:
+        raise NoCheckpointError(f"{checkpoints.directory}: each was deleted while it was read; try again")
     if damaged:
         names = ", ".join(map(str, damaged))
         raise NoCheckpointError(
-            f"{checkpoints.directory}: {len(damaged)} of {len(steps)} checkpoints damaged ({names}); training, sample "
+            f"{checkpoints.directory}: {len(damaged)} of {examined} checkpoints damaged ({names}); training, sample "
             "and eval pass over them as long as one is sound"
         )

@@ -161,3 +161,18 @@ def splits_by_name(paths: list[Path]) -> list[str]:
                 break
         names.append(name)
     return names
+
+
+def names_of_splits(paths: list[Path]) -> list[str]:
+    """The split that each file's name says; "train" of all, if none is named so."""
+    names = splits_by_name(paths)
+    return names if "train" in names else ["train"] * len(names)
+
+
+def told_by_names(paths: list[Path], names: list[str]) -> list[str]:
+    """In words, which files are held out by their names."""
+    lines = []
+    for name, word in list(SPLITS.items())[1:]:
+        if own := [path.name for path, of in zip(paths, names, strict=True) if of == name]:
+            lines.append(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
+    return lines

@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from corpus.dataset import SPLITS, Wanted, ends_of_splits, splits_by_name
+from corpus.dataset import SPLITS, Wanted, ends_of_splits, names_of_splits, told_by_names
 from corpus.formats import Bad, Source
 from corpus.load_text import find_files
 from runtime.errors import UserError
@@ -123,9 +123,7 @@ class RowFiles:
     unit, step = "rows", 256
 
     def __init__(self, sources: list[Source], wanted: Wanted):
-        names = splits_by_name([source.path for source in sources])
-        if "train" not in names:
-            names = ["train"] * len(sources)
+        names = names_of_splits(paths := [source.path for source in sources])
         self._sources = [source for name in SPLITS for source, own in zip(sources, names, strict=True) if own == name]
         self._wanted, self._sizes = wanted, dict.fromkeys(SPLITS, 0)
         counts = [source.num_rows(wanted.text_column) for source in self._sources]
@@ -136,9 +134,8 @@ class RowFiles:
         self.identity = [_identity(source.path) for source in self._sources]
         self._rows: Iterator[Piece | str] = iter(())
         self._at = -1  # where they go on
-        for name, word in list(SPLITS.items())[1:]:
-            if own := [source.path.name for source, own in zip(sources, names, strict=True) if own == name]:
-                wanted.say(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
+        for line in told_by_names(paths, names):
+            wanted.say(line)
 
     def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
         """Where each of `SPLITS` ends: cut off the rows to train on where no file's name says so."""

@@ -35,23 +35,21 @@ BAD_ROWS_SHOWN = 5  # each; those that follow are only counted
 MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the header's limit of 2**31 - 1
 
 
-def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console, quiet: bool = False) -> None:
+def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
     The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `shard_tokens` or more, or with the last task of its split. `quiet`: nothing is said of the shards.
+    `shard_tokens` or more, or with the last task of its split.
 
     Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
     fails; another call goes on from there.
     """
-    vocabulary = wanted.vocabulary
+    vocabulary, say = wanted.vocabulary, wanted.say
     if vocabulary is None:
         check_tokenizer_name(wanted.tokenizer)
         if wanted.tokenizer not in tokenizer_names():  # a directory, whose content may change
-            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, wanted.say)
-    say = (lambda line: None) if quiet else wanted.say
-    with removed_if_unused(out), WorkdirLock(_own(out), console.warn):
-        out = Path(out).expanduser().resolve()
+            vocabulary = new_tokenizer(wanted.tokenizer, wanted.data_dir, say)
+    with removed_if_unused(out), WorkdirLock(out := _own(out), console.warn):
         with console.busy("reading the files"):
             files = open_corpus(wanted)
         source = {key: getattr(wanted, key) for key in SHARDS_DEPEND_ON}
@@ -104,12 +102,12 @@ def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console, qui
 
 def _own(out: str | os.PathLike[str]) -> Path:
     """The directory, made if it is not there. UserError if it is of something else."""
-    place = Path(out).expanduser()
-    if place.is_dir() and not any((place / name).exists() for name in (INDEX_FILE, PROGRESS_FILE)):
-        others = sorted(path.name for path in place.iterdir() if path.name not in (".lock", TOKENIZER_FILE))
-        if others:
-            raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
-    return prepare_workdir(out)
+    place = Path(os.path.expanduser(out))
+    begun = any((place / name).exists() for name in (INDEX_FILE, PROGRESS_FILE))
+    names = sorted(path.name for path in place.iterdir()) if place.is_dir() and not begun else []
+    if others := [name for name in names if not name.startswith(".") and name != TOKENIZER_FILE]:
+        raise UserError(f"--out={out}: holds {others[0]}, which is of something else; name another directory")
+    return prepare_workdir(out, flag="--out")
 
 
 def _check_source(out: Path, old: Any, new: dict[str, Any]) -> None:

@@ -43,10 +43,6 @@ class Watchdog:
         """A step has finished: watch from here on."""
         self._quiet, self._watching = 0, True
 
-    def stop(self) -> None:
-        """No further step is to come."""
-        self._watching = False
-
     @contextmanager
     def pause(self) -> Iterator[None]:
         """The code inside may take any time."""

@@ -298,7 +298,8 @@ class Service:
         if ask.stream_options and not ask.stream:
             raise Refusal("stream_options: only with stream", "stream_options")
         if (texts := len(prompts) * ask.n) > self.engine.places:
-            raise Refusal(f"n: {texts} texts at once; this server takes at most {self.engine.places}", "n")
+            name = "prompt" if ask.n == 1 else "n"
+            raise Refusal(f"{name}: {texts} texts at once; this server takes at most {self.engine.places}", name)
         for _, ids in prompts:
             if len(ids) > (room := self._config.context_len):
                 name = "messages" if isinstance(ask, Chat) else "prompt"
@@ -367,11 +368,10 @@ class Writing:
         told = bool(self._ask.stream_options and self._ask.stream_options.include_usage)
         try:
             usage = {"usage": None} if told else {}
-            if isinstance(self._ask, Chat):  # once: clients put the pieces of each field together
-                for index in range(len(self._texts)):
-                    choice = {"index": index, "logprobs": None, "finish_reason": None}
-                    opening = {"delta": {"role": "assistant", "content": ""}}
-                    yield event(head | {"choices": [choice | opening]} | usage)
+            opening = {"logprobs": None, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
+            for index in range(len(self._texts) if isinstance(self._ask, Chat) else 0):
+                # Once: clients put the pieces of each field together.
+                yield event(head | {"choices": [{"index": index} | opening]} | usage)
             async with aclosing(self._parts()) as parts:
                 async for index, part in parts:
                     yield event(head | {"choices": [self._choice(index, part, "delta")]} | usage)
@@ -379,7 +379,14 @@ class Writing:
                 yield event(head | {"choices": [], "usage": self._usage()})
         except Refusal as refusal:
             yield event(refusal.body)
+        finally:
+            self._give_up()
         yield "data: [DONE]\n\n"
+
+    def _give_up(self) -> None:
+        """What is still being written is wanted no more."""
+        for request in self._requests:
+            request.cancelled = True
 
     async def whole(self, head: dict[str, Any]) -> dict[str, Any]:
         whole = [Part() for _ in self._texts]
@@ -415,8 +422,7 @@ class Writing:
                     if part != Part():
                         yield index, part
         finally:
-            for request in self._requests:
-                request.cancelled = True
+            self._give_up()
 
     def _usage(self) -> dict[str, int]:
         read, new = self._prompt_tokens, sum(text.count for text in self._texts)

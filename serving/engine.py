@@ -207,10 +207,12 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """All of them, or none. Raises Full if too many wait already, those that were given up not counted."""
         with self._news:
+            if self._closed:
+                raise Full
             wanted = [text for text in self._waiting if not text.cancelled]
             self._waiting.clear()
             self._waiting.extend(wanted)
-            if self._closed or len(wanted) + len(requests) > self._queue + self._texts.count(None):
+            if len(wanted) + len(requests) > self._queue + self._texts.count(None):
                 raise Full
             self._waiting.extend(requests)
             self._news.notify()
@@ -254,8 +256,8 @@ class Engine:
             self.error = error
         finally:
             with self._news:
-                self._closed = True
-            _tell([*self._texts, *self._waiting], [], "error")
+                self._closed, left = True, [*self._texts, *self._waiting]
+            _tell(left, [], "error")
 
     def _round(self) -> None:
         """Fills the free rows with waiting texts, then writes one chunk of each text."""

@@ -165,4 +165,3 @@ def test_a_reader_follows_a_run_that_deletes_what_it_was_about_to_read(tmp_path)
         (aside / "30").rename(place / "30")
         (place / "20").rename(aside / "20")
         assert reader.restore_best_params(PARAMS, PLACE, pytest.fail)[0] == 30
-        assert reader.meta(30)["step"] == 30

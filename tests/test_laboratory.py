@@ -80,7 +80,8 @@ def test_optimizers_train_at_their_best_rate():
     for name, optimizer in laboratory.OPTIMIZERS.items():
         at = lambda value, name=name, rate=optimizer.rate: losses[f"{name}, {rate} {value:g}"][laboratory.TUNING]
         assert optimizer.best == min(optimizer.tried, key=at), name
-        assert min(optimizer.tried) < optimizer.best < max(optimizer.tried) or name == "Muon, cautious decay"
+        least = name == "Muon, cautious decay"  # its best is the least that was tried
+        assert least or min(optimizer.tried) < optimizer.best < max(optimizer.tried), name
 
 
 def test_what_is_no_longer_timed_keeps_its_time_and_machine(rows, monkeypatch):
@@ -89,7 +90,6 @@ def test_what_is_no_longer_timed_keeps_its_time_and_machine(rows, monkeypatch):
     text = SCRATCH / "laboratory_cost.txt"
     text.write_text(make_text(300), encoding="utf-8")
     monkeypatch.setattr(laboratory, "ALL", laboratory.ALL | TINY | {"dataset": str(text)})
-    monkeypatch.setattr(laboratory.os, "sched_setaffinity", lambda pid, cores: None)
     laboratory.cost(["half"], rounds=2, steps=1)
     costs = laboratory.read_costs()
     assert costs["other"] == {"steps": 9} and costs["half"]["steps"] == 1

@@ -368,12 +368,13 @@ def test_one_verdict_on_memory_whoever_asks():
     assert told.needed == rule and fits(told, rule) and not fits(told, rule - 1)
     assert replace(told, own_compiler=True).needed not in (None, rule)
     half = replace(told, model=replace(told.model, dtype="bfloat16"))
-    assert half.beside("decode") - told.beside("decode") == told.kernels > 0 == half.beside("step")
+    assert half.beside("decode") - told.beside("decode") == told.matrices > 0 == half.beside("step")
 
 
-def test_a_run_from_weights_is_planned_with_their_vocabulary(monkeypatch):
+def test_a_run_from_weights_is_planned_with_their_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lib, "load_tokenizer", lambda path: SimpleNamespace(vocab_size=77, eot=5))
-    assert vocabulary(tiny_config(init_from="runs/imported", tokenizer="gpt2"), None) == (77, 5)
+    assert vocabulary(tiny_config(init_from=str(tmp_path), tokenizer="gpt2"), None) == (77, 5)
+    assert vocabulary(tiny_config(init_from="elsewhere", tokenizer="gpt2"), None) == (50_257, 50_256)
 
 
 def test_what_needs_too_much_memory_is_a_finding_with_its_sizes():

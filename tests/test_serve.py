@@ -175,9 +175,9 @@ def test_a_conversation_in_each_form(client, model):
     parts = list(client.chat.completions.create(**ask, stream=True))
     assert "".join(part.choices[0].delta.content for part in parts) == want
     assert {part.choices[0].delta.role for part in parts[1:]} == {None}
-    with client.chat.completions.stream(**ask, n=2) as together:  # as the client puts it together
+    with client.chat.completions.stream(**ask, n=2, stop=want[5]) as together:  # as the client puts it together
         choices = together.get_final_completion().choices
-    assert [(choice.message.role, choice.message.content) for choice in choices] == [("assistant", want)] * 2
+    assert [(one.message.role, one.message.content) for one in choices] == [("assistant", want.split(want[5])[0])] * 2
     assert parts[-1].choices[0].finish_reason == "length" and parts[0].object == "chat.completion.chunk"
 
 
@@ -211,6 +211,7 @@ TALK = {"messages": [{"role": "user", "content": "a"}]}
         (COMPLETIONS, {"seed": -1}, "seed", "greater than or equal to 0"),
         (COMPLETIONS, {"n": 0}, "n", "greater than or equal to 1"),
         (COMPLETIONS, {"n": 112, "prompt": ["a", "b"]}, "n", "224 texts at once; this server takes at most 223"),
+        (COMPLETIONS, {"prompt": ["a"] * 300}, "prompt", "300 texts at once"),
         (COMPLETIONS, {"stop": ["a", ""]}, "stop", "at least 1 character"),
         (COMPLETIONS, {"stop": ["a"] * 5}, "stop", "at most 4 items"),
         (COMPLETIONS, {"logprobs": 6}, "logprobs", "less than or equal to 5"),
@@ -297,8 +298,7 @@ def test_a_queue_that_is_full_and_a_time_that_is_over(engine, client):
             for stream in (False, True):
                 late = httpx.post(url + COMPLETIONS, json={"prompt": "a", "stream": stream}, timeout=60)
                 assert "no place became free in time" in late.text and late.status_code == (200 if stream else 503)
-            more = engine._queue + 3 - len(engine._waiting)
-            engine.submit(*(Asked([1], 1, Sampling(0)).request for _ in range(more)))
+            engine.submit(*(Asked([1], 1, Sampling(0)).request for _ in range(engine.places)))
             full = httpx.post(url + COMPLETIONS, json={"prompt": "a"}, timeout=60)
             assert full.status_code == 429 and full.headers["Retry-After"] == "1"
             assert full.json()["error"]["code"] == "queue_full"

@@ -76,8 +76,8 @@ def measure(
         return (time.monotonic() - began) / count
 
     a_step_of(1)  # compiles
-    most = min(TRIAL, seconds / 10) / max(a_step_of(2), 1e-6)
-    a_step = a_step_of(_agreed(min(MOST, max(2, int(most)))))
+    enough = min(TRIAL, seconds / 10) / max(a_step_of(2), 1e-6)
+    a_step = a_step_of(_agreed(min(MOST, max(2, int(enough)))))
     (_, tokens), an_evaluation = timed(lambda: evaluate(state.params, EVALUATED))
     copies = 1 + (average_of(state.opt_state) is not None)
     _, a_save = timed(lambda: fingerprints(state))

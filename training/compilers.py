@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -123,7 +125,7 @@ def facts_of(traced: Any, devices: np.ndarray) -> dict[str, Any]:
         lowered = traced.lower()
     places = [(getattr(d, "slice_index", 0), getattr(d, "coords", None)) for d in devices.flat]
     settings = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    readers = [Path(module).read_bytes() for module in (__file__, traffic.__file__, runtime_devices.__file__)]
+    readers = [inspect.getsource(module) for module in (sys.modules[__name__], traffic, runtime_devices)]
     asked = [_versions(), devices.flat[0].device_kind, places, settings, readers, lowered.as_text()]
     name = f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
     path = Path(jax.config.jax_compilation_cache_dir or user_cache()) / "planned" / name

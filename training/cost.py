@@ -74,7 +74,8 @@ def activation_bytes(config: TransformerConfig, rows: int, tensor: int = 1) -> d
     dots = size * (3 * D + (qkv + (2 if gated else 1) * F) // tensor)
     kept = {"none": whole, "dots": dots, "block": size * D}[c.remat]
     at_once = min(c.loss_chunk or tokens, tokens)
-    return {"kept": tokens * c.num_blocks * kept, "block": tokens * whole, "logits": 4 * at_once * c.vocab_size}
+    apart = 2 * tokens * c.context_len * (c.document_start >= 0 and _kernel(c) == "cudnn")  # its bias
+    return {"kept": tokens * c.num_blocks * kept, "block": tokens * whole + apart, "logits": 4 * at_once * c.vocab_size}
 
 
 def _kernel(config: TransformerConfig) -> str:

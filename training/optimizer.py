@@ -36,8 +36,7 @@ CHOICES = {
     "newton_schulz": ("classical", "polar_express"),
     "muon_scale": ("aspect", "rms"),
 }
-# Settings of some builds, at the value at which they did nothing.
-REMOVED = [("muon_by_head", False), ("value_embeddings", False)]
+REMOVED = [("muon_by_head", False)]  # settings of some builds, at the value at which they did nothing
 
 
 @dataclass(frozen=True)

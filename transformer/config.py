@@ -21,6 +21,7 @@ CHOICES = {
     "attention_kernel": KERNEL_NAMES,
     "remat": tuple(REMAT_POLICIES),
 }
+REMOVED = [("value_embeddings", False)]  # settings of some builds, at the value at which they did nothing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,12 +123,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             try:
                 meta = self.meta(step)
                 self._marks[step] = Mark(meta["position"], meta["checkpoint_val_loss"], val_tokens_of(meta))
-            except NoCheckpointError as error:  # DamagedError is one
-                if not self.is_there(step):
-                    continue
-                if not isinstance(error, DamagedError):
-                    raise
-                self._damaged[step] = str(error)
+            except (NoCheckpointError, FileNotFoundError) as error:
+                self._note(step, error, self._damaged)
+
+    def _note(self, step: int, error: Exception, damaged: dict[int, str]) -> None:
+        """Notes why a checkpoint cannot be read, if it is still there. Raises `error` if that is no damage."""
+        if self.is_there(step):
+            if not isinstance(error, DamagedError):
+                raise error
+            damaged[step] = str(error)
 
     def _look(self) -> None:
         """List the checkpoints again, of a run that goes on meanwhile."""
@@ -452,16 +455,17 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def restore_best_params(
         self, params: Any, sharding: Placement, warn: Callable[[str], None], weights: str = "trained"
-    ) -> tuple[int, Any]:
-        """Step and weights of the best sound checkpoint. Renames nothing; `warn` gets a line about each damaged one.
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Step, weights and meta of the best sound checkpoint. Renames nothing.
 
-        Which weights, `restore_params` says. Raises NoCheckpointError if there is no checkpoint, or if all are damaged.
+        `warn` gets a line about each damaged one. Which weights, `restore_params` says. Raises NoCheckpointError if there
+        is no checkpoint, or if all are damaged.
         """
-        read = lambda step: self.restore_params(step, params, sharding, weights)
+        read = lambda step: (self.restore_params(step, params, sharding, weights), self.meta(step))
         step, found, damaged = self._first_sound(self._best_first, read)
         for bad, reason in damaged:
             warn(f"{self.directory}/{bad}: damaged: {reason}; using {step}")
-        return step, found
+        return step, *found
 
     def _first_sound(
         self, listed: Callable[[], list[int]], read: Callable[[int], Any]
@@ -476,14 +480,12 @@ class Checkpoints(contextlib.AbstractContextManager):
                 try:
                     return step, read(step), sorted(damaged.items())
                 except (NoCheckpointError, FileNotFoundError) as error:
-                    if not self.is_there(step):
-                        continue
-                    if not isinstance(error, DamagedError):
-                        raise
-                    damaged[step] = str(error)
+                    self._note(step, error, damaged)
             if all(map(self.is_there, steps)):
                 break
             self._look()
+        else:
+            raise NoCheckpointError(f"{self.directory}: each checkpoint was deleted while it was read; try again")
         raise self._all_damaged(damaged)
 
     def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:

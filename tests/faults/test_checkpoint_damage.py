@@ -248,7 +248,7 @@ def test_the_best_that_is_damaged_is_passed_over_and_left_where_it_is(tmp_path):
     params, warnings = trees(0)[0], []
     for best, file in ((2, "meta/metadata"), (3, "params/manifest.ocdbt"), (1, "params/_METADATA")):
         with Checkpoints(tmp_path, read_only=True) as checkpoints:
-            step, found = checkpoints.restore_best_params(params, PLACE, warnings.append)
+            step, found, _ = checkpoints.restore_best_params(params, PLACE, warnings.append)
         assert step == best and bits(found) == bits(trees(best)[0])
         (tmp_path / "checkpoints" / str(best) / file).write_bytes(b"")
     before = snapshot(tmp_path)

@@ -113,6 +113,8 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents:
             return f"cudnn needs compute capability 8.0 (Ampere), and this GPU has {capability}; use auto"
         if dtype != jnp.bfloat16:
             return f"cudnn computes in bfloat16, not {jnp.dtype(dtype)}; set dtype to bfloat16, or use auto"
+        if documents and T % 2:
+            return f"cudnn keeps documents apart in an even number of tokens, not {T}; use auto"
     else:
         return ""
     return _misfit(kernel, T, N, K, H, jnp.dtype(dtype), documents)
