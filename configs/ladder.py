@@ -12,12 +12,14 @@ Depth 4 is the model of shakespeare.py. With B sequences a step:
 - B in proportion to tokens^0.383, whatever the model's size (arXiv:2505.13738, 2410.21676), rounded to an even number.
 - muon_lr 0.01 at depth 4, in proportion to B^0.5, whatever the width: an orthogonalised update times sqrt(out/in) has
   the spectral norm that changes features alike at every width (arXiv:2310.17813). The residual branches have no factor
-  for depth, so nothing says that the rate carries over in depth; it does from 2 to 6 (docs/using.md).
+  for depth, so nothing says that the rate carries over in depth; a sweep at 2, 4 and 6 does not contradict it
+  (docs/using.md).
 - lr in proportion to B^0.5 (Adam's scaling rule, arXiv:2205.10287) and to width^-0.5. muP (arXiv:2203.03466) wants
   width^0 for embeddings and vectors and width^-1 for the head; one rate trains both here, and this is their geometric
   mean. The head begins at 0, as muP advises.
 - weight_decay such that the time in which weights are forgotten, 1 / (muon_lr weight_decay) steps, is the run's
-  (arXiv:2405.13698: it is to be kept as the run grows; docs/findings-on-sinks.md: 0.1 at depth 4 is near the best).
+  (arXiv:2405.13698: it is to be kept as the run grows; docs/findings-on-sinks.md: 0.1 at
+  depth 4 is the best of three with one seed).
 """
 
 import re

@@ -458,8 +458,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     ) -> tuple[int, Any, dict[str, Any]]:
         """Step, weights and meta of the best sound checkpoint. Renames nothing.
 
-        `warn` gets a line about each damaged one. Which weights, `restore_params` says. Raises NoCheckpointError if there
-        is no checkpoint, or if all are damaged.
+        `warn` gets a line about each damaged one. Which weights, `restore_params` says. Raises NoCheckpointError if
+        there is no checkpoint, or if all are damaged.
         """
         read = lambda step: (self.restore_params(step, params, sharding, weights), self.meta(step))
         step, found, damaged = self._first_sound(self._best_first, read)
