@@ -277,21 +277,19 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
                 f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; put "
                 "that back or leave it out, or use another --workdir, or --fresh (moves the old run aside)"
             )
-    falls = ["schedule", *["decay_schedule"] * bool(new.weight_decay)]
-    laid_out = next((key for key in falls if new[key] in ("cosine", "linear")), None)
-    if laid_out is None:
+    if new.schedule not in ("cosine", "linear"):
         return
     differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]
     if differs:
         raise UserError(
-            f"config.{differs[0]}: {laid_out} {new[laid_out]!r} was laid out for {old[differs[0]]}, so it cannot "
+            f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot "
             f"become {new[differs[0]]} now; a constant one could, or start a new run with "
             f"--config.init_from={workdir}"
         )
     sequences = lambda config: config.batch_size * config.accumulation_steps
     if (new.epochs or new.max_flops) and sequences(old) != sequences(new):
         raise UserError(
-            f"config.batch_size: {laid_out} {new[laid_out]!r} was laid out in steps of {sequences(old)} sequences, "
+            f"config.batch_size: schedule {new.schedule!r} was laid out in steps of {sequences(old)} sequences, "
             f"which would become {sequences(new)}; keep batch_size * accumulation_steps, or start a new run with "
             f"--config.init_from={workdir}"
         )

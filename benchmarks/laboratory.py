@@ -105,8 +105,6 @@ RECIPE: dict[str, dict[str, Any]] = {
     "gate, residual scalars, gelu, NorMuon, muon_lr 0.015": _GELU | {"hidden_optimizer": "normuon", "muon_lr": 0.015},
     "gate, residual scalars, gelu, NorMuon, muon_lr 0.0075": _GELU | {"hidden_optimizer": "normuon", "muon_lr": 0.0075},
     "gate, residual scalars, gelu, NorMuon": _GELU | {"hidden_optimizer": "normuon"},
-    "gate, residual scalars, gelu, cautious decay": _GELU | {"cautious_decay": True},
-    "gate, residual scalars, gelu, decay falls": _GELU | {"decay_schedule": "linear"},
     "gate, residual scalars, decay 0.05": _BOTH | {"weight_decay": 0.05},
     "gate, residual scalars, batch 12": _BOTH | {"batch_size": 12, "max_steps": 3067, "eval_every": 767},
 }
@@ -130,9 +128,6 @@ OPTIMIZERS = {
     "Muon": Optimizer({}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06), 0.0075, STEPS),
     "NorMuon": Optimizer({"hidden_optimizer": "normuon"}, "muon_lr", (0.00375, 0.0075, 0.015, 0.03, 0.06), 0.0075, 991),
     "Muon, decay": Optimizer({"muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2), 0.1, 1002),
-    "Muon, cautious decay": Optimizer(
-        {"cautious_decay": True, "muon_lr": 0.0075}, "weight_decay", (0.05, 0.1, 0.2), 0.05, 1001
-    ),
     "AdamW": Optimizer({"hidden_optimizer": "adamw"}, "lr", (0.0005, 0.001, 0.002, 0.004), 0.001, 1151),
 }
 

@@ -52,7 +52,6 @@ CHOICES: dict[str, dict[str, Any]] = {  # config changes
     "gelu": {"mlp": "gelu"},
     "learned positions": {"position": "learned"},
     "NorMuon": {"hidden_optimizer": "normuon"},
-    "cautious decay": {"weight_decay": 0.1, "cautious_decay": True},
 }
 
 

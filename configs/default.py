@@ -87,8 +87,6 @@ def get_config() -> ConfigDict:
     config.betas = (0.9, 0.95)  # AdamW
     config.eps = 1e-8  # AdamW
     config.weight_decay = 0.0  # decoupled, times the learning rate; never on norms, biases, sinks
-    config.cautious_decay = False  # no decay of entries that the update makes larger
-    config.decay_schedule = "constant"  # of weight_decay, beside the rates' own: constant | cosine | linear (to 0)
     config.decay_embeddings = False  # weight decay on token and position embeddings too
     config.grad_clip = 1.0  # largest global norm of the gradient; 0: off
     config.accumulation_steps = 1  # micro-batches in a real step

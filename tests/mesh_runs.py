@@ -162,10 +162,9 @@ def optimizers() -> dict[str, Any]:
     shapes = {f"blocks.0.{name}.kernel": shape for name, shape in sizes.items()}
     noise = lambda seed, shape: np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
     draw = lambda seed: {name: noise(seed, shape) for name, shape in shapes.items()}
-    decay = {"weight_decay": 0.1, "decay_schedule": "linear", "cautious_decay": True}
     found: dict[str, Any] = {}
     for hidden in ("muon", "normuon"):
-        settings, ends, held = OptimizerConfig(hidden_optimizer=hidden, **decay), [], []
+        settings, ends, held = OptimizerConfig(hidden_optimizer=hidden, weight_decay=0.1), [], []
         for text in ("data=1", "data=2,fsdp=2,tensor=2"):
             mesh = make_mesh(text, devices=jax.devices()[: math.prod(parse_mesh(text).values())])
             optimizer = make_optimizer(settings, draw(0), 13, mesh)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from training.decay import decay_weights
 from training.ema import average_weights
 from training.muon import scale_by_muon
 from training.normuon import normalise_neurons
@@ -32,11 +31,11 @@ HEAD = "head.kernel"
 CHOICES = {
     "hidden_optimizer": ("muon", "normuon", "adamw"),
     "schedule": ("constant", "cosine", "linear", "constant_linear"),
-    "decay_schedule": ("constant", "cosine", "linear"),
     "newton_schulz": ("classical", "polar_express"),
     "muon_scale": ("aspect", "rms"),
 }
-REMOVED = [("muon_by_head", False)]  # settings of some builds, at the value at which they did nothing
+# Settings of some builds, at the value at which they did nothing.
+REMOVED = [("muon_by_head", False), ("cautious_decay", False), ("decay_schedule", "constant")]
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,6 @@ class OptimizerConfig:
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
-    cautious_decay: bool = False
-    decay_schedule: str = "constant"
     decay_embeddings: bool = False
     grad_clip: NotNegative = 1.0
     accumulation_steps: Count = 1
@@ -174,11 +171,11 @@ def make_optimizer(
     labels = labels_of(params, config)
     shape = schedule_shape(config, total_steps, first_total)
     mask = lambda tree: {name: decayed(name, config.decay_embeddings) for name in tree}
-    decay = config.weight_decay, mask, config.decay_schedule, total_steps, config.cautious_decay
+    decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
     parts: dict[Hashable, optax.GradientTransformation] = {}
     for label, group in groups_of(labels).items():
         rate = descend(getattr(config, group.rate), shape)
-        parts[label] = optax.chain(group.make(config, mesh), decay_weights(*decay), rate)
+        parts[label] = optax.chain(group.make(config, mesh), decay, rate)
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     inner = optax.chain(normalise_and_clip(config.grad_clip), optax.multi_transform(parts, labels), *average)
     gated = optax.conditionally_mask(inner, lambda step, apply, **_: apply, forward_extra_args=True)
