@@ -68,6 +68,8 @@ FREE_ON_RESUME = {
     *("spike_sigmas", "skip_spikes"),  # to get a run over a spike
 }
 
+REMOVED = [*optimizer_lib.REMOVED, *MODEL_REMOVED]
+
 # Keys that may change with --rebatch: how the remaining sequences are divided into steps.
 REBATCH = {"batch_size", "accumulation_steps"}
 
@@ -242,13 +244,15 @@ def _named(key: str, value: Any) -> Any:
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:
     """A saved config without the keys of earlier builds that did nothing at the value that they have."""
-    return {key: value for key, value in values.items() if (key, value) not in (*optimizer_lib.REMOVED, *MODEL_REMOVED)}
+    return {key: value for key, value in values.items() if (key, value) not in REMOVED}
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The config that `to_dict` wrote; keys that it lacks take their defaults. Raises UserError as `check` does."""
     config = default.get_config()
     for key, value in without_removed(values).items():
+        if key in dict(REMOVED):
+            raise UserError(f"config.{key}: {value!r} was taken out of the program; take the build that wrote the run")
         if key not in config:
             raise UserError(f"config.{key}: unknown key in the run's config.json")
         try:
@@ -275,7 +279,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
             key = "init_weights" if Path(was).resolve() == Path(now).resolve() else "init_from"
             raise UserError(
                 f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; put "
-                "that back or leave it out, or use another --workdir, or --fresh (moves the old run aside)"
+                "that back, or leave init_from out, or use another --workdir, or --fresh (moves the old run aside)"
             )
     if new.schedule not in ("cosine", "linear"):
         return

@@ -26,7 +26,7 @@ from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
 from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
-from runtime.workdir import CHECKPOINTS
+from runtime.workdir import CHECKPOINTS, UNSAVED
 from training.health import first_not_finite
 from training.micro_batch import largest_part
 from training.optimizer import OptimizerConfig
@@ -396,8 +396,8 @@ def require_no_others_files(workdir: Path) -> None:
 
     A run that has begun has a checkpoint, or the mark that there is none yet, or has logged steps.
     """
-    checkpoints = workdir / CHECKPOINTS
-    if (checkpoints.is_dir() and any(checkpoints.iterdir())) or MetricsFile(workdir / METRICS_FILE).read():
+    names = [path.name for path in (workdir / CHECKPOINTS).glob("*")]
+    if any(name == UNSAVED or name[0].isdecimal() for name in names) or MetricsFile(workdir / METRICS_FILE).read():
         return
     if taken := next((name for name in FILES if (workdir / name).exists()), None):
         raise UserError(

@@ -292,6 +292,8 @@ class Trainer:
         except Interrupted:
             self._save()
             self.console.line(f"saved step {self.step}; the same command goes on from here")
+            if self.tracing:
+                self._end_trace()
             raise
         except BaseException:
             if self.tracing:

@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"
         finished, settings = workdir / FINISHED_FILE, config_lib.to_dict(config)
-        if finished.exists() and read_json(finished) == settings:
+        if finished.exists() and config_lib.without_removed(read_json(finished)) == settings:
             console.line(f"{place}: finished before")
             status, signum = 0, None
         else:
@@ -231,7 +231,8 @@ def main(argv: list[str]) -> None:
             pairs = [(sweep_dir / a.name, sweep_dir / b.name) for a, b in tried if not {a.name, b.name} & failed.keys()]
             settled, said = answer(pairs, values.until_p, values.most, console) if pairs else (False, "")
         if values.until_p is not None and failed:  # which config fails is part of the question
-            settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}. Without them: {said}"
+            without = f" Without them: {said}" if said else ""
+            settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}.{without}"
         if settled or (failed and values.until_p is not None):
             break
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]

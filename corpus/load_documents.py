@@ -61,7 +61,7 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"
                 raise StorageError(f"{problem}; set config.data_dir to one that can be written") from error
-    if Source(paths[0]).has_rows:
+    if paths and Source(paths[0]).has_rows:
         for line in told_by_names(paths, names_of_splits(paths)):
             wanted.say(line)
     if bad := read_index(out)["bad_rows"]:

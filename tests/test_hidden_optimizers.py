@@ -118,5 +118,7 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path, capsys):
 def test_a_config_of_a_build_that_had_more_settings_is_read(key, value):
     values = config_lib.to_dict(tiny_config())
     assert config_lib.from_dict(values | {key: value}) == config_lib.from_dict(values)
+    with pytest.raises(UserError, match=rf"^config\.{key}: 'linear' was taken out of the program; take the build"):
+        config_lib.from_dict(values | {key: "linear"})
     with pytest.raises(UserError, match=r"^config\.muon_by_head: unknown key"):
         config_lib.from_dict(values | {"muon_by_head": True})

@@ -220,8 +220,12 @@ def test_another_programs_files_are_not_overwritten(tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=r"holds samples\.txt and no checkpoint, so it is no run .* --fresh"):
         train_lib.train(tiny_config(max_steps=1), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch=1.ckpt").write_text("another trainer's")
+    with pytest.raises(UserError, match=r"holds samples\.txt and no checkpoint"):
+        train_lib.train(tiny_config(max_steps=1), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*held, "checkpoints"}  # nothing was made
     assert {name: (tmp_path / name).read_text() for name in held} == held
-    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_run_does_not_go_on_from_other_initial_weights(tmp_path):

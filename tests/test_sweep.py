@@ -143,6 +143,8 @@ def test_crashes_are_said_and_lose_nothing_and_finished_runs_are_not_made_again(
     assert "run 6 of 6: lr=0.5,seed=1" in out and "1.0000 ± 0.7071" in out  # of 0.5 and 1.5
     assert (stand_in / "compare" / "compare.html").exists()
     assert set(calls(stand_in).values()) == {1} and len(calls(stand_in)) == 6
+    finished = stand_in / "lr=0.5,seed=0" / "sweep.json"  # of a build with a setting that is gone
+    finished.write_text(json.dumps(json.loads(finished.read_text()) | {"cautious_decay": False}))
     assert main.main(argv) == 4
     assert "run 5 of 6: lr=0.5,seed=0: finished before" in capfd.readouterr().out
     assert [count for _, count in calls(stand_in).items()] == [2, 2, 1, 1, 2, 2]

@@ -182,6 +182,8 @@ def test_a_trace_ends_with_the_run_and_if_none_was_written_that_is_said(tmp_path
     assert calls == ["start", "stop"] and "no trace" not in capsys.readouterr().err
     train_lib.train(config, tmp_path / "b", profile=(2, 9))
     assert calls == ["start", "stop"] and "--profile_steps: no trace" in capsys.readouterr().err
+    train_lib.train(tiny_config(max_steps=4, report=False), tmp_path / "a", profile=(1, 9))  # goes on within the range
+    assert calls == ["start", "stop"] * 2
 
 
 @pytest.mark.parametrize(

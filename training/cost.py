@@ -104,7 +104,7 @@ def held_bytes(
     rows, tensor = batch_size // (mesh.shape[DATA] * mesh.shape[FSDP]), mesh.shape[TENSOR]
     forward, parameters = activation_bytes(c, rows, tensor), _bytes_of(state.params)
     kept, block, size = forward["kept"], forward["block"], jnp.dtype(c.activation_dtype).itemsize
-    again = block - kept // c.num_blocks  # 0 where remat is "none"
+    again = block - kept // c.num_blocks  # without remat no more than what cuDNN adds
     # While a block is differentiated, the gradients of what it computed; in chunks, also the loops' copies and sums.
     work = block * (8 if _kernel(c) == "chunked" else 3) // 5
     logits = 2 * forward["logits"] * size // (4 * (1 if c.vocab_size % tensor else tensor))
