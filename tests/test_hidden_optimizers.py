@@ -120,5 +120,3 @@ def test_a_config_of_a_build_that_had_more_settings_is_read(key, value):
     assert config_lib.from_dict(values | {key: value}) == config_lib.from_dict(values)
     with pytest.raises(UserError, match=rf"^config\.{key}: 'linear' was taken out of the program; take the build"):
         config_lib.from_dict(values | {key: "linear"})
-    with pytest.raises(UserError, match=r"^config\.muon_by_head: unknown key"):
-        config_lib.from_dict(values | {"muon_by_head": True})
