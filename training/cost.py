@@ -93,7 +93,7 @@ def held_bytes(
     Parameters and optimizer are exact, from the shapes and shardings of `state`. The rest is a rule. It looks at three
     moments: the loss, where there are logits with their gradient, and that of the head; the backward pass of the last
     block, where what remat left out is computed again; and the update, when no activation is left. The sum was within
-    -13 % and +14 % of what ten steps compiled for a CPU take, of 25 to 270 MB, and within -3 % and +11 % of five of 14
+    -13 % and +14 % of what ten steps compiled for a CPU take, of 25 to 270 MB, and within -3 % and +16 % of seven of 14
     to 31 GB, compiled for TPUs and GPUs (launch/README.md).
 
     gradients: at the end with the updates made from them, and copies for communication. gathered: weights that fsdp
