@@ -39,7 +39,5 @@ PYTHON
 
 output=$("$folder/environment/bin/python" "$folder/program.py")
 echo "$output"
-diff <(echo "$output") - <<'EXPECTED'
-repeated assistantassistantassistant: one two three
-once assistant: one two three
-EXPECTED
+[[ $output == "repeated assistantassistantassistant: one two three"$'\n'"once assistant: one two three" ]] ||
+    { echo "this has changed"; exit 1; }

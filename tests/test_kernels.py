@@ -326,7 +326,7 @@ def test_what_cudnn_adds_to_scores_hides_other_documents(looks_like_cuda, window
     assert choose("auto", 2048, N, K, H, jnp.bfloat16, documents=True) == "cudnn"
     with pytest.warns(UserWarning, match="an even number of tokens, not 2047; use auto; taken instead: chunked"):
         assert choose("auto", 2047, N, K, H, jnp.bfloat16, documents=True) == "chunked"
-    bias_BTS = np.asarray(vendor.document_bias(document_BT, window, jnp.bfloat16), np.float32)[:, 0]
+    bias_BTS = np.asarray(vendor.document_bias(document_BT, window, jnp.bfloat16)[0], np.float32)[:, 0]
     distance = np.arange(7)[:, None] - np.arange(7)
     seen_BTS = (document_BT[:, :, None] == document_BT[:, None, :]) & (distance < (window or 7))
     np.testing.assert_array_equal(bias_BTS == 0, seen_BTS)

@@ -15,26 +15,27 @@ import jax.numpy as jnp
 # functions behind it.
 
 
-def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> jax.Array | None:
-    """What is added to the scores so that causal attention sees only its own document, [B, 1, T, S]; None: nothing.
+def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tuple[jax.Array | None, int | None]:
+    """What is added to the scores so that causal attention sees only its own document, [B, 1, T, S], or None.
 
-    The window is in it too. cuDNN knows packed sequences, but wants to be told how many there are at most.
+    Beside it, the window that is left to cuDNN: a bias holds it, too. cuDNN knows packed sequences, but wants to be told
+    how many there are at most.
     """
     if document_BT is None:
-        return None
+        return None, window or None
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     at = jnp.arange(document_BT.shape[1])
     seen_BTS = document_BT[:, :, None] == document_BT[:, None, :]
     if window:
         seen_BTS &= at[:, None] - at < window
-    return jnp.where(seen_BTS, 0, cudnn.get_large_negative_number(dtype)).astype(dtype)[:, None]
+    return jnp.where(seen_BTS, 0, cudnn.get_large_negative_number(dtype)).astype(dtype)[:, None], None
 
 
 def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, because it may be missing
 
-    bias = document_bias(document_BT, window, q_BTNH.dtype)
+    bias, window = document_bias(document_BT, window, q_BTNH.dtype)
     return cudnn.dot_product_attention(
         q_BTNH,
         k_BTKH,
@@ -42,7 +43,7 @@ def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
         bias,
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
         mask_type=cudnn.MaskType.CAUSAL,
-        sliding_window_length=window if window and bias is None else None,
+        sliding_window_length=window,
         return_residual=True,
     )
 
@@ -53,7 +54,8 @@ def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_
     rule = cudnn._dot_product_attention_bwd_rule
     modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is a public interface
     others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
-    bias, nothing = document_bias(document_BT, window, q_BTNH.dtype), jnp.zeros(0, q_BTNH.dtype)
+    bias, window = document_bias(document_BT, window, q_BTNH.dtype)
+    nothing = jnp.zeros(0, q_BTNH.dtype)
     added = [nothing if bias is None else bias, *[nothing] * 6]  # then lengths, offsets, page tables
     return rule(
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
@@ -62,7 +64,7 @@ def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_
         variadic_args=(bias is not None, False),  # there is one; its gradient is not wanted
         mask_type=cudnn.MaskType.CAUSAL,
         layout=cudnn.AttentionLayout.BTNH.value,
-        sliding_window_length=window if window and bias is None else None,
+        sliding_window_length=window,
         return_residual=False,
         res=(q_BTNH, k_BTKH, v_BTKH, *added, *([()] if modified else []), lse_BNT, out_BTNH),
         grad_output=dout_BTNH,
