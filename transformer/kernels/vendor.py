@@ -18,8 +18,8 @@ import jax.numpy as jnp
 def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tuple[jax.Array | None, int | None]:
     """What is added to the scores so that causal attention sees only its own document, [B, 1, T, S], or None.
 
-    Beside it, the window that is left to cuDNN: a bias holds it, too. cuDNN knows packed sequences, but wants to be told
-    how many there are at most.
+    Beside it, the window that is left to cuDNN: a bias holds it, too. cuDNN knows packed sequences, but wants to be
+    told how many there are at most.
     """
     if document_BT is None:
         return None, window or None
