@@ -339,8 +339,8 @@ def load_weights(
 
 def load_model(
     workdir: Path, step: int | None = None, warn: Callable[[str], None] = lambda text: None, weights: str = "auto"
-) -> tuple[Transformer, Tokenizer, ConfigDict, int]:
-    """A run's model on one device, its tokenizer, its config, and the checkpoint's number; takes no lock.
+) -> tuple[Transformer, Tokenizer, ConfigDict, dict[str, Any]]:
+    """A run's model on one device, its tokenizer, its config, and its checkpoint's meta; takes no lock.
 
     The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
     NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
@@ -354,7 +354,7 @@ def load_model(
         _require_so_many_blocks(workdir, config, checkpoints, step)
         abstract = shapes_of(model_config)
         if step is None:
-            step, params, meta = checkpoints.restore_best_params(abstract, place, warn, weights)
+            _, params, meta = checkpoints.restore_best_params(abstract, place, warn, weights)
         else:
             try:
                 params, meta = checkpoints.restore_params(step, abstract, place, weights), checkpoints.meta(step)
@@ -366,13 +366,7 @@ def load_model(
     check_finite(params, workdir)
     how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
     model_config = dataclasses.replace(model_config, **how)
-    return model_of(model_config, params), tokenizer, config, step
-
-
-def meta_of(workdir: Path, number: int) -> dict[str, Any]:
-    """The JSON item of a checkpoint; raises as `Checkpoints.meta`."""
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.meta(number)
+    return model_of(model_config, params), tokenizer, config, meta
 
 
 def check_finite(params: Params, workdir: Path) -> None:

@@ -44,8 +44,7 @@ def main(argv: list[str]) -> None:
     programs.set_up_compile_cache(console.warn)
     [device, *_] = devices.start_jax()
     workdir = Path(values.workdir)
-    model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
-    meta = run_lib.meta_of(workdir, number)
+    model, tokenizer, config, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
     about = {"step": run_lib.real_step_of(meta)}
     if average_in(meta):
         about["weights"] = "trained" if values.weights == "trained" else "ema"

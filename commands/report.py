@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     devices.start_jax()
     model: Transformer | str
     try:
-        model, tokenizer, _, step = run_lib.load_model(workdir, values.step, console.warn, values.weights)
-        which = f"checkpoint {step}"
+        model, tokenizer, _, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
+        which = f"checkpoint {meta['step']}"
     except NoCheckpointError as error:
         if values.step is not None:
             raise

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         with listening:
             programs.set_up_compile_cache(console.warn)
             devices.start_jax()
-            model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
+            model, tokenizer, config, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
             with console.busy("compiling"), devices.memory_limit("--max_batch", "lower it"):
                 size = values.max_batch, values.queue
                 engine = Engine(model, tokenizer.ends, tokenizer.unsampled, *size, warn=console.warn)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
             with engine:
                 thread.start()
                 address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-                console.line(f"{workdir} (checkpoint {number}) at {address} and {address}/v1; Ctrl-C stops")
+                console.line(f"{workdir} (checkpoint {meta['step']}) at {address} and {address}/v1; Ctrl-C stops")
                 if host not in _LOCAL:
                     console.warn(f"--host={host}: everybody who reaches this address may use the model")
                 while thread.is_alive() and stop.signum is None and engine.error is None:

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
         about = {"from": source}
     else:
         workdir = Path(values.workdir)
-        model, tokenizer, config, number = run_lib.load_model(workdir, values.step, console.warn, values.weights)
-        about = {"workdir": str(workdir), "step": run_lib.real_step_of(run_lib.meta_of(workdir, number))}
+        model, tokenizer, config, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
+        about = {"workdir": str(workdir), "step": run_lib.real_step_of(meta)}
     with spoken_in_flags():
         config.dataset = dataset or config.dataset
         data = run_lib.load_data(config, console.line, tokenizer, whole=bool(source or dataset))

@@ -94,7 +94,7 @@ def test_evaluations_tell_of_both_and_the_best_is_the_average_s(run):
     assert all(row["ema_val_loss"] != row["val_loss"] for row in told.values())
     best = min(told.values(), key=lambda row: row["ema_val_loss"])
     assert (run.best_step, run.best_val_loss) == (best["step"], best["ema_val_loss"])
-    assert run_lib.load_model(run.workdir)[3] == 2 * best["step"]
+    assert run_lib.load_model(run.workdir)[3]["step"] == 2 * best["step"]
 
 
 @pytest.mark.parametrize("flags, key", [([], "ema_val_loss"), (["--weights=trained"], "val_loss")])

@@ -99,7 +99,7 @@ def test_a_run_is_that_of_the_parts_found_and_keeps_them(room_for_2, tmp_path, c
     assert_same_state(tmp_path / "auto", reference, divided, 10)
 
     assert [run_lib.batch_to_share(auto, tmp_path / name) for name in ("auto", "new")] == [2, 4]  # among CPU devices
-    meta = run_lib.meta_of(tmp_path / "auto", 10)
+    *_, meta = run_lib.load_model(tmp_path / "auto", 10)
     other = tiny_config(**CHANGES, batch_size=5, micro_batch="auto")
     assert run_lib.in_parts_as_began(other, meta, tmp_path).batch_size == 1  # what divides 2 and 5
     with pytest.raises(UserError, match=r"config\.accumulation_steps: .* has 2, this config 3; use --rebatch"):

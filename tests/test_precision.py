@@ -100,8 +100,8 @@ def test_a_run_keeps_the_arithmetic_that_auto_began_with(here, tmp_path, capsys)
     told = capsys.readouterr()
     assert "bfloat16_matmul (auto: as the run began)" in told.out and "not as in the session" not in told.err
     assert losses(begun) == losses(tmp_path / "begun")
-    model, _, _, number = run_lib.load_model(begun)
-    assert model.config.dtype == run_lib.meta_of(begun, number)["arithmetic"]["dtype"] == "bfloat16_matmul"
+    model, _, _, meta = run_lib.load_model(begun)
+    assert model.config.dtype == meta["arithmetic"]["dtype"] == "bfloat16_matmul"
     assert all(value.dtype == "float32" for value in params_of(model).values())
     train_lib.train(tiny_config(max_steps=2, dtype="auto", init_from=str(begun)), tmp_path / "tuned")
     assert "float32 (auto: no bfloat16 unit)" in capsys.readouterr().out

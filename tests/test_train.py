@@ -93,7 +93,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     run = train_lib.train(tiny_config(sample_every=0, max_steps=34), tmp_path)
     assert stored() == [14, 30, 34]
     assert (run.best_step, run.best_val_loss, run.val_loss) == (14, 2.0, 2.5)
-    assert run_lib.load_model(tmp_path)[3] == 14
+    assert run_lib.load_model(tmp_path)[3]["step"] == 14
 
 
 def test_runs_are_deterministic_and_say_what_they_do(tmp_path, capsys):
@@ -166,12 +166,12 @@ def test_only_losses_over_the_same_tokens_make_a_best(tmp_path, monkeypatch):
     assert (run.best_step, run.best_val_loss, run.val_loss) == (8, 2.4, 1.5)
     run = train_lib.train(config(15, 300), tmp_path)
     assert (run.best_step, run.best_val_loss, run.val_loss) == (14, 2.0, 1.75)
-    assert run_lib.load_model(tmp_path)[3] == 14 and stored() == [14, 15]
+    assert run_lib.load_model(tmp_path)[3]["step"] == 14 and stored() == [14, 15]
     said = ["best step", "14, validation loss 2.0000 over 300 tokens"]
     assert said in summary.closing(run, 1.0)[0].rows
     run = train_lib.train(config(22, 400), tmp_path)
     assert (run.best_step, run.best_val_loss) == (21, 2.75) and stored() == [14, 21, 22]
-    assert run_lib.load_model(tmp_path)[3] == 21
+    assert run_lib.load_model(tmp_path)[3]["step"] == 21
 
 
 def test_a_trace_ends_with_the_run_and_if_none_was_written_that_is_said(tmp_path, capsys, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_run_says_what_decides_its_bits_and_is_not_as_before(tmp_path, capsys,
     assert losses(cut) == losses(whole)
     train_lib.train(tiny_config(max_steps=9, sample_every=0), cut)
     assert said() == []
-    assert run_lib.meta_of(cut, 9)["arithmetic"]["dtype"] == "float32"
+    assert run_lib.load_model(cut, 9)[3]["arithmetic"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("name, value", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
