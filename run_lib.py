@@ -70,11 +70,6 @@ class Run:
     best_tokens: int = 0  # the best loss was computed on so many first tokens of the validation split; 0: all
 
 
-def sample_entry(step: int, text: str) -> str:
-    """The text that a sample adds to `samples.txt`."""
-    return f"--- step {step} ---\n{text}\n\n"
-
-
 def read_samples(workdir: Path) -> list[tuple[int, str]]:
     """The samples of a run as (step, text)."""
     path = workdir / SAMPLES_FILE
@@ -130,11 +125,6 @@ def read_config_file(workdir: Path) -> dict[str, Any]:
     return saved
 
 
-def data_dir_of(config: ConfigDict) -> Path:
-    """The folder of named data sets and encoded texts."""
-    return data_folder(config.data_dir)
-
-
 def load_data(
     config: ConfigDict, say: Callable[[str], None], vocabulary: Tokenizer | None = None, whole: bool = False
 ) -> Dataset:
@@ -148,7 +138,7 @@ def load_data(
             f"config.tokenizer: the weights were trained with {vocabulary.name!r}, this config has "
             f"{config.tokenizer!r}; a model cannot change its tokenizer"
         )
-    own = {"data_dir": data_dir_of(config), "whole": whole, "vocabulary": vocabulary, "say": say}
+    own = {"data_dir": data_folder(config.data_dir), "whole": whole, "vocabulary": vocabulary, "say": say}
     return load_dataset(Wanted.of(config, **own))
 
 

@@ -419,7 +419,7 @@ class Trainer:
         sampling = Sampling(config.temperature, seed=config.seed)
         begin = run_lib.prompt_of(config, self.tokenizer, prompt)
         text = prompt + generate(model, self.tokenizer, [begin], config.sample_tokens, sampling)[0]
-        append_text(self.workdir / run_lib.SAMPLES_FILE, run_lib.sample_entry(self.step, text))
+        append_text(self.workdir / run_lib.SAMPLES_FILE, f"--- step {self.step} ---\n{text}\n\n")  # for `read_samples`
         self.console.sample(self.step, text)
         self.trackers.samples(partial(run_lib.read_samples, self.workdir))
 

@@ -17,7 +17,7 @@ from interop.models import as_float32, config_from, from_original, from_theirs, 
 from interop.tokenizer_json import from_tokenizers
 from interop.weight_files import WEIGHTS, read_metadata, read_safetensors, read_torch, read_weights
 from runtime.errors import UserError, one_line
-from runtime.files import parse_json, read_file, read_json
+from runtime.files import data_folder, parse_json, read_file, read_json
 from transformer.model import model_of
 
 Model = tuple[ConfigDict, Arrays, Tokenizer]
@@ -102,7 +102,7 @@ def _tokenizer(
         config.update({"tokenizer": name, "context_len": 1})
         tokenizer = run_lib.load_data(config, say).tokenizer
     else:
-        tokenizer = new_tokenizer(name, run_lib.data_dir_of(config), say)
+        tokenizer = new_tokenizer(name, data_folder(config.data_dir), say)
     if tokenizer.vocab_size != vocab_size:
         problem = f"--tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {vocab_size}"
         raise UserError(f"{problem}; name the one it was trained with (char takes its characters from --dataset)")

@@ -142,12 +142,9 @@ def command_line(config: ConfigDict, workdir: Path) -> list[str]:
     """The command of the process that trains one run."""
     usual = default.get_config()
     base = f"--config={PROGRAM / 'configs' / 'default.py'}"
-    changed = [f"--config.{key}={_flag_text(value)}" for key, value in config.items() if value != usual[key]]
+    text = lambda value: written(value) if isinstance(value, tuple) else str(value)
+    changed = [f"--config.{key}={text(value)}" for key, value in config.items() if value != usual[key]]
     return [sys.executable, str(MAIN), "train", base, *changed, f"--workdir={workdir}"]
-
-
-def _flag_text(value: Any) -> str:
-    return written(value) if isinstance(value, tuple) else str(value)
 
 
 def run_child(command: list[str]) -> tuple[int, int | None]:

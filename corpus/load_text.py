@@ -82,7 +82,7 @@ def find_files(dataset: str, data_dir: Path, say: Say) -> list[Path]:
     Of a directory they are those below it whose names end as files of texts do, but for hidden ones.
     """
     if dataset in fetch.DATASETS:
-        return [fetch.dataset_path(dataset, data_dir, say)]
+        return [fetch.obtain(fetch.DATASETS[dataset], data_dir, "config.dataset", say)]
     if dataset in fetch.SHARD_SETS:
         raise UserError(f"config.dataset: {dataset} is tokens already; name it as config.dataset, with tokenizer gpt2")
     path = os.path.expanduser(dataset)

@@ -140,12 +140,6 @@ def comparable(runs: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord],
     return [replace(run, rows=own) for run, own in zip(runs, rows, strict=True)], tokens
 
 
-def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
-    """The worst of the runs' best losses: all runs that were evaluated reach it."""
-    values = [[row[metric] for row in run.evaluations if row.get(metric) is not None] for run in runs]
-    return max((min(series) for series in values if series), default=None)
-
-
 def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
     """The run in numbers; the cost of reaching `target` is that of the first evaluation at or below it."""
     if not run.rows:
@@ -353,7 +347,9 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
     compares = tokens is not None or metric != "val_loss" or len(ends) < 2
     score_by = ("best" if metric == "val_loss" else "bits_per_byte") if compares else None
     unit = _UNITS[metric]
-    goal = common_target(runs, metric) if target is None and compares else target
+    losses = [[row[metric] for row in run.evaluations if row.get(metric) is not None] for run in runs]
+    worst = max((min(series) for series in losses if series), default=None)  # of the best: all reach it
+    goal = worst if target is None and compares else target
     heading = "a loss" if goal is None else f"{goal:.4f}"
     single = {run.name: [result_of(run, metric, goal)] for run in runs}
     of_ends = {row.get("val_tokens") or 0 for row in ends.values()}

@@ -18,6 +18,7 @@ from corpus import fetch
 from corpus.dataset import Wanted
 from corpus.fetch import ShardSet, Source
 from corpus.load_shards import holds_shards, load_shards
+from corpus.load_text import find_files
 from corpus.rebuild import FetchError
 from corpus.shards import header
 from runtime.errors import UserError
@@ -310,11 +311,11 @@ def test_the_public_shards_by_name(tmp_path, monkeypatch):
     assert asked == [folder + path.name for path in paths]
 
 
-def test_dataset_path_takes_a_file_that_is_there(tmp_path, monkeypatch):
+def test_a_data_set_that_is_there_is_taken(tmp_path, monkeypatch):
     url = "http://127.0.0.1:9/"  # the discard port: nobody answers
     monkeypatch.setitem(fetch.DATASETS, "tiny_shakespeare", source(url, filename="tiny_shakespeare.txt"))
     (tmp_path / "tiny_shakespeare.txt").write_bytes(CONTENTS)
-    assert fetch.dataset_path("tiny_shakespeare", tmp_path) == tmp_path / "tiny_shakespeare.txt"
+    assert find_files("tiny_shakespeare", tmp_path, print) == [tmp_path / "tiny_shakespeare.txt"]
 
 
 def test_vocabularies_are_those_that_tiktoken_pins(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from corpus.dataset import Wanted
-from corpus.fetch import dataset_path
+from corpus.load_text import find_files
 from corpus.prepare import prepare
 from corpus.shards import ShardedTokens, read_shard
 from runtime.files import read_json
@@ -17,7 +17,7 @@ from runtime.screen.console import Console
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_enwik8_by_bytes(tmp_path, threads):
-    path = dataset_path("enwik8", ROOT / "data")
+    [path] = find_files("enwik8", ROOT / "data", print)
     fractions, out = {"val_fraction": 0.05, "test_fraction": 0.05}, tmp_path / "out"
     wanted = Wanted(str(path), "byte", data_dir=tmp_path, **fractions, shard_tokens=30_000_000)
     prepare(wanted, out, threads, Console())

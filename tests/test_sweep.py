@@ -18,7 +18,6 @@ from terminal import Terminal
 import config_lib
 import main
 from commands import sweep
-from configs import default
 
 BASE = f"--config={ROOT / 'configs' / 'default.py'}"
 
@@ -236,8 +235,7 @@ def test_a_real_sweep(tmp_path):
     """Every key that differs reaches the trainer, awkward text and pairs of numbers too."""
     quick = {"max_steps": 2, "use_muon": False, "sample_every": 0}
     config = tiny_config(**quick, sample_prompt=" A", betas=(0.8, 0.9))
-    usual = default.get_config()
-    changed = [f"--config.{key}={sweep._flag_text(v)}" for key, v in config.items() if v != usual[key]]
+    changed = sweep.command_line(config, tmp_path)[4:-1]
     done = run_main("sweep", BASE, *changed, f"--workdir={tmp_path}", "--set=keep=3")
     assert done.returncode == 0, done.stderr
     workdir = tmp_path / "keep=3,seed=0"

@@ -17,7 +17,8 @@ from tiktoken_ext import openai_public
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from corpus.fetch import dataset_path, tiktoken_cache
+from corpus.fetch import tiktoken_cache
+from corpus.load_text import find_files
 from corpus.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -225,7 +226,8 @@ def test_whole_vocabularies_give_the_ids_of_tiktoken(name, monkeypatch):
     imported = from_tokenizers(text, ours.vocab_size, ours.eot)
     rng = np.random.default_rng(0)
     mixed = "".join(rng.choice(FRAGMENTS, 100_000))
-    for each in (dataset_path("tiny_shakespeare", ROOT / "data").read_text(), NASTY, mixed):
+    [shakespeare] = find_files("tiny_shakespeare", ROOT / "data", print)
+    for each in (shakespeare.read_text(), NASTY, mixed):
         np.testing.assert_array_equal(imported.encode(each), ours.encode(each))
         assert imported.decode(ours.encode(each)) == each
     assert imported.unsampled == ours.unsampled

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from helpers import SCRATCH
 
-import run_lib
-
 Rows = dict[tuple[str, str], tuple[float, float]]  # implementation, what was compared -> largest difference, limit
 
 WITHOUT_TORCH = ("test_determinism.py",)  # all other files here compare with PyTorch, or with models that run on it
@@ -59,7 +57,7 @@ def agree(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture
 def encoded_texts_lie_in_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """An imported run looks for its data where the program lies."""
-    monkeypatch.setattr(run_lib, "data_dir_of", lambda config: SCRATCH / "data")
+    monkeypatch.setattr("runtime.files.PROGRAM", SCRATCH)
 
 
 @pytest.fixture
