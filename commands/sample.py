@@ -65,9 +65,7 @@ def main(argv: list[str]) -> None:
     if values.prompt is None and values.prompts is None and values.out is None and watched:
         say = lambda line: print(line, flush=True)
         person = (Conversation if config.chat else Session)(
-            *(model, tokenizer, sampling, values.num_tokens, say, write_text),
-            replace_unknown=values.replace_unknown,
-            stops=values.stop,
+            model, tokenizer, sampling, values.num_tokens, say, write_text, values.replace_unknown, values.stop
         )
         talk(person.answer, say, person.GREETING)
         return
@@ -170,34 +168,22 @@ def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[
     return prompt, len(prompt_tokens(tokenizer, prompt))
 
 
+@dataclasses.dataclass
 class Session:
-    """The settings and the last text of somebody who types to a model.
-
-    Args:
-      say: takes one line for the person.
-      write: takes pieces of the model's text.
-      replace_unknown: replace characters that the model lacks, and do not refuse the prompt.
-      stops: each text ends before the first of these.
-    """
+    """The settings and the last text of somebody who types to a model."""
 
     GREETING = "type the beginning of a text; /help says more"
     HELP = f"Type the beginning of a text; the model goes on from it. An empty line goes on from the last text.{_HELP}"
 
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        num_tokens: int,
-        say: Callable[[str], None],
-        write: Callable[[str], None],
-        replace_unknown: bool = False,
-        stops: Sequence[str] = (),
-    ) -> None:
-        self._model, self._tokenizer, self._replace_unknown, self._stops = model, tokenizer, replace_unknown, stops
-        self.sampling, self.num_tokens = sampling, num_tokens
-        self._say, self._write = say, write
-        self._text = ""
+    model: Transformer
+    tokenizer: Tokenizer
+    sampling: Sampling
+    num_tokens: int
+    say: Callable[[str], None]  # takes one line for the person
+    write: Callable[[str], None]  # takes pieces of the model's text
+    replace_unknown: bool = False  # whether characters that the model lacks are replaced, not refused
+    stops: Sequence[str] = ()  # each text ends before the first of these
+    _text = ""
 
     def answer(self, line: str) -> bool:
         """Executes a command or continues the text; False if the line ends the conversation."""
@@ -205,14 +191,14 @@ class Session:
             return self._command(*line[1:].partition(" ")[::2])
         prompt = (line[1:] if line.startswith("//") else line) or self._text
         try:
-            prompt, length = readable(self._tokenizer, prompt, self._replace_unknown)
+            prompt, length = readable(self.tokenizer, prompt, self.replace_unknown)
         except UnknownCharacters as error:
-            self._say(f"{error}; leave them out")
+            self.say(f"{error}; leave them out")
             return True
-        room = self._model.config.context_len
+        room = self.model.config.context_len
         if length > room and line:
-            self._say(f"the prompt has {length} tokens; the model reads the last {room}")
-        self._write(prompt)
+            self.say(f"the prompt has {length} tokens; the model reads the last {room}")
+        self.write(prompt)
         self._text = prompt + self._say_on(prompt)
         return True
 
@@ -220,13 +206,13 @@ class Session:
         """What the model writes after a prompt, until Ctrl-C; the next text has the next seed."""
         new = ""
         with heard_interrupts() as stopped:
-            pieces = stream(self._model, self._tokenizer, prompt, self.num_tokens, self.sampling)
-            for text in until(pieces, self._stops):
+            pieces = stream(self.model, self.tokenizer, prompt, self.num_tokens, self.sampling)
+            for text in until(pieces, self.stops):
                 if stopped():
                     break
                 new += text
-                self._write(text)
-        self._write("\n")
+                self.write(text)
+        self.write("\n")
         self.sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + 1) % 2**32)
         return new
 
@@ -236,17 +222,17 @@ class Session:
         if name in ("quit", "exit", "q"):
             return False
         if name == "help":
-            self._say(self.HELP)
+            self.say(self.HELP)
         elif name not in settings:
-            self._say(f"/{name}: unknown; /help says what there is, and // writes a / at the beginning of a text")
+            self.say(f"/{name}: unknown; /help says what there is, and // writes a / at the beginning of a text")
         elif not value.strip():
-            self._say(f"{name} {settings[name]}")
+            self.say(f"{name} {settings[name]}")
         else:
             try:
                 self._set(name, type(settings[name])(value))
             except ValueError as error:
                 text = str(error)
-                self._say(f"/{text}" if text.startswith(name) else f"/{name}: {value.strip()!r} is no such number")
+                self.say(f"/{text}" if text.startswith(name) else f"/{name}: {value.strip()!r} is no such number")
         return True
 
     def _set(self, name: str, value: float) -> None:
@@ -278,15 +264,15 @@ class Conversation(Session):
         return True
 
     def _reply(self, text: str) -> None:
-        context_len = self._model.config.context_len
+        context_len = self.model.config.context_len
         room = context_len - min(self.num_tokens, context_len // 2)
         first = [message for message in self._said[:1] if message["role"] == "system"]
         turns = [*self._said[len(first) :], {"role": "user", "content": text}]
-        prompt_of = lambda: chat_tokens(self._tokenizer, [*first, *turns])
+        prompt_of = lambda: chat_tokens(self.tokenizer, [*first, *turns])
         while len(prompt := prompt_of()) > room and len(turns) > 1:
             del turns[:2]
         if len(prompt) > context_len:
-            self._say(f"that makes {len(prompt)} tokens; the model reads the last {context_len}")
+            self.say(f"that makes {len(prompt)} tokens; the model reads the last {context_len}")
         self._said = (*first, *turns, {"role": "assistant", "content": self._say_on(prompt)})
 
 

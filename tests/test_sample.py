@@ -103,7 +103,7 @@ def test_an_interrupt_stops_the_text_and_nothing_else():
         if len(person.written) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    person.talk._write = write
+    person.talk.write = write
     before = signal.getsignal(signal.SIGINT)
     text, _ = person.types("At")
     assert len(text) < 1000 and text.endswith("\n") and signal.getsignal(signal.SIGINT) is before
