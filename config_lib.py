@@ -182,11 +182,7 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, **tokens
 
 
 def model_config_of(
-    config: ConfigDict,
-    vocab_size: int,
-    eot: int | None = None,
-    auto: str = "",
-    answer: tuple[int, int] | None = None,
+    config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "", answer: tuple[int, int] | None = None
 ) -> TransformerConfig:
     """The model's shape, and how it is run.
 

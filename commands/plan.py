@@ -327,10 +327,7 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
     for name, program in planned.programs.items():
         if "refused" in program:
             row(f"  {name}", f"does NOT fit: {program['refused']}")
-            row(
-                "",
-                "what helps (--fit tries it): smaller micro-batches, remat, loss_chunk, fsdp in the mesh",
-            )
+            row("", "what helps (--fit tries it): smaller micro-batches, remat, loss_chunk, fsdp in the mesh")
             continue
         need = program["peak_bytes"] + planned.beside(name)
         parts = "" if name == "step" else "with the state beside it"

@@ -13,13 +13,7 @@ from corpus import fetch
 from corpus.cache import cached
 from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, check_length, ends_of_splits
 from corpus.formats import Source, is_named_so
-from corpus.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    UnknownCharacters,
-    build_tokenizer,
-)
+from corpus.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, UnknownCharacters, build_tokenizer
 from runtime.errors import UserError, one_line
 from runtime.files import read_json
 from runtime.screen.text import nearest
