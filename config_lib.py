@@ -184,14 +184,10 @@ def transformer_config(config: ConfigDict, vocab_size: int, dtype: str, **tokens
 def model_config_of(
     config: ConfigDict, vocab_size: int, eot: int | None = None, auto: str = "", answer: tuple[int, int] | None = None
 ) -> TransformerConfig:
-    """The model's shape, and how it is run.
+    """The model's shape, and how it is run. Raises UserError if documents are to be masked and there is no `eot`.
 
-    Args:
-      eot: the tokenizer's end-of-text token.
-      auto: what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
-      answer: the tokens with which the assistant's turns in conversations begin and end.
-
-    Raises UserError if documents are to be masked and there is no such token.
+    `eot` is the tokenizer's end-of-text token, `answer` those with which the assistant's turns begin and end. `auto` is
+    what dtype="auto" means, of a run `run_lib.dtype_of`; "" is float32 on a CPU, otherwise bfloat16.
     """
     start = eot if config.mask_documents else -1
     if start is None:

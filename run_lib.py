@@ -143,10 +143,7 @@ def load_data(
 
 
 def require_same_text(sha256: str | None, data: Dataset, or_else: str) -> None:
-    """Raises UserError unless the text has the hash of the run's text; None: the run has no text (imported weights).
-
-    `or_else` says what to do instead of putting the old text back.
-    """
+    """Raises UserError, which ends in `or_else`, unless the text has the run's hash; imported weights have None."""
     if sha256 not in (None, data.sha256):
         raise UserError(
             f"config.dataset: the text has changed since this run began (sha256 {sha256[:12]}… then, "
@@ -221,8 +218,8 @@ def config_of(meta: dict[str, Any], workdir: Path) -> ConfigDict:
 def dtype_of(config: ConfigDict, meta: dict[str, Any] | None) -> Choice:
     """The arithmetic of a run: its config's, where that is "auto" the one that it began with, else the best one here.
 
-    `meta` is that of a checkpoint, or None. Older builds, which kept no dtype in it, took float32 on a CPU. Raises
-    NoCheckpointError if it names none that there is.
+    Older builds, which kept no dtype in a checkpoint's `meta`, took float32 on a CPU. Raises NoCheckpointError if it
+    names none that there is.
     """
     if config.dtype != "auto":
         return Choice(config.dtype)
@@ -468,12 +465,11 @@ def resume(
     sharding: Placement,
     warn: Callable[[str], None],
 ) -> Resumed | None:
-    """The newest sound checkpoint, converted for `config`; None if there is no checkpoint.
+    """The newest sound checkpoint, converted for `config`; None if there is none. Damaged ones are set aside.
 
     `build` makes the step from the number of micro-batches of `config` done so far, and from a checkpoint's meta.
-    `allow` raises if `config` cannot go on from a checkpoint (`require_same_run`). `warn` is told of damaged
-    checkpoints, which are set aside. Raises UserError if this config, text or tokenizer cannot go on from it,
-    NoCheckpointError if all are damaged.
+    `allow` raises if `config` cannot go on (`require_same_run`). Raises UserError if this config, text or tokenizer
+    cannot, NoCheckpointError if all are damaged.
     """
     new = config.accumulation_steps
     made: dict[int, Step] = {}  # by checkpoint

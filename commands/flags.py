@@ -35,11 +35,9 @@ def parse_flags(
     config: bool = False,
     words: tuple[str, list[str]] | None = None,
 ) -> flags.FlagValues:
-    """Parses the flags of one command; `argv` starts after the command's name. `--help` prints them and exits.
+    """Parses a command's flags, which `define` adds, and `config` those of its config; `--help` prints them and exits.
 
-    `define` adds the command's own flags, `config` those of its config. `words` is for a command that takes words
-    besides its flags: their name in `--help`, and the list that receives them.
-
+    `argv` starts after the command's name. `words`, if it takes such, is their name in `--help`, and the list for them.
     Raises UserError for an unknown flag or key, a wrong type of value, a word that is no flag, a broken config file.
     """
     values = flags.FlagValues()
@@ -168,10 +166,9 @@ def _renamed(argv: Sequence[str], new: str) -> list[str]:
 
 
 def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """For each text of --config=FILE.py:TEXT,TEXT: {FILE: text}, and `argv` with that text alone.
+    """For each text of --config=FILE.py:TEXT,TEXT: {FILE: text}, and `argv` with it alone; else {}, and `argv`.
 
-    Where there is no list: {}, and `argv` as it is. Texts that hold commas are parted by semicolons; what names a path
-    is one text.
+    Texts that hold commas are parted by semicolons; what names a path is one text.
     """
     named = _config_path(argv) or ""
     file, _, listed = named.partition(":")

@@ -112,7 +112,6 @@ def main(argv: list[str]) -> None:
 def _read_prompts(path: Path) -> dict[str, str]:
     """The prompts of a file, by the names of their lines; empty lines and a byte order mark are left out.
 
-
     Raises UserError if the file cannot be read, is not UTF-8, has no prompt, or has a line of JSON without one.
     """
     try:

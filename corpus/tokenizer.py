@@ -257,14 +257,12 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class ImportedTokenizer(Tokenizer):
-    """An imported model's tokenizer.json, run by the library tokenizers.
+    """An imported model's tokenizer.json, run by the library tokenizers, without BPE dropout.
 
-    Encoding is deterministic: BPE dropout is switched off. Special tokens written in a text are plain text (except for
-    a Unigram model, which cannot tell them apart), no special tokens are added, and lone surrogates become "?". For a
-    character that the vocabulary lacks, the library puts its unknown token or nothing. If it puts a space before the
-    text, as Llama 2's does, `decode` removes one again; `decode_bytes`, whose ids may be from the middle of a text,
-    does not. Raises ValueError if the library cannot read the content, a token is not text on its own (as WordPiece's
-    are not), or the content does not fit `vocab_size` and `eot`.
+    No special tokens are added, and those written in a text are text (but for a Unigram model, which cannot tell them
+    apart); lone surrogates become "?", an unknown character the unknown token or nothing. Where a space is put before a
+    text, as by Llama 2's, `decode` removes it, but not `decode_bytes`. Raises ValueError if the library cannot read the
+    content, a token is not text on its own (as WordPiece's), or it does not fit `vocab_size` and `eot`.
 
     Args:
         content: the parsed tokenizer.json.

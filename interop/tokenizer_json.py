@@ -29,11 +29,10 @@ from runtime.files import parse_json
 def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer as one of the library; its `to_str` is the content of tokenizer.json.
 
-    Ids and decoded text are the same for every text, with three exceptions. Characters that `char` does not know are
-    replaced, as by `encode(text, replace_unknown=True)`. Special tokens written in a text become their ids (of two
-    names for an id, only the first), unless `encode_special_tokens` is set on the result. An imported tokenizer may put
-    special tokens around a text, unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, is the
-    end-of-text token. Raises ValueError if the vocabulary cannot be written in that format.
+    Ids and text are the same, but that `char` replaces unknown characters; that special tokens written in a text become
+    their ids (of two names the first's) unless `encode_special_tokens` is set; and that an imported one may add special
+    tokens unless `add_special_tokens` is false. In `byte`, 255, which UTF-8 never uses, ends a text. Raises ValueError
+    if the vocabulary cannot be written so.
     """
     match tokenizer:
         case CharTokenizer():
@@ -90,13 +89,8 @@ def from_tokenizers(
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json: `char` or `byte` if it is exactly what `to_tokenizers` makes of one.
 
-    Args:
-        json_text: the file's content, which is checked and never executed.
-        vocab_size, eot, more_ends: as in `ImportedTokenizer`.
-        say: takes a line about what is not imported.
-
-    Raises:
-        ValueError: the content cannot be read, or does not fit `vocab_size` and `eot`.
+    `vocab_size`, `eot` and `more_ends` are those of `ImportedTokenizer`; `say` takes a line about what is not imported.
+    Raises ValueError if the content cannot be read, or does not fit them.
     """
     try:
         content = parse_json(json_text)

@@ -83,10 +83,9 @@ _MEAN_LOSS = ("steps", "val_loss", "best", "averaged", "bits_per_byte")
 
 
 def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The runs that `paths` name, each once; a directory of runs, such as a sweep, stands for the runs in it.
+    """The runs that `paths` name, each once, or that are in such a directory, but for `skip`, which is earlier output.
 
-    `skip` is a directory to leave out: earlier output among the runs. `warn` is told of directories that are no runs.
-    Raises UserError if there is no run, or if a path does not exist.
+    `warn` is told of directories that are no runs. Raises UserError if there is none, or a path does not exist.
     """
     found, none = [], []
     for path in map(Path, paths):
@@ -398,10 +397,9 @@ def compare(
 ) -> None:
     """Print the comparison of the runs that `paths` name, and write it as a page and pictures into `out`.
 
-    `settled` is what a test says that chose the number of seeds; those for a fixed number do not hold then. `ladder`:
-    the runs differ in size, by one rule, and in seeds.
-
-    Raises UserError if there is no such run or `out` cannot be created, StorageError if a file cannot be written.
+    `settled` is what a test says that chose the number of seeds, where those for a fixed one do not hold; in a `ladder`
+    the runs differ in size, by one rule, and in seeds. Raises UserError if there is no such run or `out` cannot be
+    made, StorageError if a file cannot be written.
     """
     runs = read_runs(find_runs(paths, out, console.warn), console.warn)
     try:

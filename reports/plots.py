@@ -71,9 +71,8 @@ class Curve(NamedTuple):
 def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     """Draws the losses of several runs against `x`, `tokens` or `training_seconds`, into a PNG file.
 
-    Training is a faint line and validation a strong one with a dot for each evaluation, both in the unit of `metric`
-    (`val_loss` or `bits_per_byte`). The first tenth of each curve, in which every loss falls from the same height, may
-    be above the plot.
+    Training is a faint line, validation a strong one with dots, both in the unit of `metric` (`val_loss` or
+    `bits_per_byte`). The first tenth of each curve, where every loss falls from one height, may be above the plot.
     """
     figure, axes = _axes(figsize=(6.4, 4.6), dpi=180)
     labels = list(dict.fromkeys(curve.label for curve in curves))

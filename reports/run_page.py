@@ -47,9 +47,9 @@ def write_report(
 ) -> Path:
     """Write `report.html` from the files of a run, and from its model. Returns the page's path.
 
-    The model is on one device, or a string that says why there is none; `which` is the page's name for its state. The
-    attention to `text` is shown, by default to the beginning of the last sample. Raises UserError if a file of the run
-    cannot be read, UnknownCharacters if the tokenizer lacks some of `text`, StorageError if the page cannot be written.
+    The model is on one device, or a string that says why there is none; `which` names its state. Shown is the attention
+    in `text`, by default in the last sample's beginning. Raises UserError if a file of the run cannot be read,
+    UnknownCharacters if the tokenizer lacks some of `text`, StorageError if the page cannot be written.
     """
     run, saved = read_runs([workdir], warn)[0], read_json(workdir / run_lib.CONFIG_FILE)
     model_config = run_lib.model_config_for(run_lib.read_config(workdir), tokenizer)

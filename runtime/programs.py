@@ -30,8 +30,7 @@ _asked: list[tuple[int, tuple[str, bool]]] = []  # thread, and the key that JAX'
 def set_up_compile_cache(warn: Callable[[str], None]) -> None:
     """Keep compiled programs in the user's cache folder, so that the next start does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR, if set, names another folder. If it cannot be written, nothing is cached. A damaged
-    program is compiled again and replaced; `warn` gets one line at most about the cache.
+    JAX_COMPILATION_CACHE_DIR names another folder. A damaged program is compiled again; `warn` gets one line at most.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         try:
@@ -127,10 +126,9 @@ def _seal(name: str, value: bytes) -> bytes:
 class Kept:
     """A compiled program that an earlier process has kept; it is read in the background, from here on.
 
-    JAX's cache is asked with the traced program, and tracing takes longer than to read it. A program is kept beside
-    that cache, under the hash of what it was made of and of the state of every file that its process had loaded. What
-    that misses, `is_current` finds, which traces the function after all, once there is time. All this only in a process
-    that runs one command: elsewhere functions may have been exchanged.
+    JAX's cache is asked with the traced program, and tracing takes longer than to read it. So a program lies beside
+    that cache, under the hash of what it was made of and of every file that its process had loaded; what that misses,
+    `is_current` finds, which traces it once there is time. Only for a process of one command: others may change them.
     """
 
     def __init__(self, made_of: str, devices: Iterable[jax.Device]) -> None:

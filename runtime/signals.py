@@ -29,20 +29,14 @@ def hangup_ignored() -> bool:
 class StopSignals:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop, and the second into an immediate exit.
 
-    SIGUSR1 and SIGUSR2 are requests to save, or to stop if `on_warning` is "stop". An ignored SIGHUP, as under nohup,
-    stays ignored. `say` takes one line when the first signal arrives; it is called from another thread.
+    SIGUSR1 and SIGUSR2 ask to save, or to stop if `on_warning` is "stop"; a SIGHUP that was ignored stays so. `signum`
+    is None until a signal came, then its number; `say` takes one line then, in another thread. Ctrl-Z removes the live
+    view first. Outside the main thread this does nothing. Several processes stop at the same call of `raise_if_set`,
+    which all must call equally often.
 
-    `signum` is None until a signal came, then its number: the loop looks at it between steps. Python runs a signal
-    handler only when the main thread returns from C code, and a compilation can take minutes there. So the second
-    signal is not left to the handler: the interpreter writes every signal's number into a pipe as soon as it arrives
-    (`signal.set_wakeup_fd`), and a thread that reads the pipe ends the process with status 128 + that number. It
-    never waits longer than a second, not even for a terminal that hangs.
-
-    Handlers can only be set in the main thread; in any other this does nothing. On a terminal, Ctrl-Z removes the live
-    view before it stops the process.
-
-    Each of several processes passes its signal on to JAX, which tells the others; all stop at the same call of
-    `raise_if_set`, so all must call it equally often.
+    Python runs a handler only when the main thread returns from C code, such as a compilation of minutes. So it writes
+    each signal into a pipe at once (`signal.set_wakeup_fd`), and a thread that reads it ends the process with status
+    128 + the second one's number, within a second even if the terminal hangs.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None, on_warning: str = "save") -> None:

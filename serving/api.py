@@ -179,23 +179,18 @@ class Text:
 class Service:
     """The endpoints of one model.
 
-    Args:
-      name: the model's.
-      max_tokens: new tokens that a request may ask for, of each text.
-      seconds: after which a text ends.
-      chat_tokens: the ids of a conversation, up to where the assistant's next words begin; None if the model was not
-        trained on any. The client reads its ValueError.
-      hosts: the names under which it may be called; empty for any. On loopback, a call by another name comes from a web
-        page whose name was made to lead to this machine.
+    `chat_tokens` gives the ids of a conversation, up to where the assistant's next words begin; it is None if the model
+    was not trained on any, and the client reads its ValueError. `hosts` are the names under which it may be called, or
+    any: on loopback, another name comes from a web page whose name was made to lead to this machine.
     """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        name: str,
-        max_tokens: int = 4096,
-        seconds: float = 600,
+        name: str,  # the model's
+        max_tokens: int = 4096,  # new ones that a request may ask for, of each text
+        seconds: float = 600,  # after which a text ends
         chat_tokens: Callable[[list[dict[str, str]]], Sequence[int]] | None = None,
         hosts: Sequence[str] = (),
     ) -> None:

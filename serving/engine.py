@@ -154,33 +154,19 @@ def _decode(
 
 
 class Engine:
-    """Answers requests while its `with` block runs.
-
-    Args:
-      ends: the tokens that end a text; they are delivered too.
-      unsampled: ids that are never chosen.
-      rows: texts that are written at the same time.
-      queue: texts that may wait beside them.
-      warn: takes a line about what went wrong inside.
-
-    Attributes:
-      error: what ended the thread, if it could not go on after a failure. Leaving the block raises it.
-
-    Raises:
-      Whatever compiling and running the programs raises, such as when the device has too little memory.
-    """
+    """Answers requests while its `with` block runs. It compiles its programs first, and raises whatever that raises."""
 
     def __init__(
         self,
         model: Transformer,
-        ends: tuple[int, ...] = (),
-        unsampled: Sequence[int] = (),
-        rows: int = 8,
-        queue: int = 256,
-        warn: Callable[[str], None] = lambda text: None,
+        ends: tuple[int, ...] = (),  # the tokens that end a text; they are delivered too
+        unsampled: Sequence[int] = (),  # ids that are never chosen
+        rows: int = 8,  # texts that are written at the same time
+        queue: int = 256,  # texts that may wait beside them
+        warn: Callable[[str], None] = lambda text: None,  # takes a line about what went wrong inside
     ) -> None:
         self.model, self._ends, self._queue, self._warn = model, ends, queue, warn
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # what ended the thread; leaving the block raises it
         self._params, self._run = params_of(model), {"config": model.config}
         half = model.config.operand_dtype != "float32"
         self._weights = round_weights(self._params, rows=rows) if half else self._params  # once, not for each token

@@ -15,10 +15,9 @@ from runtime.trackers.wandb import WandbTracker
 
 
 class Tracker(Protocol):
-    """Receives what a run logs. It may raise anything: `Trackers` then switches it off.
+    """Receives what a run logs, or raises anything, which switches it off. Its directory in `workdir` has its name.
 
-    It is made with the arguments of `Trackers`, but for the names. Its files are in a directory of its name in
-    `workdir`, and `warn` takes at most one line from it.
+    It is made with the arguments of `Trackers`, but for the names; `warn` takes at most one line from it.
     """
 
     where: str  # tells people where to look
@@ -43,8 +42,7 @@ TRACKERS: dict[str, Callable[..., Tracker]] = {
 class Trackers:
     """Those of a run, of each of `names`. One that fails is off for the rest of the run, and `warn` takes a line.
 
-    `step` is the last one that was logged before; others that come after it may have been logged by a session that was
-    killed, and are logged again.
+    `step` is the last that was logged before; later ones that a killed session logged are logged again.
     """
 
     def __init__(
