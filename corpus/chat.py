@@ -88,14 +88,6 @@ def messages_of(value: Any) -> list[dict[str, str]] | Bad:
     return Bad("has no message of the assistant") if silent else messages
 
 
-class ConversationFiles(RowFiles):
-    """Files of rows, whose pieces hold lists of messages."""
-
-    @staticmethod
-    def contents(source: Source, wanted: Wanted, start: int) -> Iterator[Any]:
-        return map(messages_of, source.values(wanted.text_column, start))
-
-
 def pack(conversations: Iterable[np.ndarray], context_len: int, answer_start: int, eot: int) -> tuple[np.ndarray, str]:
     """Rows of `context_len` tokens end to end, and one more `eot`, which also fills the rows; and a line about them.
 
@@ -176,7 +168,7 @@ def load_conversations(wanted: Wanted) -> Dataset:
     sources = [Source(path) for path in find_files(wanted.dataset, wanted.data_dir, say)]
     if text := next((source.path for source in sources if not source.has_rows), None):
         raise UserError(f"config.dataset: {text} has no rows; give conversations as a .jsonl, a line each")
-    files = ConversationFiles(sources, wanted)
+    files = RowFiles(sources, wanted, messages_of)
     digest = hashlib.sha256()
     for source in sources:
         for chunk in source.chunks():

@@ -6,13 +6,14 @@ is cut into tasks where that changes no token, so that many threads produce the 
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from corpus.dataset import SPLITS, Wanted, ends_of_splits, names_of_splits, told_by_names
-from corpus.formats import Bad, Source
+from corpus.formats import Bad, Source, text_of
 from corpus.load_text import find_files
 from runtime.errors import UserError
 
@@ -117,15 +118,16 @@ class _TextFile:
 class RowFiles:
     """Files of rows end to end, each row a document; a position is that of a row. Attributes as `TextFiles`.
 
-    The files come in the order of the splits that their names, or their folders' names, say.
+    `read` gives what a piece holds of a row's value, or a `Bad`. The files come in the order of the splits that their
+    names, or their folders' names, say.
     """
 
     unit, step = "rows", 256
 
-    def __init__(self, sources: list[Source], wanted: Wanted):
+    def __init__(self, sources: list[Source], wanted: Wanted, read: Callable[[Any], Any]):
         names = names_of_splits(paths := [source.path for source in sources])
         self._sources = [source for name in SPLITS for source, own in zip(sources, names, strict=True) if own == name]
-        self._wanted, self._sizes = wanted, dict.fromkeys(SPLITS, 0)
+        self._wanted, self._read, self._sizes = wanted, read, dict.fromkeys(SPLITS, 0)
         counts = [source.num_rows(wanted.text_column) for source in self._sources]
         for count, name in zip(counts, sorted(names, key=list(SPLITS).index), strict=True):
             self._sizes[name] += count
@@ -158,17 +160,13 @@ class RowFiles:
             raise UserError(f"config.dataset: {bad[0]}; mend it, or set config.skip_bad_rows")
         return [row for row in rows if isinstance(row, Piece)], bad
 
-    @staticmethod
-    def contents(source: Source, wanted: Wanted, start: int) -> Iterator[Any]:
-        """What the pieces of a file's rows from number `start` on hold, or `Bad` ones."""
-        return source.rows(wanted.text_column, wanted.tokenizer == "byte", start)
-
     def _rows_from(self, start: int) -> Iterator[Piece | str]:
         for source, begin, end in zip(self._sources, self._starts, self._starts[1:], strict=False):
             if end <= start:
                 continue
             skip = max(0, start - begin)
-            for number, text in enumerate(self.contents(source, self._wanted, skip), skip + 1):
+            values = source.values(self._wanted.text_column, skip)
+            for number, text in enumerate(map(self._read, values), skip + 1):
                 bad = isinstance(text, Bad)
                 yield f"{source.path}, row {number:,}: {text}" if bad else Piece(source.path, text)
 
@@ -189,7 +187,8 @@ def open_corpus(wanted: Wanted) -> TextFiles | RowFiles:
         text = next(source for source in sources if not source.has_rows)
         both = f"files of rows, as {of_rows[0].path}, and of text, as {text.path}"
         raise UserError(f"config.dataset: {wanted.dataset} has {both}; name one kind by a glob")
-    files = RowFiles(sources, wanted) if of_rows else TextFiles(sources, wanted.tokenizer)
+    read = partial(text_of, any_bytes=wanted.tokenizer == "byte")
+    files = RowFiles(sources, wanted, read) if of_rows else TextFiles(sources, wanted.tokenizer)
     if not files.size:
         raise UserError(f"config.dataset: {wanted.dataset} has 0 {files.unit}; give files with text in them")
     return files

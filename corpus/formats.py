@@ -234,10 +234,6 @@ class Source:
                     yield from islice(values(), start, None)
                 start = max(0, start - count)
 
-    def rows(self, column: str, any_bytes: bool, start: int = 0) -> Iterator[bytes | Bad]:
-        """Their texts, in UTF-8; with `any_bytes` a column of bytes as it is."""
-        return (_text(value, any_bytes) for value in self.values(column, start))
-
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, what reading the file raises becomes a UserError."""
@@ -252,7 +248,8 @@ class Source:
             raise UserError(f"{self.path}: cannot be read ({reason}); copy it again") from error
 
 
-def _text(value: Any, any_bytes: bool) -> bytes | Bad:
+def text_of(value: Any, any_bytes: bool) -> bytes | Bad:
+    """The text that a row holds, in UTF-8; with `any_bytes` bytes as they are."""
     if isinstance(value, Bad):
         return value
     try:
