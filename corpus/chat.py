@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.cache import cached
-from corpus.dataset import SPLITS, Dataset, Split, Wanted, count_bytes
+from corpus.dataset import SPLITS, Dataset, Split, Wanted, cached, count_bytes
 from corpus.files import RowFiles
 from corpus.formats import Bad, Source
 from corpus.load_text import find_files, new_tokenizer

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from corpus.cache import cached
 from corpus.dataset import (
     COUNTED_AT_ONCE,
     SPLITS,
@@ -21,6 +20,7 @@ from corpus.dataset import (
     Say,
     Split,
     Wanted,
+    cached,
     check_length,
     count_bytes,
     ends_of_splits,

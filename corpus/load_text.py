@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus import fetch
-from corpus.cache import cached
-from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, check_length, ends_of_splits
+from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, cached, check_length, ends_of_splits
 from corpus.formats import Source, is_named_so
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, UnknownCharacters, build_tokenizer
 from runtime.errors import UserError, one_line

@@ -173,7 +173,7 @@ READERS = {  # who opens files, and why it is not `runtime.files` that does
     "runtime.watchdog": "writes while everything hangs",
     **dict.fromkeys(["runtime.devices", "runtime.malloc", "runtime.screen.console"], "the system's own"),
     **dict.fromkeys(["config_lib", "commands.typos", "commands.sample"], "this program's source, os.devnull"),
-    **dict.fromkeys(["corpus.fetch", "corpus.prepare", "corpus.rebuild", "corpus.cache"], "data that it wrote"),
+    **dict.fromkeys(["corpus.fetch", "corpus.prepare", "corpus.rebuild", "corpus.dataset"], "data that it wrote"),
     "corpus.tokenizer": "what a library says",
 }
 
