@@ -48,7 +48,7 @@ def _define(values: flags.FlagValues) -> None:
     define = {"flag_values": values}
     sets = "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
     flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", **define)
-    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", **define)
+    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", 1, **define)
     until = "Add seeds until the end losses of two configs differ with this always-valid p (arXiv:2310.03722)."
     flags.DEFINE_float("until_p", None, until, 1e-9, 0.5, **define)
     flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", 1, **define)
@@ -76,8 +76,6 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
 
     `argv` are all flags.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds: must be at least 1, got {seeds}")
     axes = [_axis(text, default.get_config()) for text in sets]
     keys = [key for key, _ in axes]
     if len(set(keys)) < len(keys):

@@ -104,7 +104,6 @@ def from_tokenizers(
     imported = ImportedTokenizer(steady | {"truncation": None, "padding": None}, vocab_size, eot, more_ends)
     written = to_tokenizers(imported).to_str()
     earlier = _byte_level({bytes([byte]): byte for byte in range(256)}, {}, None)  # what `byte` was exported as before
-    own: list[tuple[Tokenizer, tokenizers.Tokenizer]]
     own = [(ByteTokenizer(), library) for library in (to_tokenizers(ByteTokenizer()), earlier)]
     match content:
         case {"model": {"vocab": dict(vocabulary)}} if all(len(token) == 1 for token in vocabulary):

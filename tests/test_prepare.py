@@ -324,7 +324,9 @@ def test_files_that_cannot_be_used_are_named(corpus, tmp_path, bpe):
     [
         ([], ["--dataset: must be given"]),
         (["--dataset=x"], ["--out: must be given"]),
-        (["--dataset=x", "--out=y", "--val_fraction=1"], ["--val_fraction: must be at least 0 and below 1"]),
+        (["--dataset=x", "--out=y", "--val_fraction=1"], ["--val_fraction: ", "leaves no text to train on"]),
+        (["--dataset=x", "--out=y", "--test_fraction=nan"], ["--val_fraction: ", "leaves no text to train on"]),
+        (["--dataset=x", "--out=y", "--test_fraction=-1"], ["--test_fraction=-1: -1.0 is not a non-negative number"]),
         (
             ["--dataset=x", "--out=y", "--val_fraction=.5", "--test_fraction=.5"],
             ["--val_fraction: with"],

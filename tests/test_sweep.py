@@ -120,7 +120,7 @@ def test_directories_are_safe_short_and_tell_values_apart():
         (["--set=lr=0.1,1e-1"], ("lr=0.1,seed=0 is there twice",)),
         (["--set=lr=0.1", "--set=lr=0.2"], ("--set=lr: given twice",)),
         (["--set=seed=1,2"], ("--seeds=N",)),
-        (["--seeds=0"], ("--seeds: must be at least 1",)),
+        (["--seeds=0"], ("--seeds=0: 0 is not a positive integer",)),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_run(flags, words, stand_in, capsys):
