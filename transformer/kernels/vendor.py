@@ -10,9 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from transformer.xla import target
+
 # --- cuDNN: NVIDIA ------------------------------------------------------------------------------------------------
 # The public jax.nn.dot_product_attention rounds lse to bfloat16 and passes no gradient through it; so this calls the
 # functions behind it.
+
+
+def _cudnn() -> Any:
+    """The functions behind it, which may be missing; they shall ask what is compiled for, and not what is here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def check(least: str) -> bool:
+        numbers = lambda text: tuple(map(int, filter(None, text.split("."))))
+        return numbers(target().compute_capability) >= numbers(least)
+
+    cudnn.check_compute_capability = check
+    return cudnn
 
 
 def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tuple[jax.Array | None, int | None]:
@@ -23,18 +37,15 @@ def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tup
     """
     if document_BT is None:
         return None, window or None
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
     at = jnp.arange(document_BT.shape[1])
     seen_BTS = document_BT[:, :, None] == document_BT[:, None, :]
     if window:
         seen_BTS &= at[:, None] - at < window
-    return jnp.where(seen_BTS, 0, cudnn.get_large_negative_number(dtype)).astype(dtype)[:, None], None
+    return jnp.where(seen_BTS, 0, _cudnn().get_large_negative_number(dtype)).astype(dtype)[:, None], None
 
 
 def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, because it may be missing
-
+    cudnn = _cudnn()
     bias, window = document_bias(document_BT, window, q_BTNH.dtype)
     return cudnn.dot_product_attention(
         q_BTNH,
@@ -49,8 +60,7 @@ def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
 
 
 def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
+    cudnn = _cudnn()
     rule = cudnn._dot_product_attention_bwd_rule
     modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is a public interface
     others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
