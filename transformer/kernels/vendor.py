@@ -115,10 +115,17 @@ def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
     return segments, [x.swapaxes(1, 2) for x in (scaled_BTNH, *others)]
 
 
+def _exact_products(dtype: Any) -> Any:
+    """A context without a precision for bfloat16, whose products are exact: asked for one, a TPU's compiler fails."""
+    asked = jax.config.jax_default_matmul_precision
+    return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else asked)
+
+
 def splash_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window, interpret=False):
     kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
     segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH)
-    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
+    with _exact_products(q_BTNH.dtype):
+        out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
     return out_BNTH.swapaxes(1, 2), lse_BNT
 
 
@@ -132,5 +139,6 @@ def splash_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout
         return lib._splash_attention_bwd(res=kept, do=dout_NTH, **kernel.kwargs)[3:6]
 
     segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)
-    dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
+    with _exact_products(q_BTNH.dtype):
+        dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
     return (dq_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype), dk_BTKH, dv_BTKH
