@@ -170,6 +170,7 @@ class Trainer:
 
         settings = config_lib.to_dict(config)
         told = {"timed_steps": self.timed, "flops_per_token": flops_per_token(self.model_config)}
+        told["arithmetic"] = self.arithmetic["dtype"]  # what config.dtype="auto" came to
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **told, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
