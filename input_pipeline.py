@@ -1,10 +1,8 @@
 """From the corpus that a config names to batches on the devices; a batch is a function of the seed and the step.
 
-There is no state: `Batches(...)(step)` always gives the same tokens, so a checkpoint needs only the step, and each of
-several processes can build its own rows.
-
-Steps are micro-steps, counted from 0. A batch is int32 [rows, context_len + 1]: its inputs are `batch[:, :-1]`, its
-targets `batch[:, 1:]`. IGNORED (-1) fills places beyond the split's end: not a target, and 0 as an input.
+So a checkpoint needs only the step, a micro-step from 0, and each of several processes builds its own rows. A batch is
+int32 [rows, context_len + 1]: its inputs are `batch[:, :-1]`, its targets `batch[:, 1:]`. IGNORED (-1) fills places
+beyond the split's end: not a target, and 0 as an input.
 """
 
 import math
@@ -101,11 +99,7 @@ def _windows(tokens: np.ndarray | ShardedTokens, starts: Sequence[int], num_rows
 
 
 def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator[T]:
-    """Yields make(x) for each x, computed `size` items ahead.
-
-    No thread is needed: JAX dispatches asynchronously, so while the device works on a step, `make` builds a later batch
-    here and starts its transfer.
-    """
+    """Yields make(x) for each x, computed `size` items ahead: JAX dispatches asynchronously, so no thread is needed."""
     ahead: deque[T] = deque()
     for x in of:
         ahead.append(make(x))
@@ -115,9 +109,8 @@ def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator
 
 
 def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
-    """The batches of a dispatch on the devices, in the form that the step for `most` micro-steps takes.
-
-    For one: [B, T + 1]. For several: [most, B, T + 1], where the first len(span) are those of `span`, and that length.
+    """The batches of a dispatch on the devices: where `most` is 1 [B, T + 1], else [most, B, T + 1], of which the first
+    len(span) are those of `span`, and that length.
     """
     if num_processes() > 1:
         return _place_own_rows(batches, mesh, most, span)
@@ -159,8 +152,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
 
     An alternating Feistel network in mixed radix (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002):
     index = high * radix + low, radix about sqrt(size). Each round adds a hash of one digit to the other, which can be
-    undone, so the whole is a bijection. Its range exceeds `size` by less than the radix; a result outside `size` is
-    permuted again until it lies inside, which keeps it a bijection. `size` may be 1 to 2**62.
+    undone. A result outside `size` is permuted again until it lies inside: a bijection still. `size`: 1 to 2**62.
     """
     radix = np.uint64(math.isqrt(size - 1) + 1)
     highs = np.uint64(-(-size // int(radix)))
