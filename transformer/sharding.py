@@ -95,11 +95,12 @@ def make_mesh(text: str = "", *, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of these devices with all of AXES, by `parse_mesh`'s text.
 
     On a TPU, linked devices are neighbours; of several slices, between which the network is slow, only data takes more
-    than one. Raises ValueError as `mesh_sizes` does, or if the slices do not divide data.
+    than one. GPUs count each host as a slice, and any axis may take several: neighbours are then those of a host as far
+    as it has them. Raises ValueError as `mesh_sizes` does, or if a TPU's slices do not divide data.
     """
     sizes, slices = mesh_sizes(text, len(devices)), len({getattr(device, "slice_index", 0) for device in devices})
     shape, split = tuple(sizes.values()), {"allow_split_physical_axes": True}
-    if slices == 1:
+    if slices == 1 or (devices[0].platform == "gpu" and sizes[DATA] % slices):
         grid = create_device_mesh(shape, devices, **split)
     elif sizes[DATA] % slices:
         raise ValueError(f"mesh: data={sizes[DATA]} on {slices} TPU slices; make it a multiple of their number")
