@@ -24,6 +24,7 @@ from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
+from runtime.multihost import require_same
 from runtime.processes import by_first, is_first, num_processes
 from runtime.programs import compile_seconds, set_up_compile_cache
 from runtime.screen.console import Console
@@ -72,7 +73,8 @@ def train(
         devices.set_up_cpu_devices(config.cpu_devices, shared, console.warn)
         set_up_compile_cache(console.warn)
         config_lib.check_devices(config, len(devices.start_jax()))
-        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn) as lock:
+            require_same(lock.holder(), f"workdir {workdir}")  # a new run's would look the same, wherever it lies
             if fresh:
                 by_first(partial(move_aside, workdir, console.line))
             trainer = None
@@ -451,10 +453,9 @@ class Trainer:
 
     def _profile(self, first: int, last: int) -> None:
         """Trace the real steps from `first` to before `last`; called before each dispatch."""
-        k = self.config.accumulation_steps
-        if self.tracing and self.micro_step >= last * k:
+        if self.tracing and self.step >= last:
             self._end_trace()
-        elif self.tracing is None and first * k <= self.micro_step < last * k:
+        elif self.tracing is None and first <= self.step < last:
             jax.profiler.start_trace(self.workdir / "profile")
             self.tracing = True
 

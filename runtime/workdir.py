@@ -61,8 +61,17 @@ class WorkdirLock:
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # for the other processes' `holder`
         wait_for_all("lock")
         return self
+
+    def holder(self) -> str:
+        """What the file says of its holder; "" where there is none, as in a directory that is not process 0's."""
+        try:
+            os.listdir(self._path.parent)  # opening a directory has a client of NFS forget the names that it knew
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

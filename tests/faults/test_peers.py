@@ -1,12 +1,15 @@
 """Processes of one run that die, never come, or differ: each of the others ends, and says why."""
 
+import hashlib
 import time
 
+import numpy as np
 import pytest
 from helpers import arguments, assert_one_line, tiny_config
 from process_runs import HIT, ends, free_port, start, train
 
-from runtime import distributed
+import train_lib
+from runtime import distributed, multihost, workdir
 from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
 
@@ -153,3 +156,18 @@ def test_a_tpus_library_without_a_tpu_means_no_other_processes(monkeypatch, tmp_
     assert distributed.launched() is False
     (tmp_path / "accel0").touch()
     assert distributed.launched() is None
+
+
+def test_a_new_run_s_workdir_that_only_process_0_sees_is_refused(monkeypatch, tmp_path):
+    """As each host's own disk; process 1 is played, and finds no lock."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "is_first", lambda: False)
+        with workdir.WorkdirLock(tmp_path, pytest.fail) as lock:
+            its_own = lock.holder()
+    hash_of = np.frombuffer(hashlib.sha256(repr(its_own).encode()).digest(), np.uint8)
+    monkeypatch.setattr(multihost, "from_all", lambda values: np.stack([values, hash_of]))
+    with pytest.raises(UserError, match=rf"^workdir {tmp_path}/run: not the same in process 1 as in process 0; "):
+        train_lib.train(tiny_config(), tmp_path / "run", fresh=True)
+    assert not (tmp_path / "run").exists()
+    with workdir.WorkdirLock(tmp_path, pytest.fail) as lock:
+        assert lock.holder() == (tmp_path / ".lock").read_text() != its_own
