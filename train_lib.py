@@ -413,8 +413,8 @@ class Trainer:
 
     def _model(self, params: Params) -> Transformer:
         """The model on the first device alone. All processes must call it."""
-        params = whole(params, self.mesh)
-        return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
+        of_first = lambda p: whole(p, self.mesh).addressable_shards[0].data  # the others hold one array at a time
+        return model_of(self.model_config, {name: of_first(p) for name, p in params.items()})
 
     def _sample(self, model: Transformer) -> None:
         config, prompt = self.config, self.sample_prompt

@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, finished_run, rows
 from jax.sharding import AbstractMesh
 
+from transformer import sharding
 from transformer.sharding import make_mesh, spec_of, undivided
 
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
@@ -205,3 +206,14 @@ def test_gpus_of_several_hosts_take_any_mesh(text, groups):
     grid = make_mesh(text, devices=[Chip(i, i // 4, "gpu") for i in range(8)]).devices
     assert [{chip.slice_index for chip in part.flat} for part in grid] == groups
     assert [chip.id for chip in grid.flat] == list(range(8))
+
+
+def test_what_is_made_whole_again_is_not_compiled_again(monkeypatch, caplog):
+    monkeypatch.setattr(sharding, "is_data_parallel", lambda mesh: False)
+    mesh, compiled = make_mesh(devices=jax.devices()), []
+    for x in [jax.numpy.ones(size) for size in (3, 3, 5)]:
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            assert sharding.whole(x, mesh).sharding.is_fully_replicated
+        compiled.append("Compiling" in caplog.text)
+        caplog.clear()
+    assert compiled == [True, False, True]
