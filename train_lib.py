@@ -25,7 +25,7 @@ from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
 from runtime.multihost import require_same
-from runtime.processes import by_first, is_first, num_processes
+from runtime.processes import by_first, is_first, num_processes, process_id
 from runtime.programs import compile_seconds, set_up_compile_cache
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
@@ -456,7 +456,7 @@ class Trainer:
         if self.tracing and self.step >= last:
             self._end_trace()
         elif self.tracing is None and first <= self.step < last:
-            jax.profiler.start_trace(self.workdir / "profile")
+            jax.profiler.start_trace(self.workdir / "profile" / str(process_id() or ""))  # files are named by host
             self.tracing = True
 
     def _end_trace(self) -> None:
