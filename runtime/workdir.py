@@ -89,6 +89,8 @@ def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = (), fla
     directory cannot be created or written, or if under a name that the run writes to there is a link out of it or
     something of another kind.
     """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):  # a Path has one slash of two left
+        raise UserError(f"{flag}={path}: an address and no path; mount what is there, and name the directory")
     try:
         workdir = Path(path).expanduser().resolve()
         workdir.mkdir(parents=True, exist_ok=True)
