@@ -3,13 +3,14 @@
 import hashlib
 import time
 
+import jax
 import numpy as np
 import pytest
 from helpers import arguments, assert_one_line, tiny_config
 from process_runs import HIT, ends, free_port, start, train
 
 import train_lib
-from runtime import distributed, multihost, workdir
+from runtime import devices, distributed, multihost, workdir
 from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
 
@@ -171,3 +172,33 @@ def test_a_new_run_s_workdir_that_only_process_0_sees_is_refused(monkeypatch, tm
     assert not (tmp_path / "run").exists()
     with workdir.WorkdirLock(tmp_path, pytest.fail) as lock:
         assert lock.holder() == (tmp_path / ".lock").read_text() != its_own
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (ValueError("coordinator_address should be defined."), False),  # no cluster is known
+        (RuntimeError("jax.distributed.initialize() must be called before any JAX calls"), False),  # as in a notebook
+        (RuntimeError("Failed to recognize coordinator address host-0"), True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Failed to add port to server: address in use"), True),
+    ],
+)
+def test_on_a_tpu_a_process_that_cannot_join_does_not_go_on_alone(monkeypatch, error, refused):
+    def initialize(*_, **__):
+        raise error
+
+    monkeypatch.setattr(distributed, "launched", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    if not refused:
+        with distributed.joined(None, None, None, 5, str):
+            return
+    with pytest.raises(UserError, match=f"^--coordinator: .*{error}; "), distributed.joined(None, None, None, 5, str):
+        pytest.fail("it went on")
+
+
+def test_devices_of_processes_that_have_not_joined_are_refused(monkeypatch):
+    """As a TPU pod's, to a command on one of its hosts."""
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    with pytest.raises(UserError, match=r"^--coordinator: these are the devices of 16 processes, and 1 joined; "):
+        devices.start_jax()
