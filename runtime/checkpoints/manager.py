@@ -29,7 +29,7 @@ from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.malloc import give_back_freed
 from runtime.multihost import require_same, seen_by_first
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes, process_id
 from runtime.workdir import CHECKPOINTS, UNSAVED, first_free
 
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
@@ -356,7 +356,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
         """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
 
-        Raises UserError if the checkpoint has other arrays, DamagedError if it is not what was saved.
+        Raises UserError if the checkpoint has other arrays, DamagedError if it is not what was saved, StorageError if
+        one of several processes cannot read it.
         """
         return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
 
@@ -402,6 +403,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 found = self._manager.restore(step, args=args)[item]
         except Exception as error:
             end_if_a_peer_is_lost(error)
+            if num_processes() > 1:  # perhaps in this one alone: the others would not go on to the next checkpoint
+                where = f"{self.directory}/{step}: {item} cannot be read in process {process_id()}"
+                raise StorageError(f"{where}: {one_line(error, 100)}; try again, or move it aside") from error
             raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
         now = integrity.fingerprints(found)
         different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))
