@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -114,6 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not read_only:
             by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             by_first(lambda: retention.tidy_up(self.directory))
+            os.listdir(self.directory.parent)  # as it is opened, a client of NFS forgets the names that it knew
         self._empty_trash()
         self._read_marks()
         require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
@@ -269,6 +271,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             replaces = step in self._manager.all_steps()
             if replaces:
                 by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{retention.REPLACED}"))
+                os.listdir(self.directory)  # for NFS, as above
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
             self._manager.save(int(step), args=args, force=True)  # Orbax takes the highest number for the newest
