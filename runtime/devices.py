@@ -157,10 +157,12 @@ _CGROUP = "/sys/fs/cgroup/memory"
 def memory_available() -> int:
     """Bytes that each device here can take: its own, or of a CPU its share of what is free in the machine and cgroup.
 
-    A machine is taken to run one process of this kind.
+    A machine is taken to run one process of this kind. Raises UserError if the devices do not tell and are no CPUs.
     """
     if there := _own_memory():
         return there
+    if jax.default_backend() != "cpu":
+        raise UserError("config.micro_batch: this device does not tell its memory; name a number instead of auto")
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         most, used = (int(Path(f"{_CGROUP}.{name}").read_text()) for name in ("max", "current"))

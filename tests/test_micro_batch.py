@@ -155,3 +155,12 @@ def test_files_in_a_container_s_memory_are_as_good_as_free(tmp_path, monkeypatch
 def test_memory_that_is_available_is_no_more_than_the_machine_has():
     machine = devices.os.sysconf("SC_PAGE_SIZE") * devices.os.sysconf("SC_PHYS_PAGES")
     assert 2**20 < devices.memory_available() <= machine // jax.local_device_count()
+
+
+def test_a_device_that_does_not_tell_its_memory_has_not_the_machines(monkeypatch):
+    monkeypatch.setattr(devices.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(devices, "_own_memory", lambda: None)
+    with pytest.raises(UserError, match=r"^config\.micro_batch: this device does not tell its memory"):
+        devices.memory_available()
+    monkeypatch.setattr(devices, "_own_memory", lambda: 5)
+    assert devices.memory_available() == 5
