@@ -163,7 +163,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 post_finalization_callback=self._list_files,
             ),
         )
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
+        at_once = {"restore_concurrent_gb": 16} if num_processes() > 1 else {}  # a host may have eight processes
+        handlers = {item: ocp.StandardCheckpointHandler(**at_once) for item in ITEMS}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         manager.reached_preemption = lambda step: False  # its own calls would disturb `reached_stop`
         return manager
