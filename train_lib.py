@@ -32,7 +32,7 @@ from runtime.signals import StopSignals
 from runtime.trackers import Trackers
 from runtime.watchdog import Watchdog
 from runtime.workdir import WorkdirLock, move_aside, prepare_workdir, removed_if_unused
-from training.budget import measure, steps_in, total_steps
+from training.budget import EVALUATED, measure, steps_in, total_steps
 from training.clock import Clock, side_work
 from training.cost import flops_per_token, mfu, parameter_counts
 from training.dispatch import check, kept, longest, ready, spans
@@ -172,6 +172,7 @@ class Trainer:
 
         settings = config_lib.to_dict(config)
         told = {"timed_steps": self.timed, "flops_per_token": flops_per_token(self.model_config)}
+        told["arithmetic"] = self.arithmetic["dtype"]  # what config.dtype="auto" came to
         write_json(workdir / run_lib.CONFIG_FILE, {"config": settings, **told, **devices.environment()})
         write_json(workdir / run_lib.TOKENIZER_FILE, self.tokenizer.to_dict())
         with self.clock.pause():
@@ -221,8 +222,10 @@ class Trainer:
         config, seconds = self.config, self.config.max_seconds
         self.console.doing("timing some steps")
         batch_at = lambda i: place(self.batches, self.mesh, 1, range(i, i + 1))
-        evaluate = lambda params, tokens: self.evaluate(params, self.data.val, tokens, self.stop.raise_if_set)
-        pace = measure(step, key, batch_at, config.accumulation_steps, evaluate, seconds)
+        val, tokens = self.data.val, max(EVALUATED, self.evaluate.tokens_at_once)
+        evaluate = lambda params: self.evaluate(params, val, tokens, self.stop.raise_if_set)
+        read = min(tokens, val.num_tokens - 1)  # not the targets alone: of a conversation some have none
+        pace = measure(step, key, batch_at, config.accumulation_steps, evaluate, read, seconds)
         steps = steps_in(seconds, pace, self.work_ahead)
         self.console.line(f"max_seconds {seconds:g}: enough for {steps:,} steps of {1000 * pace.step:.3g} ms")
         return steps

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 import config_lib
 import run_lib
 from commands.flags import parse_flags
+from corpus.load_text import new_tokenizer
 from runtime import devices
 from runtime.errors import UserError
 from runtime.files import write_json
@@ -44,10 +45,12 @@ FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_
 MOST_TRIES = 8  # of --fit
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
 SOURCES = (
-    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -13 % and +14 % of compiled "
+    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -13 % and +16 % of compiled "
     "steps. compiled: for {}; for CPUs, what is bfloat16 may travel as float32 and attention is chunked. assumed: the "
     "share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
 )
+HELPS = "what helps (--fit tries it): smaller micro-batches, remat, loss_chunk, fsdp in the mesh"
+HELPS_SAMPLES = "one device writes samples, with whole parameters: only a smaller model helps, or more memory"
 VOCABULARIES = {  # size and end-of-text token, so that no file has to be downloaded
     "byte": (256, None),
     "gpt2": (50_257, 50_256),
@@ -71,13 +74,17 @@ def main(argv: list[str]) -> None:
     values = parse_flags("plan", __doc__, argv, _define, config=True)
     config, console = values.config, Console()
     config_lib.check(config)
-    config = config_lib.in_parts(config)
+    asked = config.micro_batch
+    config = config_lib.in_parts(config, config.batch_size if asked == "auto" and values.fit else None)
     if not 0 < values.mfu <= 1:
         raise UserError("--mfu: must be above 0 and at most 1")
     if values.tokens < 0 or values.devices < 0:
         raise UserError("--tokens, --devices: must not be negative")
     if config.num_blocks > MOST_BLOCKS:
         raise UserError(f"config.num_blocks: {config.num_blocks} would take hours to plan; use at most {MOST_BLOCKS}")
+    out = Path(values.out)
+    if values.out and (out.is_dir() or not out.parent.is_dir()):  # before minutes of compiling
+        raise UserError(f"--out={out}: no file can be made there; name one in a directory that exists")
     if values.fit and not values.compile_for:
         raise UserError("--fit: needs --compile_for, whose compiler says what fits")
     if values.compile_for:
@@ -101,13 +108,16 @@ def main(argv: list[str]) -> None:
         changes: dict[str, Any] = {}
         if values.fit and not fits(planned, memory):
             planned, changes = fitted(planned, tokens, there, memory, console)
+        if asked and values.fit and (asked == "auto" or "batch_size" in changes):  # in words that one config may hold
+            parts = {key: planned.config[key] for key in ("batch_size", "accumulation_steps")}
+            changes = {"micro_batch": "", **changes, **parts}
         report(planned, hardware, memory, values.compile_for, values.mfu, values.tokens, console)
         if values.fit:
             found = "it fits with" if fits(planned, memory) else "it does not fit; the last that was tried:"
             console.line(f"{found} {_as_flags(changes) or 'no change'}")
         if values.out:
             plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", hardware, memory, changes)
-            write_json(Path(values.out), plan)
+            write_json(out, plan)
 
 
 def num_devices(config: ConfigDict, asked: int) -> int:
@@ -121,6 +131,8 @@ def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
         tokenizer = run_lib.load_tokenizer(Path(config.init_from))
     elif config.tokenizer in VOCABULARIES:
         return VOCABULARIES[config.tokenizer]
+    elif config.tokenizer != "char":
+        tokenizer = new_tokenizer(config.tokenizer, run_lib.data_dir_of(config), console.line)
     else:
         tokenizer = run_lib.load_data(config, console.line).tokenizer
     return tokenizer.vocab_size, tokenizer.eot
@@ -219,12 +231,13 @@ def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
     for i in range(64):
         if i == 2 and config.remat != "block":
             yield (changes := changes | {"remat": "block"})
-        if i == 3 and mesh.size > 1 and is_data_parallel(mesh):
-            apart = _slices(mesh)  # between slices the network is slow: only data goes across
-            across = f"data={apart}," if apart > 1 else ""
-            yield (changes := changes | {"mesh": f"{across}fsdp={mesh.size // apart}"})
-        if rows % (2 * parts) == 0:
-            rows, rounds = rows // 2, 2 * rounds
+        apart = _slices(mesh)  # between slices the network is slow: only data goes across
+        if i == 3 and mesh.shape[DATA] > apart:
+            sizes = {**mesh.shape, DATA: apart, FSDP: parts // apart}
+            yield (changes := changes | {"mesh": ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)})
+        each = rows // parts
+        if least := next((n for n in range(2, each + 1) if each % n == 0), 0):
+            rows, rounds = rows // least, least * rounds
             yield (changes := changes | {"batch_size": rows, "accumulation_steps": rounds})
 
 
@@ -249,6 +262,8 @@ def fitted(
 ) -> tuple[Planned, dict[str, Any]]:
     """The first of at most MOST_TRIES smaller plans that fits, or the last one tried, and its changes."""
     start, tries, planned, changes = time.monotonic(), 0, first, {}
+    if any("refused" in first.programs.get(name, {}) for name in ("prefill", "decode")):
+        return first, {}  # on one device, with whole parameters: none of the changes makes these smaller
     longest = sum(program["compile_seconds"] for program in first.programs.values())
     for candidate in smaller(first.config, first.mesh):
         config = first.config.copy_and_resolve_references()
@@ -257,10 +272,13 @@ def fitted(
         share = sum(by_rule.values()) / sum(first.memory.values())
         if first.needed and share * first.needed > 1.5 * memory:
             continue  # hopeless, even if the rule is far off
-        tries, changes, began = tries + 1, candidate, time.monotonic()
+        tries, began = tries + 1, time.monotonic()
         spent, left = duration(began - start), duration(longest * (MOST_TRIES - tries + 1))
-        console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(changes)}; {spent} so far, about {left} left")
-        planned = _planned(config, tokens, there, memory, True, console)
+        console.line(f"try {tries} of at most {MOST_TRIES}: {_as_flags(candidate)}; {spent} so far, about {left} left")
+        try:
+            planned, changes = _planned(config, tokens, there, memory, True, console), candidate
+        except UserError as error:  # its compiler fails at this one
+            console.line(f"  {error}")
         longest = max(longest, time.monotonic() - began)
         if fits(planned, memory) or tries == MOST_TRIES:
             break
@@ -327,10 +345,7 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
     for name, program in planned.programs.items():
         if "refused" in program:
             row(f"  {name}", f"does NOT fit: {program['refused']}")
-            row(
-                "",
-                "what helps (--fit tries it): smaller micro-batches, remat, loss_chunk, fsdp in the mesh",
-            )
+            row("", HELPS if name in ("step", "evaluation") else HELPS_SAMPLES)
             continue
         need = program["peak_bytes"] + planned.beside(name)
         parts = "" if name == "step" else "with the state beside it"
@@ -343,8 +358,12 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
         kept = ", at an earlier call" if program["kept"] else ""
         row("", f"             {sizes} MB", f"compiled in {duration(program['compile_seconds'])}{kept}")
         if program["flops"]:
-            own = f"{human(program['flops'])} FLOPs of a device, of a micro-batch"
+            own = f"{human(program['flops'])} FLOPs of a device" + ", of a micro-batch" * (name == "step")
             row("", f"             {own}", "compiled; a loop counted once")
+        if program["cycles"] and name == "step":
+            rounds = planned.config.accumulation_steps
+            own = human(rounds * program["cycles"]["each"] + program["cycles"]["in_branch"])
+            row("", f"             {own} cycles of a real step", "compiled; without kernels and what is sent")
         if name == "step":
             row("  donated", f"{program['donated']:,} of the state's {planned.state_arrays:,} arrays", "compiled")
     kernels = planned.programs["step"].get("kernels")
@@ -363,7 +382,7 @@ def _attention(planned: Planned) -> str:
     asked = "config.attention_kernel asks for it"
     if model.attention_kernel == "auto":
         asked = f"auto takes {best} for bfloat16 alone"
-    why = obstacle(best, *sizes, documents).removesuffix("; use auto") or asked
+    why = obstacle(best, *sizes, documents).rpartition(";")[0] or asked
     return chosen if chosen == best else f"{chosen}: {why}"
 
 

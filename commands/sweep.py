@@ -112,7 +112,7 @@ def answer(pairs: Sequence[tuple[Path, Path]], until_p: float, most: int, consol
     """Whether the runs' last losses settle which config of the two is better, and that in words."""
     runs = compare.read_runs([path for pair in pairs for path in pair], console.warn)
     metric = compare.metric_of(runs)
-    runs, tokens = compare.comparable(runs, metric)
+    runs, tokens = compare.comparable(compare.as_judged(runs), metric)
     if metric == "val_loss" and tokens is None:
         raise UserError("--until_p: the runs were not evaluated on the same tokens; set eval_tokens the same in both")
     ends = [run.rows[-1].get(metric) if run.rows else None for run in runs]

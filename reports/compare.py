@@ -25,7 +25,7 @@ from runtime.screen.text import Table, human, nearest
 
 DEFAULT_OUT = "runs/compare"
 _NAMES_OF_A_RUN = {"seed", "run"}  # runs that differ in no other key are seeds of one config
-_ENVIRONMENT = ("device_kind", "device_count", "git_commit")
+_ENVIRONMENT = ("device_kind", "device_count", "arithmetic", "git_commit")
 _EQUAL = {"tokens": "tokens", "training_seconds": "time", "flops": "FLOPs"}  # key of a row -> in words
 _UNITS = {"val_loss": "nats per token", "bits_per_byte": "bits per byte"}
 _NONE = "-"
@@ -138,6 +138,18 @@ def comparable(runs: Sequence[RunRecord], metric: str) -> tuple[list[RunRecord],
     """The runs with comparable evaluations only, and the number of tokens of these; None if the numbers differ."""
     rows, tokens = on_the_same_tokens([run.rows for run in runs], alike=metric == "val_loss")
     return [replace(run, rows=own) for run, own in zip(runs, rows, strict=True)], tokens
+
+
+def as_judged(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs with the losses of the averaged weights where there are any: those are saved, sampled and exported."""
+
+    def judged(row: dict[str, Any]) -> dict[str, Any]:
+        if not row.get("ema_val_loss") or not row.get("val_loss"):
+            return row
+        ratio = row["ema_val_loss"] / row["val_loss"]
+        return row | {metric: row[metric] and row[metric] * ratio for metric in _UNITS if metric in row}
+
+    return [replace(run, rows=list(map(judged, run.rows))) for run in runs]
 
 
 def common_target(runs: Sequence[RunRecord], metric: str) -> float | None:
@@ -262,8 +274,9 @@ def _whole(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:
     """Each config against the first one, by seed: differences at equal cost, and in words what they say."""
-    whole = {name: _whole(group) for name, group in groups.items()}
-    early = [run.name for name, group in groups.items() for run in group if run not in whole[name]]
+    whole = {name: _whole(as_judged(group)) for name, group in groups.items()}
+    ended = {run.name for group in whole.values() for run in group}
+    early = [run.name for group in groups.values() for run in group if run.name not in ended]
     notes = [f"Not among the pairs, as they ended early: {', '.join(early)}."] if early else []
     (base, first), *others = whole.items()
     rows, level = [], LEVEL / len(others)
@@ -326,7 +339,7 @@ def _conclusion(pair: str, said: dict[str, list[tuple[str, float]]], unit: str) 
 
 def law_of(runs: Sequence[RunRecord], metric: str, path: Path) -> tuple[list[str], list[Picture]]:
     """What runs of three sizes or more say of loss against FLOPs, also drawn into a PNG file; of others nothing."""
-    runs, tokens = comparable(runs, metric)
+    runs, tokens = comparable(as_judged(runs), metric)
     points = [(run.rows[-1]["flops"], run.rows[-1].get(metric)) for run in runs if run.rows]
     ends = [(flops, loss) for flops, loss in points if flops is not None and loss is not None]
     if len({flops for flops, _ in ends}) < 3 or len(ends) < len(runs) or (tokens is None and metric == "val_loss"):
@@ -371,6 +384,8 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
     notes = ["Losses in nats per token. Seconds without compilation, where the run tells them apart."]
     if goal is not None:
         notes.append(f"To {heading} {unit}{whose}: by the first evaluation there.")
+    if pairs and any(row.get("ema_val_loss") for run in runs for row in run.rows):
+        notes.append("Of runs that average their weights, pairs compare the averaged ones.")
     if metric != "val_loss":
         notes.append("The tokenizers differ, so only bits per byte compare.")
     if not compares:

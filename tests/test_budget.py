@@ -73,7 +73,7 @@ def test_processes_make_the_same_steps_whatever_their_clocks_say(monkeypatch):
 
     monkeypatch.setattr(budget, "average_of", lambda opt_state: None)
     monkeypatch.setattr(budget, "fingerprints", lambda tree: {})
-    budget.measure(Counted(), None, lambda i: i, 2, lambda params, tokens: (0.0, tokens), seconds=1.0)
+    budget.measure(Counted(), None, lambda i: i, 2, lambda params: None, evaluated=1, seconds=1.0)
     assert len(taken) == 2 * (1 + 2 + 17)
 
 

@@ -326,6 +326,13 @@ def test_a_run_of_max_seconds_is_whole_at_its_own_end():
     assert compare._whole([record("e", 0, 100), record("f", 0, 70)]) == [record("e", 0, 100)]
 
 
+def test_runs_with_averaged_weights_are_judged_by_these():
+    """Averaging leaves the trained weights alone: by their losses, two runs that differ in it would never differ."""
+    rows = [{"val_loss": 2.0, "bits_per_byte": 4.0, "ema_val_loss": 1.5}, {"val_loss": 3.0}, {"loss": 1.0}]
+    judged = compare.as_judged([compare.RunRecord("a", {}, {}, rows)])[0].rows
+    assert judged == [rows[0] | {"val_loss": 1.5, "bits_per_byte": 3.0}, *rows[1:]]
+
+
 # --- The config command, and help -------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,13 @@ def looks_like_cuda(monkeypatch):
     choice._misfit.cache_clear()
 
 
+def test_heads_of_256_need_hopper_wherever_they_are_compiled(looks_like_cuda):
+    sizes = "cudnn", 64, 4, 2, 256, jnp.bfloat16
+    assert "head dim" in choice.obstacle(*sizes)
+    with aimed_at(Target("cuda", "9.0")):
+        assert choice.obstacle(*sizes) == ""
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("window, with_sinks, apart", [(0, True, False), (50, False, False), (50, True, True)])
 def test_cudnn_is_called_once_forward_and_once_backward_on_each_device(

@@ -81,13 +81,14 @@ def test_chunks_in_bfloat16_are_as_exact_as_the_whole(random_params, changes):
     assert 1e-4 < error[6] < 1.2 * error[0]
 
 
-def test_gradients_of_chunks_are_summed_in_float32():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_chunks_are_summed_in_float32(dtype):
     """800 chunks of which each adds 2^-9 of what there is: in bfloat16 nothing would be added after the first ones."""
     x_BTD = jnp.ones((1, 800, 1), jnp.bfloat16)
     targets_BT = jnp.zeros((1, 800), jnp.int32)
     loss = lambda w, x_CD, targets_C: (w.astype(jnp.bfloat16) * x_CD).astype(jnp.float32).sum()
     total = lambda w: chunked_loss_sum(loss, w, x_BTD, targets_BT, 1)[0]
-    assert jax.jit(jax.grad(total))(jnp.float32(1)) == 800
+    assert jax.jit(jax.grad(total))(jnp.ones((), dtype)) == 800
 
 
 def test_the_logits_are_never_there_at_once(random_params):

@@ -18,14 +18,15 @@ from xla_flags import SOONER
 import config_lib
 import main
 import run_lib
-from commands.plan import MEMORY, fits, plan_step, smaller, vocabulary
+from commands.plan import MEMORY, fits, fitted, plan_step, smaller, vocabulary
 from configs import gpt2_124m, llama_1b
 from interop.models import to_theirs
 from runtime.errors import UserError
+from runtime.screen.console import Console
 from runtime.screen.text import duration, human
 from training.compilers import devices_of, facts_of
 from training.cost import flops_per_token, parameter_counts, peak_flops
-from training.traffic import axes_of_group, collectives, sent_bytes
+from training.traffic import axes_of_group, collectives, cycles, sent_bytes
 from transformer.config import TransformerConfig
 from transformer.sharding import make_mesh
 
@@ -40,11 +41,31 @@ HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 }
 
 %open_body (p: (s32[], f32[3])) -> (s32[], f32[3]) {
+  %cheap = f32[3] add(%y, %y), backend_config={"window_config":{"estimated_cycles":"1000"}}
   %moved = f32[3]{0} collective-permute(%y), channel_id=4, source_target_pairs={{0,1},{1,0}}
 }
 
 %branch (p: f32[5]) -> f32[5] {
   %scattered.2 = f32[5]{0} reduce-scatter(%z), channel_id=5, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+%below (p: (s32[], f32[3])) -> pred[] {
+  %bound.1 = s32[]{:T(128)} constant(6), metadata={op_name="scan"}
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%counter, %bound.1), direction=LT, metadata={op_name="lt"}
+}
+
+%told_body (p: (s32[], f32[3])) -> (s32[], f32[3]) {
+  %told = f32[3]{0} all-to-all(%y), channel_id=7, replica_groups={{0,1},{2,3}}
+  %made = f32[3] fusion(%y), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"20"}}
+}
+
+%fused (p: f32[3]) -> f32[3] {
+  %inner = f32[3] add(%p, %p), backend_config={"window_config":{"estimated_cycles":"9"}}
+}
+
+%other (p: f32[5]) -> f32[5] {
+  %dear = f32[5] add(%p, %p), backend_config={"window_config":{"estimated_cycles":"300"}}
 }
 
 %never_called (p: f32[5]) -> f32[5] {
@@ -54,6 +75,7 @@ HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 ENTRY %main.7 (p: f32[8]) -> f32[8] {
   %w = (s32[], bf16[6,4]{1,0}) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
   %o = (s32[], f32[3]{0}) while(%t), condition=%c, body=%open_body
+  %v = (s32[], f32[3]{0}) while(%t), condition=%below, body=%told_body
   %i = f32[5]{0} conditional(%q, %a, %b), branch_computations={%branch, %other}
   %swap = (f32[2,3]{1,0}, /*index=1*/f32[2,3]{1,0}) all-to-all(%e, %f), channel_id=1, replica_groups={{0,4},{1,5}}
   %alone = f32[9]{0} all-reduce(%g), channel_id=6, replica_groups={{0},{1}}, to_apply=%add
@@ -66,10 +88,16 @@ def test_collectives_are_counted_with_their_loops():
     assert {(c.op, c.group, c.count, c.sent, c.in_open_loop, c.in_branch) for c in collectives(HLO, 8)} == {
         ("all-gather", (0, 2, 4, 6), 7, 7 * 24 * 4 * 2 * 3 / 4, False, False),
         ("collective-permute", (0, 1), 1, 12.0, True, False),
+        ("all-to-all", (0, 1), 6, 6 * 12 / 2, False, False),
         ("reduce-scatter", (0, 1), 1, 20.0, False, True),
         ("all-to-all", (0, 4), 1, 48 / 2, False, False),
         ("all-reduce", tuple(range(8)), 1, 2 * 40 * 7 / 8, False, False),
     }
+
+
+def test_the_cycles_of_a_fusion_are_its_own_and_those_of_a_loop_counted_as_often_as_it_runs():
+    assert cycles(HLO) == {"each": 1000 + 6 * 20, "in_branch": 300}
+    assert cycles(ELSEWHERE) is None
 
 
 ELSEWHERE = """HloModule jit_step
@@ -281,7 +309,11 @@ def test_fit_takes_the_first_change_that_fits_and_stops_in_time(tmp_path, monkey
         words = "Used 20.00G of 15.75G hbm"
         told = {"refused": words, "needed_bytes": 20 * 2**30} if len(compiled) < enough else {"kernels": {"k": 1}}
         sizes = {f"{name}_bytes": size for name, size in sizes.items()} if len(compiled) >= enough else {}
-        return told | sizes | {"compile_seconds": 1.0, "kept": False, "flops": None, "donated": 3, "collectives": []}
+        return (
+            told
+            | sizes
+            | {"compile_seconds": 1.0, "kept": False, "flops": None, "cycles": None, "donated": 3, "collectives": []}
+        )
 
     monkeypatch.setattr("commands.plan.facts_of", facts_of)
     enough = 4
@@ -302,6 +334,31 @@ def test_fit_takes_the_first_change_that_fits_and_stops_in_time(tmp_path, monkey
     assert len(compiled) == 1 + 3 and not json.loads((tmp_path / "plan").read_text())["fits"]
     out = capsys.readouterr().out
     assert "does NOT fit: Used 20.00G of 15.75G hbm" in out and "it does not fit; the last that was tried:" in out
+    compiled.clear()
+    asked = "--config.micro_batch=auto", "--config.batch_size=9"
+    assert elsewhere(tmp_path / "plan", "--fit", *asked) == 0  # 9 has one part that is smaller than all, and 1
+    out = capsys.readouterr().out
+    assert "try 3 of at most 3: --config.loss_chunk=2048 --config.remat=dots --config.batch_size=3" in out
+    assert "tried: --config.micro_batch= --config.loss_chunk=2048" in out  # with it, batch_size would be refused
+
+
+def test_fit_goes_on_where_a_compiler_fails_and_stops_where_nothing_helps(monkeypatch, capsys):
+    tried = []
+
+    def planned(config, *_):
+        tried.append(config.remat)
+        if config.remat == "dots":
+            raise UserError("its compiler fails: INTERNAL")
+        return first if config.remat == "block" else too_large
+
+    first = plan_step(tiny_config(max_steps=3, batch_size=8), 256, None, make_mesh(devices=jax.devices()[:1]))
+    refused = {"refused": "too large", "compile_seconds": 1.0}
+    too_large, whole = (replace(first, programs=first.programs | {name: refused}) for name in ("step", "decode"))
+    monkeypatch.setattr("commands.plan._planned", planned)
+    found, changes = fitted(too_large, (256, None), jax.devices()[:1], 1e12, Console())
+    assert found is first and changes["remat"] == "block" and tried == ["none", "dots", "dots", "dots", "block"]
+    assert capsys.readouterr().out.count("INTERNAL") == 3
+    assert fitted(whole, (256, None), jax.devices()[:1], 1e12, Console()) == (whole, {}) and len(tried) == 5
 
 
 class Refused:
@@ -342,15 +399,34 @@ def test_what_a_compiler_cannot_do_ends_in_its_own_words(tmp_path, monkeypatch, 
 
 
 def test_an_answer_is_of_its_devices_and_settings(tmp_path, monkeypatch):
-    """The same text for one slice of a TPU and for two is another question, and so is one under other XLA_FLAGS."""
+    """The same text for one slice of a TPU and for two is another question, and so is one under other settings."""
     monkeypatch.setattr("training.compilers.user_cache", lambda: tmp_path)
     asked = []
     monkeypatch.setattr("training.compilers._compiled", lambda lowered, devices: asked.append(devices) or {})
     program = Refused("never", ValueError(str(tmp_path)))
-    on = lambda *slices: np.array([SimpleNamespace(device_kind="TPU", slice_index=i, coords=(0,)) for i in slices])
+    on = lambda *slices: np.array(
+        [SimpleNamespace(device_kind="TPU", platform="tpu", slice_index=i, coords=(0,)) for i in slices]
+    )
     assert [facts_of(program, on(*slices))["kept"] for slices in ((0, 0), (0, 1), (0, 0))] == [False, False, True]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
-    assert not facts_of(program, on(0, 0))["kept"] and len(asked) == 3
+    for number, name in enumerate(("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL")):
+        monkeypatch.setenv(name, "--xla_other")
+        assert not facts_of(program, on(0, 0))["kept"] and len(asked) == 3 + number
+
+
+def test_a_plan_whose_file_cannot_be_made_is_refused_before_it_is_made(tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "not there" / "plan.json"):
+        assert elsewhere(out) == 2
+    assert capsys.readouterr().err.count("no file can be made there") == 2
+
+
+def test_a_cache_at_an_address_makes_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.compilers.jax.config", SimpleNamespace(jax_compilation_cache_dir="gs://bucket/x"))
+    monkeypatch.setattr("training.compilers.user_cache", lambda: tmp_path / "home")
+    monkeypatch.setattr("training.compilers._compiled", lambda *_: {})
+    device = SimpleNamespace(device_kind="TPU", platform="tpu")
+    assert not facts_of(Refused("never", ValueError()), np.array([device]))["kept"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_of_several_slices_only_data_takes_more_than_one():
@@ -358,6 +434,10 @@ def test_of_several_slices_only_data_takes_more_than_one():
     shape = {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     mesh = SimpleNamespace(size=8, shape=shape, devices=np.array(devices))
     assert {change.get("mesh") for change in smaller(tiny_config(batch_size=64), mesh)} == {None, "data=2,fsdp=4"}
+    mesh.shape = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert {change.get("mesh") for change in smaller(tiny_config(batch_size=64), mesh)} == {None}
+    mesh.devices = mesh.devices[:4]
+    assert {change.get("mesh") for change in smaller(tiny_config(batch_size=64), mesh)} == {None, "fsdp=4,tensor=2"}
     with pytest.raises(UserError, match=r"^config\.mesh: data=1 on 2 TPU slices; make it a multiple"):
         config_lib.mesh_of(tiny_config(mesh="fsdp=8"), devices)
 

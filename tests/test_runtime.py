@@ -71,6 +71,13 @@ def test_bits_per_byte_of_uniform_bytes_is_eight_whatever_the_tokens():
     assert bits_per_byte(1.0, 35, split_of(0), None) is None
 
 
+@pytest.mark.parametrize("first", [0, 2])  # bytes: an end-of-text token has none, and adds none to a short text
+def test_the_first_token_counts_in_bits_per_byte_if_it_is_text(first):
+    bytes_of = lambda tokens, tokenizer: first + 2 * (tokens - 1)
+    text = SimpleNamespace(unpredicted=1, bytes_of=bytes_of)
+    assert bits_per_byte(2 * math.log(256), 3, text, None) == pytest.approx(8)
+
+
 def test_bits_per_byte_of_a_part_are_of_the_bytes_that_it_has():
     """A text of three bytes a character, then of one: as many tokens, and a third of the bits a byte at the start."""
     tokenizer = CharTokenizer("a中")

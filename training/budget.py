@@ -19,7 +19,7 @@ from transformer.model import Params
 
 TRIAL = 3.0  # seconds of steps, at most a tenth of the budget
 MOST = 1000  # steps of the trial
-EVALUATED = 2**14  # tokens
+EVALUATED = 2**14  # tokens, or those of a batch if it has more
 DISK = 1e9  # assumed bytes a second
 ENDLESS = 2**31 - 1  # steps; beyond, 32 bits do not count them
 
@@ -51,12 +51,13 @@ def measure(
     key: jax.Array,
     batch_at: Callable[[int], jax.Array],
     accumulation: int,
-    evaluate: Callable[[Params, int], tuple[float, int]],
+    evaluate: Callable[[Params], Any],
+    evaluated: int,
     seconds: float,
 ) -> Pace:
     """Make some steps and throw them away: a run of `seconds` depends on their number alone. Compilation is left out.
 
-    `evaluate` gives, of weights and how many tokens, the loss and how many tokens there were.
+    `evaluate` reads `evaluated` tokens.
     """
 
     def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -78,11 +79,11 @@ def measure(
     a_step_of(1)  # compiles
     enough = min(TRIAL, seconds / 10) / max(a_step_of(2), 1e-6)
     a_step = a_step_of(_agreed(min(MOST, max(2, int(enough)))))
-    (_, tokens), an_evaluation = timed(lambda: evaluate(state.params, EVALUATED))
+    _, an_evaluation = timed(lambda: evaluate(state.params))
     copies = 1 + (average_of(state.opt_state) is not None)
     _, a_save = timed(lambda: fingerprints(state))
     shards = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
-    return Pace(a_step, copies * an_evaluation / tokens, a_save + sum(shard.nbytes for shard in shards) / DISK)
+    return Pace(a_step, copies * an_evaluation / evaluated, a_save + sum(shard.nbytes for shard in shards) / DISK)
 
 
 def steps_in(seconds: float, pace: Pace, side_work: Mapping[str, SideWork]) -> int:

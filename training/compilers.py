@@ -124,11 +124,14 @@ def facts_of(traced: Any, devices: np.ndarray) -> dict[str, Any]:
     with _in_its_words(devices):
         lowered = traced.lower()
     places = [(getattr(d, "slice_index", 0), getattr(d, "coords", None)) for d in devices.flat]
-    settings = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    settings = sorted(item for item in os.environ.items() if item[0].startswith(("JAX", "LIBTPU", "TPU", "XLA")))
+    settings += [("processor", runtime_devices.processor())] if devices.flat[0].platform == "cpu" else []
     readers = [inspect.getsource(module) for module in (sys.modules[__name__], traffic, runtime_devices)]
     asked = [_versions(), devices.flat[0].device_kind, places, settings, readers, lowered.as_text()]
     name = f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.json"
-    path = Path(jax.config.jax_compilation_cache_dir or user_cache()) / "planned" / name
+    folder, path = jax.config.jax_compilation_cache_dir, Path(os.devnull) / name  # which cannot be made
+    with contextlib.suppress(UserError):
+        path = Path(user_cache() if not folder or "://" in folder else folder) / "planned" / name
     with contextlib.suppress(OSError, ValueError):
         return read_object(path) | {"kept": True}
     facts = _compiled(lowered, devices)
@@ -188,6 +191,7 @@ def _compiled(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
         "peak_bytes": peak,
         **{f"{name}_bytes": size for name, size in sizes.items()},
         "flops": (cost[0] if isinstance(cost, list) else cost).get("flops"),
+        "cycles": traffic.cycles(text),
         "compile_seconds": seconds,
         "kernels": kernels,
         "donated": len(_ALIAS.findall(text.partition("\n")[0])),

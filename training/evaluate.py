@@ -35,6 +35,7 @@ class Evaluator:
     def __init__(self, model_config: TransformerConfig, mesh: Mesh, batch_size: int):
         self._context_len = model_config.context_len
         self._rows = batch_size * self._batches_at_once(model_config, mesh, batch_size)
+        self.tokens_at_once = self._rows * model_config.context_len
         self._place = batch_sharded(mesh)
         self._step = make_eval_step(model_config, mesh)
         alone = mesh.devices.flat[0].platform == "cpu" and not is_data_parallel(mesh)  # see make_eval_step
@@ -113,9 +114,9 @@ def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokeniz
     `num_tokens` were predicted, at the split's start; the very first token, which is not predicted, counts as well, if
     it is text.
     """
-    read = num_tokens + split.unpredicted
-    num_bytes = split.bytes_of(read, tokenizer)
-    return loss / math.log(2) * read / num_bytes if num_bytes else None
+    num_bytes = split.bytes_of(num_tokens + split.unpredicted, tokenizer)
+    first = split.unpredicted and min(split.bytes_of(1, tokenizer), 1)  # an end-of-text token has no bytes
+    return loss / math.log(2) * (num_tokens + first) / num_bytes if num_bytes else None
 
 
 def _own_part(x: jax.Array) -> np.ndarray:

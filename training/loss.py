@@ -60,7 +60,7 @@ def chunked_loss_sum(
     """`loss_sum` of the logits of x, computed for `chunk` tokens at a time.
 
     A chunk's gradients are computed in the forward pass, while its logits are in memory, so the backward pass need not
-    compute the logits again. Gradients of the weights are summed in the weights' dtype, float32.
+    compute the logits again. Gradients of the weights are summed in float32, whatever their dtype.
 
     Args:
       chunk_loss: (weights, x [C, D], targets [C]) -> the sum of the C tokens' losses; negative targets add nothing.
@@ -89,9 +89,9 @@ def _forward(chunk_loss, weights, x_ICD, targets_IC):
         loss, (dweights, dx_CD) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(weights, *chunk)
         return jax.tree.map(jnp.add, sums, (loss, dweights)), dx_CD
 
-    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights)
+    zeros = jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
     (loss, dweights), dx_ICD = jax.lax.scan(add, zeros, (x_ICD, targets_IC))
-    return loss, (dweights, dx_ICD)
+    return loss, (jax.tree.map(lambda sum, w: sum.astype(w.dtype), dweights, weights), dx_ICD)
 
 
 def _backward(chunk_loss, kept, dloss):

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: its collectives, counted in its HLO text."""
+"""What a compiled program sends between devices, and what a TPU's compiler thinks it takes: read in its HLO text."""
 
 import math
 import re
@@ -16,6 +16,10 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_BELOW = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_FUSED = re.compile(r"( fusion\(.*), calls=%?[\w.\-]+")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # Named axes of a mesh, of which the quoted ones in braces differ within a group; devices are numbered in order, or as
@@ -47,7 +51,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     bodies, chains = _computations(text), set()
-    for (name, in_branch), (times, known) in _times(bodies).items():
+    for (name, in_branch), (times, known) in _times(bodies, _COLLECTIVE).items():
         for line in bodies[name]:
             match = _COLLECTIVE.search(line)
             if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
@@ -62,6 +66,19 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             entry[1] += times * sent_bytes(match["op"], _bytes(result), len(group))
     rows = [Collective(op, group, int(n), sent, *where) for (op, group, *where), (n, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def cycles(text: str) -> dict[str, float] | None:
+    """The cycles that a TPU's compiler estimates, without kernels and what is sent; None of others' programs.
+
+    each: of a micro-step; in_branch: of what only the last one of a real step runs, with the optimizer.
+    """
+    bodies = {name: [_FUSED.sub(r"\1", line) for line in lines] for name, lines in _computations(text).items()}
+    found = {"each": 0.0, "in_branch": 0.0}
+    for (name, in_branch), (times, _) in _times(bodies, _CYCLES).items():
+        estimates = (int(match[1]) for match in map(_CYCLES.search, bodies[name]) if match)
+        found["in_branch" if in_branch else "each"] += times * sum(estimates)
+    return found if any(found.values()) else None
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -79,8 +96,8 @@ def _computations(text: str) -> dict[str, list[str]]:
     return result
 
 
-def _times(bodies: dict[str, list[str]]) -> dict[tuple[str, bool], tuple[int, bool]]:
-    """How often a program runs each computation, and whether all its loops state their length.
+def _times(bodies: dict[str, list[str]], sought: re.Pattern) -> dict[tuple[str, bool], tuple[int, bool]]:
+    """How often a program runs each computation in which something is sought, and whether its loops' lengths are known.
 
     Those in a branch of a conditional stand apart, by name and True; both branches count.
     """
@@ -93,8 +110,8 @@ def _times(bodies: dict[str, list[str]]) -> dict[tuple[str, bool], tuple[int, bo
             visit(callee, in_branch or branch, times * trips, known and said)
 
     calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
-    holds = {name: any(map(_COLLECTIVE.search, lines)) for name, lines in bodies.items()}
-    for _ in bodies:  # leave out what calls no collective: a program has thousands of fusions
+    holds = {name: any(map(sought.search, lines)) for name, lines in bodies.items()}
+    for _ in bodies:  # leave out what calls nothing of it: a program has thousands of fusions
         grown = {name: holds[name] or any(holds[callee] for callee, *_ in calls[name]) for name in bodies}
         if grown == holds:
             break
@@ -108,10 +125,25 @@ def _calls(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, bool,
     names = _CALLED.findall(line)
     for branches in _BRANCHES.findall(line):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
-    trips, loop, branch = _TRIPS.search(line), " while(" in line, " conditional(" in line
+    branch, trips = " conditional(" in line, _trips(line, bodies)
     for name in names:
         if name in bodies:
-            yield name, branch, int(trips[1]) if loop and trips else 1, not loop or trips is not None
+            yield name, branch, trips or 1, trips is not None
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a line runs what it calls; None of a loop that does not say.
+
+    A TPU's loops show it in their condition alone, counter < constant; the counters of JAX's scan start at 0.
+    """
+    if not (loop := _CONDITION.search(line)):
+        return 1
+    if stated := _TRIPS.search(line):
+        return int(stated[1])
+    condition = "\n".join(bodies.get(loop[1], []))
+    bound = _BELOW.search(condition)
+    constant = bound and re.search(rf"%{re.escape(bound[1])} = .* constant\((\d+)\)", condition)
+    return int(constant[1]) if constant else None
 
 
 def _result(start: str) -> str:

@@ -56,6 +56,11 @@ def _embed(rows: int, width: int, config: TransformerConfig, rngs: nnx.Rngs) -> 
     return nnx.Embed(rows, width, embedding_init=_normal, dtype=config.activation_dtype, rngs=rngs)
 
 
+def _rows(embed: nnx.Embed, at: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Rows of a table in the activations' dtype; the gradients of one that is taken often are summed in the table's."""
+    return jnp.take(embed.embedding[...], at, axis=0).astype(config.activation_dtype)
+
+
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
     common: dict[str, Any] = {"epsilon": config.norm_eps, "dtype": config.activation_dtype, "rngs": rngs}
     if config.norm == "rmsnorm":
@@ -199,9 +204,9 @@ class Transformer(nnx.Module):
         position_BT = jnp.arange(T)[None]
         if cache is not None:
             position_BT = jnp.maximum(cache.length.reshape(-1, 1) + position_BT - cache.start_B[:, None], 0)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = _rows(self.embedding, tokens_BT, c)
         if c.position == "learned":
-            x_BTD = x_BTD + self.positions(position_BT)
+            x_BTD = x_BTD + _rows(self.positions, position_BT, c)
         x_BTD = self.dropout(constrain(x_BTD, "BTD"), deterministic=rngs is None, rngs=rngs)
         turn = None
         if c.position == "rope":

@@ -117,14 +117,15 @@ def obstacle(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents:
             return f"cudnn keeps documents apart in an even number of tokens, not {T}; use auto"
     else:
         return ""
-    return _misfit(kernel, T, N, K, H, jnp.dtype(dtype), documents)
+    return _misfit(kernel, capability, T, N, K, H, jnp.dtype(dtype), documents)
 
 
 @cache
-def _misfit(kernel: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool) -> str:
+def _misfit(kernel: str, capability: str, T: int, N: int, K: int, H: int, dtype: Any, documents: bool) -> str:
     """Why the installed library refuses a kernel of its own (none of them is a stable interface), or "".
 
-    Nothing is compiled or run: only the shapes are computed, forward and backward.
+    Nothing is compiled or run: only the shapes are computed, forward and backward. The library asks for the compute
+    capability of `target()`, which stands among the arguments for the cache.
     """
 
     def forward_and_backward(document_BT, *qkv):

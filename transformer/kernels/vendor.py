@@ -10,9 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from transformer.xla import target
+
 # --- cuDNN: NVIDIA ------------------------------------------------------------------------------------------------
 # The public jax.nn.dot_product_attention rounds lse to bfloat16 and passes no gradient through it; so this calls the
 # functions behind it.
+
+
+def _cudnn() -> Any:
+    """The functions behind it, which may be missing; they shall ask what is compiled for, and not what is here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def check(least: str) -> bool:
+        numbers = lambda text: tuple(map(int, filter(None, text.split("."))))
+        return numbers(target().compute_capability) >= numbers(least)
+
+    cudnn.check_compute_capability = check
+    return cudnn
 
 
 def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tuple[jax.Array | None, int | None]:
@@ -23,18 +37,15 @@ def document_bias(document_BT: jax.Array | None, window: int, dtype: Any) -> tup
     """
     if document_BT is None:
         return None, window or None
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
     at = jnp.arange(document_BT.shape[1])
     seen_BTS = document_BT[:, :, None] == document_BT[:, None, :]
     if window:
         seen_BTS &= at[:, None] - at < window
-    return jnp.where(seen_BTS, 0, cudnn.get_large_negative_number(dtype)).astype(dtype)[:, None], None
+    return jnp.where(seen_BTS, 0, _cudnn().get_large_negative_number(dtype)).astype(dtype)[:, None], None
 
 
 def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, because it may be missing
-
+    cudnn = _cudnn()
     bias, window = document_bias(document_BT, window, q_BTNH.dtype)
     return cudnn.dot_product_attention(
         q_BTNH,
@@ -49,8 +60,7 @@ def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window):
 
 
 def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout_BTNH, window):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
+    cudnn = _cudnn()
     rule = cudnn._dot_product_attention_bwd_rule
     modified = "score_mod" in signature(rule).parameters  # from jax 0.12 on; neither form is a public interface
     others: dict[str, Any] = {"score_mod": None, "cudnn_version": None} if modified else {"is_training": True}
@@ -105,10 +115,17 @@ def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
     return segments, [x.swapaxes(1, 2) for x in (scaled_BTNH, *others)]
 
 
+def _exact_products(dtype: Any) -> Any:
+    """A context without a precision for bfloat16, whose products are exact: asked for one, a TPU's compiler fails."""
+    asked = jax.config.jax_default_matmul_precision
+    return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else asked)
+
+
 def splash_forward(q_BTNH, k_BTKH, v_BTKH, document_BT, window, interpret=False):
     kernel = _splash(*q_BTNH.shape[1:3], window, interpret)
     segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH)
-    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
+    with _exact_products(q_BTNH.dtype):
+        out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*layout, segments)
     return out_BNTH.swapaxes(1, 2), lse_BNT
 
 
@@ -122,5 +139,6 @@ def splash_backward(q_BTNH, k_BTKH, v_BTKH, document_BT, out_BTNH, lse_BNT, dout
         return lib._splash_attention_bwd(res=kept, do=dout_NTH, **kernel.kwargs)[3:6]
 
     segments, layout = _splash_layout(document_BT, q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH)
-    dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
+    with _exact_products(q_BTNH.dtype):
+        dq_BTNH, dk_BTKH, dv_BTKH = (x.swapaxes(1, 2) for x in jax.vmap(backward)(*layout, lse_BNT, segments))
     return (dq_BTNH / math.sqrt(q_BTNH.shape[-1])).astype(q_BTNH.dtype), dk_BTKH, dv_BTKH
