@@ -24,7 +24,8 @@ from runtime.checkpoints.manager import Checkpoints, val_tokens_of
 from runtime.distributed import peers_alive
 from runtime.errors import Interrupted, UserError
 from runtime.files import MetricsFile, append_text, cut_back, size_of, write_json
-from runtime.processes import by_first, is_first, num_processes
+from runtime.multihost import require_same
+from runtime.processes import by_first, is_first, num_processes, process_id
 from runtime.programs import compile_seconds, set_up_compile_cache
 from runtime.screen.console import Console
 from runtime.signals import StopSignals
@@ -72,7 +73,8 @@ def train(
         devices.set_up_cpu_devices(config.cpu_devices, shared, console.warn)
         set_up_compile_cache(console.warn)
         config_lib.check_devices(config, len(devices.start_jax()))
-        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn):
+        with StopSignals(console.warn, config.warning_signal) as stop, WorkdirLock(workdir, console.warn) as lock:
+            require_same(lock.holder(), f"workdir {workdir}")  # a new run's would look the same, wherever it lies
             if fresh:
                 by_first(partial(move_aside, workdir, console.line))
             trainer = None
@@ -414,8 +416,8 @@ class Trainer:
 
     def _model(self, params: Params) -> Transformer:
         """The model on the first device alone. All processes must call it."""
-        params = whole(params, self.mesh)
-        return model_of(self.model_config, jax.tree.map(lambda p: p.addressable_shards[0].data, params))
+        of_first = lambda p: whole(p, self.mesh).addressable_shards[0].data  # the others hold one array at a time
+        return model_of(self.model_config, {name: of_first(p) for name, p in params.items()})
 
     def _sample(self, model: Transformer) -> None:
         config, prompt = self.config, self.sample_prompt
@@ -454,11 +456,10 @@ class Trainer:
 
     def _profile(self, first: int, last: int) -> None:
         """Trace the real steps from `first` to before `last`; called before each dispatch."""
-        k = self.config.accumulation_steps
-        if self.tracing and self.micro_step >= last * k:
+        if self.tracing and self.step >= last:
             self._end_trace()
-        elif self.tracing is None and first * k <= self.micro_step < last * k:
-            jax.profiler.start_trace(self.workdir / "profile")
+        elif self.tracing is None and first <= self.step < last:
+            jax.profiler.start_trace(self.workdir / "profile" / str(process_id() or ""))  # files are named by host
             self.tracing = True
 
     def _end_trace(self) -> None:

@@ -14,11 +14,13 @@ from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, cached, check_le
 from corpus.formats import Source, is_named_so
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, UnknownCharacters, build_tokenizer
 from runtime.errors import UserError, one_line
-from runtime.files import read_json
+from runtime.files import read_json, size_of
+from runtime.processes import num_processes
 from runtime.screen.text import nearest
 
 MANY_SYMBOLS = 20_000  # different characters; a text with more is a poor choice for the `char` tokenizer
 HOW_TO_GO_ON = "set config.unknown_characters to replace or drop, or give the text that the run began with"
+LARGEST_OF_SEVERAL = 2**30  # bytes; each of several processes reads the whole text, and takes a multiple of it
 MANY_BYTES = 10_000_000  # encoding more takes long enough that a line says so first
 
 
@@ -31,6 +33,9 @@ def load_text(wanted: Wanted) -> Dataset:
     """
     dataset, vocabulary, say = wanted.dataset, wanted.vocabulary, wanted.say
     paths = find_files(dataset, wanted.data_dir, say)
+    if num_processes() > 1 and (size := sum(map(size_of, paths))) > LARGEST_OF_SEVERAL:
+        problem = f"{size:,} bytes of text are too much for each of several processes"
+        raise UserError(f"config.dataset: {dataset}: {problem}; make shards with `main.py prepare`, which they share")
     files = [_read(path) for path in paths]
     by_bytes = (vocabulary.name if vocabulary else wanted.tokenizer) == "byte"
     text = b"\n".join(files) if by_bytes else "\n".join(map(decode_text, paths, files))

@@ -14,6 +14,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.txt
 
+# Since SLURM 22.05 srun does not take this over from sbatch: each process would have one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py train "$@"
 status=$?
 if [ $status -eq 143 ]; then

@@ -108,17 +108,24 @@ def remembered(name: str, measure: Callable[[], float]) -> float:
 def start_jax() -> list[jax.Device]:
     """Starts JAX and returns its devices.
 
-    Raises UserError if the platform in JAX_PLATFORMS is not there, or if JAX_ENABLE_X64 is set.
+    Raises UserError if the platform in JAX_PLATFORMS is not there, if JAX_ENABLE_X64 is set, or if the devices are
+    those of several processes that have not joined.
     """
     if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64: steps and checkpoints are made of 32-bit numbers; unset it")
     try:
-        return jax.devices()
+        found = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts that at least one of several platforms starts
         asked, problem = os.environ.get("JAX_PLATFORMS", ""), str(error) and f"{one_line(error)}; "
         raise UserError(
             f"JAX_PLATFORMS={asked}: not here; {problem}unset it to take what is there, or set cpu"
         ) from error
+    if (count := jax.process_count()) != num_processes():  # as on one host of a TPU pod
+        raise UserError(
+            f"--coordinator: these are the devices of {count} processes, and {num_processes()} joined; run `train` on "
+            "every host, and other commands with JAX_PLATFORMS=cpu or on a machine of its own"
+        )
+    return found
 
 
 def require_memory(model: int, batch: int) -> None:
@@ -150,10 +157,12 @@ _CGROUP = "/sys/fs/cgroup/memory"
 def memory_available() -> int:
     """Bytes that each device here can take: its own, or of a CPU its share of what is free in the machine and cgroup.
 
-    A machine is taken to run one process of this kind.
+    A machine is taken to run one process of this kind. Raises UserError if the devices do not tell and are no CPUs.
     """
     if there := _own_memory():
         return there
+    if jax.default_backend() != "cpu":
+        raise UserError("config.micro_batch: this device does not tell its memory; name a number instead of auto")
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         most, used = (int(Path(f"{_CGROUP}.{name}").read_text()) for name in ("max", "current"))

@@ -105,9 +105,10 @@ def _connect(
             shutdown_timeout_seconds=seconds,
         )
     except (ValueError, RuntimeError) as error:
-        if coordinator or launched():
+        alone = isinstance(error, ValueError) or "must be called before" in str(error)  # no cluster, or as a notebook's
+        if coordinator or launched() or not alone:
             raise UserError(
-                f"--coordinator: {coordinator or 'a launcher started several processes'}, and JAX cannot join them: "
+                f"--coordinator: {coordinator or 'as the launcher or TPU says'}, and JAX cannot join the processes: "
                 f"{one_line(error)}; give a free port of process 0's host, and --num_processes and --process_id"
             ) from error
     finally:

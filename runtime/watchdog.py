@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.errors import HungError
+from runtime.processes import num_processes, process_id
 from runtime.signals import attempt, exit_at_once
 
 _TICKS = 8  # checks during the time that a step may take
@@ -59,7 +60,8 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        path = self._workdir / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        who = f"-{process_id()}" if num_processes() > 1 else ""  # all write in the same second
+        path = self._workdir / f"hang-{time.strftime('%Y%m%d-%H%M%S')}{who}.txt"
 
         def write() -> None:
             with suppress(OSError), path.open("x") as file:

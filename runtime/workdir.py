@@ -61,8 +61,17 @@ class WorkdirLock:
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # for the other processes' `holder`
         wait_for_all("lock")
         return self
+
+    def holder(self) -> str:
+        """What the file says of its holder; "" where there is none, as in a directory that is not process 0's."""
+        try:
+            os.listdir(self._path.parent)  # opening a directory has a client of NFS forget the names that it knew
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -80,6 +89,8 @@ def prepare_workdir(path: str | os.PathLike[str], files: Iterable[str] = (), fla
     directory cannot be created or written, or if under a name that the run writes to there is a link out of it or
     something of another kind.
     """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):  # a Path has one slash of two left
+        raise UserError(f"{flag}={path}: an address and no path; mount what is there, and name the directory")
     try:
         workdir = Path(path).expanduser().resolve()
         workdir.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,7 @@ import os, subprocess, sys
 command = sys.argv[1:]
 while command[0].startswith("--"):
     del command[0]
+assert os.environ["SRUN_CPUS_PER_TASK"] == "5"
 job = {{"SLURM_JOB_ID": "{job}", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}}
 tasks = [{{**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}} for i in range(2)]
 sys.exit(max([task.wait() for task in [subprocess.Popen(command, env=env) for env in tasks]]))
@@ -94,7 +95,9 @@ def slurm(argv: list[str], folder: Path) -> Ended:
     srun = folder / "srun"
     srun.write_text(SRUN.format(python=sys.executable, job=free_port()))
     srun.chmod(0o755)
-    env = environment(1, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}", PYTHON=sys.executable)
+    env = environment(
+        1, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}", PYTHON=sys.executable, SLURM_CPUS_PER_TASK="5"
+    )
     script = [str(ROOT / "launch" / "slurm.sh"), *argv]
     return ends(
         [subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)]

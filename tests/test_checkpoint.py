@@ -165,3 +165,23 @@ def test_a_reader_follows_a_run_that_deletes_what_it_was_about_to_read(tmp_path)
         (aside / "30").rename(place / "30")
         (place / "20").rename(aside / "20")
         assert reader.restore_best_params(PARAMS, PLACE, pytest.fail)[0] == 30
+
+
+def test_what_one_of_several_processes_cannot_read_is_no_damage(tmp_path, monkeypatch):
+    """The others may have read it, and would wait for ever for the one that goes on to another."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        save(checkpoints, 1)
+        save(checkpoints, 2)
+
+    def refuse(step, args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+        monkeypatch.setattr(manager, "seen_by_first", lambda look: bool(look()))
+        monkeypatch.setattr(manager, "num_processes", lambda: 2)
+        monkeypatch.setattr(manager, "process_id", lambda: 1)
+        words = f"^{checkpoints.directory}/2: params cannot be read in process 1: .*Input/output error; try again"
+        with pytest.raises(StorageError, match=words):
+            checkpoints.restore_newest(lambda step, meta: (PARAMS, REST), PLACE, pytest.fail)
+    assert stored(tmp_path) == ["1", "2"]

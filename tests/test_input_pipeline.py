@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_pipeline
-from corpus import formats
+from corpus import formats, load_text
 from corpus.dataset import ORDERS, Split
 from corpus.tokenizer import ByteTokenizer, CharTokenizer
 from input_pipeline import IGNORED, Batches, eval_batches, permute, prefetch
@@ -370,6 +370,22 @@ def test_an_empty_text_is_refused(load, content):
 def test_text_that_is_not_utf8_is_refused_with_the_place(load):
     message = refusal(load, b"\xef\xbb\xbf" + b"abc" * 20 + b"\xff" + b"abc")
     assert "is not UTF-8 at byte 63 (0xff)" in message and "config.tokenizer=byte" in message
+
+
+def test_a_text_that_is_too_large_for_each_of_several_processes_is_refused_unread(load, monkeypatch, tmp_path):
+    (tmp_path / "holes.txt").touch()
+    os.truncate(tmp_path / "holes.txt", 2**30)
+    (tmp_path / "more.txt").write_text("x")
+
+    def read(path):
+        raise EOFError
+
+    monkeypatch.setattr(load_text, "_read", read)
+    with pytest.raises(EOFError):
+        load(tmp_path / "*.txt")
+    monkeypatch.setattr(load_text, "num_processes", lambda: 2)
+    with pytest.raises(UserError, match=r"^config\.dataset: .*: 1,073,741,825 bytes of text .*; make shards with "):
+        load(tmp_path / "*.txt")
 
 
 def test_a_split_shorter_than_a_window_is_refused_with_both_lengths(load):

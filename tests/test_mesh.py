@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, finished_run, rows
 from jax.sharding import AbstractMesh
 
+from transformer import sharding
 from transformer.sharding import make_mesh, spec_of, undivided
 
 MESHES = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=2,sequence=2,tensor=2"]
@@ -177,10 +178,10 @@ def test_one_axis_of_a_mesh_splits_one_axis_of_an_array():
 class Chip:
     """A device of one of several slices, as far as a mesh asks for it."""
 
-    platform, device_kind, process_index = "cpu", "cpu", 0
+    device_kind, process_index = "cpu", 0
 
-    def __init__(self, number: int, slice_index: int):
-        self.id, self.slice_index = number, slice_index
+    def __init__(self, number: int, slice_index: int, platform: str = "cpu"):
+        self.id, self.slice_index, self.platform = number, slice_index, platform
 
 
 def test_of_several_slices_only_data_takes_more_than_one():
@@ -189,3 +190,30 @@ def test_of_several_slices_only_data_takes_more_than_one():
     assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
     with pytest.raises(ValueError, match=r"^mesh: data=1 on 2 TPU slices; make it a multiple of their number$"):
         make_mesh("fsdp=8", devices=chips)
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("fsdp=8", [{0, 1}]),
+        ("data=2,fsdp=4", [{0}, {1}]),
+        ("data=1,fsdp=2,tensor=4", [{0, 1}]),
+        ("data=4,fsdp=2", [{0}, {0}, {1}, {1}]),
+    ],
+)
+def test_gpus_of_several_hosts_take_any_mesh(text, groups):
+    """JAX numbers GPUs by process, and gives each host's the same slice."""
+    grid = make_mesh(text, devices=[Chip(i, i // 4, "gpu") for i in range(8)]).devices
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == groups
+    assert [chip.id for chip in grid.flat] == list(range(8))
+
+
+def test_what_is_made_whole_again_is_not_compiled_again(monkeypatch, caplog):
+    monkeypatch.setattr(sharding, "is_data_parallel", lambda mesh: False)
+    mesh, compiled = make_mesh(devices=jax.devices()), []
+    for x in [jax.numpy.ones(size) for size in (3, 3, 5)]:
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            assert sharding.whole(x, mesh).sharding.is_fully_replicated
+        compiled.append("Compiling" in caplog.text)
+        caplog.clear()
+    assert compiled == [True, False, True]

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from helpers import assert_same_state, losses, tiny_config, train_until
 
@@ -69,8 +70,16 @@ def test_the_largest_part_that_fits_is_taken(sized):
 
 
 def test_the_smallest_memory_of_all_processes_decides(sized, monkeypatch):
-    monkeypatch.setattr(micro_batch, "from_all", lambda own: jax.numpy.stack([own, own / 3]))
+    memory = iter([1 / 3])
+    monkeypatch.setattr(micro_batch, "from_all", lambda own: np.stack([own, own * next(memory, 1)]))
     assert sized(1400)[0] == 4
+
+
+def test_processes_whose_compilers_differ_take_the_same_part(sized, monkeypatch):
+    """The other needs a tenth more than this one, which alone would take 12."""
+    of_other = iter([1, *[1.1] * 9])
+    monkeypatch.setattr(micro_batch, "from_all", lambda own: np.stack([own, own * next(of_other)]))
+    assert sized(1400) == (6, [12, 6])
 
 
 @pytest.fixture
@@ -146,3 +155,12 @@ def test_files_in_a_container_s_memory_are_as_good_as_free(tmp_path, monkeypatch
 def test_memory_that_is_available_is_no_more_than_the_machine_has():
     machine = devices.os.sysconf("SC_PAGE_SIZE") * devices.os.sysconf("SC_PHYS_PAGES")
     assert 2**20 < devices.memory_available() <= machine // jax.local_device_count()
+
+
+def test_a_device_that_does_not_tell_its_memory_has_not_the_machines(monkeypatch):
+    monkeypatch.setattr(devices.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(devices, "_own_memory", lambda: None)
+    with pytest.raises(UserError, match=r"^config\.micro_batch: this device does not tell its memory"):
+        devices.memory_available()
+    monkeypatch.setattr(devices, "_own_memory", lambda: 5)
+    assert devices.memory_available() == 5

@@ -540,6 +540,10 @@ def test_a_workdir_that_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypa
     refused(tmp_path / "file", "is a file")
     refused(tmp_path / "file" / "run", "Not a directory")
     refused(tmp_path / "loop", "loop|symbolic links")
+    monkeypatch.chdir(tmp_path)
+    for address in ("gs://bucket/run", "s3://bucket", Path("https://server/run")):
+        refused(address, "an address and no path")
+    assert sorted(os.listdir()) == ["file", "loop"]
 
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")

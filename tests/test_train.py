@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,16 @@ def test_a_trace_ends_with_the_run_and_if_none_was_written_that_is_said(tmp_path
     assert calls == ["start", "stop"] and "--profile_steps: no trace" in capsys.readouterr().err
     train_lib.train(tiny_config(max_steps=4, report=False), tmp_path / "a", profile=(1, 9))  # goes on within the range
     assert calls == ["start", "stop"] * 2
+
+
+def test_each_process_traces_into_a_directory_of_its_own(tmp_path, monkeypatch):
+    """XLA names the files by the second and the host, which may have several processes."""
+    places = []
+    monkeypatch.setattr(jax.profiler, "start_trace", places.append)
+    for number in (0, 7):
+        monkeypatch.setattr(train_lib, "process_id", lambda number=number: number)
+        train_lib.Trainer._profile(SimpleNamespace(workdir=tmp_path, step=4, tracing=None), 4, 6)
+    assert places == [tmp_path / "profile", tmp_path / "profile" / "7"]
 
 
 @pytest.mark.parametrize(

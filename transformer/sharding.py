@@ -95,11 +95,11 @@ def make_mesh(text: str = "", *, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of these devices with all of AXES, by `parse_mesh`'s text.
 
     On a TPU, linked devices are neighbours; of several slices, between which the network is slow, only data takes more
-    than one. Raises ValueError as `mesh_sizes` does, or if the slices do not divide data.
+    than one (of GPUs' hosts any axis may). Raises ValueError as `mesh_sizes` does, or if the slices do not divide data.
     """
     sizes, slices = mesh_sizes(text, len(devices)), len({getattr(device, "slice_index", 0) for device in devices})
     shape, split = tuple(sizes.values()), {"allow_split_physical_axes": True}
-    if slices == 1:
+    if slices == 1 or (devices[0].platform == "gpu" and sizes[DATA] % slices):
         grid = create_device_mesh(shape, devices, **split)
     elif sizes[DATA] % slices:
         raise ValueError(f"mesh: data={sizes[DATA]} on {slices} TPU slices; make it a multiple of their number")
@@ -193,11 +193,9 @@ def undivided(params: Mapping[str, Any], activations: Mapping[str, int], mesh: M
     return result
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that are split as `shardings_of` says, made whole on every device."""
-    if is_data_parallel(mesh):
-        return tree
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+def whole(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """An array that is split as `shardings_of` says, made whole on every device."""
+    return x if is_data_parallel(mesh) else jax.jit(jnp.copy, out_shardings=replicated(mesh))(x)
 
 
 # --- Rows: data and fsdp ------------------------------------------------------------------------------------------

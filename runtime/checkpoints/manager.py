@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -29,7 +30,7 @@ from runtime.errors import NoCheckpointError, StorageError, UserError, one_line
 from runtime.files import LARGEST, MAKE_ROOM, require_room, room
 from runtime.malloc import give_back_freed
 from runtime.multihost import require_same, seen_by_first
-from runtime.processes import by_first, is_first
+from runtime.processes import by_first, is_first, num_processes, process_id
 from runtime.workdir import CHECKPOINTS, UNSAVED, first_free
 
 FORMAT = 2  # of the three items; raised when an older program cannot read them. `meta` has its seal in every format
@@ -114,6 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not read_only:
             by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             by_first(lambda: retention.tidy_up(self.directory))
+            os.listdir(self.directory.parent)  # as it is opened, a client of NFS forgets the names that it knew
         self._empty_trash()
         self._read_marks()
         require_same((sorted(self._marks.items()), sorted(self._damaged)), f"{self.directory}: checkpoints")
@@ -161,7 +163,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 post_finalization_callback=self._list_files,
             ),
         )
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"meta": ocp.JsonCheckpointHandler()}
+        at_once = {"restore_concurrent_gb": 16} if num_processes() > 1 else {}  # a host may have eight processes
+        handlers = {item: ocp.StandardCheckpointHandler(**at_once) for item in ITEMS}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         manager.reached_preemption = lambda step: False  # its own calls would disturb `reached_stop`
         return manager
@@ -269,6 +273,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             replaces = step in self._manager.all_steps()
             if replaces:
                 by_first(lambda: (self.directory / str(step)).rename(self.directory / f"{step}{retention.REPLACED}"))
+                os.listdir(self.directory)  # for NFS, as above
                 self._manager.reload()
             self._marks[step], self._saving = mark, step
             self._manager.save(int(step), args=args, force=True)  # Orbax takes the highest number for the newest
@@ -356,7 +361,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, step: int, params: Any, rest: Any, sharding: Placement) -> tuple[Any, Any]:
         """`params` and `rest` of a checkpoint, as trees like the two given ones, laid out as `sharding` says.
 
-        Raises UserError if the checkpoint has other arrays, DamagedError if it is not what was saved.
+        Raises UserError if the checkpoint has other arrays, DamagedError if it is not what was saved, StorageError if
+        one of several processes cannot read it.
         """
         return tuple(self._arrays(step, {"params": params, "rest": rest}, sharding).values())
 
@@ -402,6 +408,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 found = self._manager.restore(step, args=args)[item]
         except Exception as error:
             end_if_a_peer_is_lost(error)
+            if num_processes() > 1:  # perhaps in this one alone: the others would not go on to the next checkpoint
+                where = f"{self.directory}/{step}: {item} cannot be read in process {process_id()}"
+                raise StorageError(f"{where}: {one_line(error, 100)}; try again, or move it aside") from error
             raise DamagedError(f"{item} cannot be read: {one_line(error, 100)}") from error
         now = integrity.fingerprints(found)
         different = sorted(path for path in stored.keys() | now.keys() if stored.get(path) != now.get(path))

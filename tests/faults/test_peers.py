@@ -1,12 +1,16 @@
 """Processes of one run that die, never come, or differ: each of the others ends, and says why."""
 
+import hashlib
 import time
 
+import jax
+import numpy as np
 import pytest
 from helpers import arguments, assert_one_line, tiny_config
 from process_runs import HIT, ends, free_port, start, train
 
-from runtime import distributed
+import train_lib
+from runtime import devices, distributed, multihost, workdir
 from runtime.checkpoints.retention import UNFINISHED
 from runtime.errors import UserError
 
@@ -153,3 +157,48 @@ def test_a_tpus_library_without_a_tpu_means_no_other_processes(monkeypatch, tmp_
     assert distributed.launched() is False
     (tmp_path / "accel0").touch()
     assert distributed.launched() is None
+
+
+def test_a_new_run_s_workdir_that_only_process_0_sees_is_refused(monkeypatch, tmp_path):
+    """As each host's own disk; process 1 is played, and finds no lock."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "is_first", lambda: False)
+        with workdir.WorkdirLock(tmp_path, pytest.fail) as lock:
+            its_own = lock.holder()
+    hash_of = np.frombuffer(hashlib.sha256(repr(its_own).encode()).digest(), np.uint8)
+    monkeypatch.setattr(multihost, "from_all", lambda values: np.stack([values, hash_of]))
+    with pytest.raises(UserError, match=rf"^workdir {tmp_path}/run: not the same in process 1 as in process 0; "):
+        train_lib.train(tiny_config(), tmp_path / "run", fresh=True)
+    assert not (tmp_path / "run").exists()
+    with workdir.WorkdirLock(tmp_path, pytest.fail) as lock:
+        assert lock.holder() == (tmp_path / ".lock").read_text() != its_own
+
+
+@pytest.mark.parametrize(
+    "error, refused",
+    [
+        (ValueError("coordinator_address should be defined."), False),  # no cluster is known
+        (RuntimeError("jax.distributed.initialize() must be called before any JAX calls"), False),  # as in a notebook
+        (RuntimeError("Failed to recognize coordinator address host-0"), True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Failed to add port to server: address in use"), True),
+    ],
+)
+def test_on_a_tpu_a_process_that_cannot_join_does_not_go_on_alone(monkeypatch, error, refused):
+    def initialize(*_, **__):
+        raise error
+
+    monkeypatch.setattr(distributed, "launched", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    if not refused:
+        with distributed.joined(None, None, None, 5, str):
+            return
+    with pytest.raises(UserError, match=f"^--coordinator: .*{error}; "), distributed.joined(None, None, None, 5, str):
+        pytest.fail("it went on")
+
+
+def test_devices_of_processes_that_have_not_joined_are_refused(monkeypatch):
+    """As a TPU pod's, to a command on one of its hosts."""
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    with pytest.raises(UserError, match=r"^--coordinator: these are the devices of 16 processes, and 1 joined; "):
+        devices.start_jax()

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, arguments, assert_one_line, finished_run, losses, run_patched, tiny_config
 
 import main
+from runtime import watchdog
 
 HANGS = {
     "python": "time.sleep(60)",
@@ -76,6 +77,18 @@ def test_nowhere_to_write_is_no_reason_to_stay(tmp_path):
     done, _ = watch(tmp_path / "gone", "watchdog.beat()", "time.sleep(60)")
     assert done.returncode == 6
     assert_one_line(done.stderr, "gone/hang-")
+
+
+def test_each_of_several_processes_leaves_its_stacks(tmp_path, monkeypatch):
+    errors = []
+    monkeypatch.setattr(watchdog, "exit_at_once", errors.append)
+    monkeypatch.setattr(watchdog, "num_processes", lambda: 2)
+    monkeypatch.setattr(watchdog.time, "strftime", lambda *_: "TIME")  # both hang in the same second
+    for number in range(2):
+        monkeypatch.setattr(watchdog, "process_id", lambda number=number: number)
+        watchdog.Watchdog(tmp_path, 5)._end()
+    assert sorted(os.listdir(tmp_path)) == ["hang-TIME-0.txt", "hang-TIME-1.txt"]
+    assert [f"hang-TIME-{i}.txt: no step" in str(error) for i, error in enumerate(errors)] == [True, True]
 
 
 def test_a_data_loader_that_hangs_ends_the_run_and_the_next_one_goes_on(tmp_path):
