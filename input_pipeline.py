@@ -78,8 +78,7 @@ class Batches:
 def eval_batches(split: Split, context_len: int, batch_size: int, max_tokens: int = 0) -> Iterator[np.ndarray]:
     """Every token of the split but the first, predicted once: int32 [batch_size, context_len + 1] at a time.
 
-    The last batch is filled up with rows of IGNORED. If `max_tokens` is above 0, only the first windows, at least one,
-    that together predict at most `max_tokens` tokens.
+    The last batch is filled up with rows of IGNORED. `max_tokens` above 0: the first windows alone, at least one.
     """
     num_windows = split.num_windows(context_len)
     if 0 < max_tokens < split.num_tokens - 1:

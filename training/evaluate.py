@@ -111,8 +111,7 @@ def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
     """A loss in nats per token as bits per byte of UTF-8, which is comparable across tokenizers; None without text.
 
-    `num_tokens` were predicted, at the split's start; the very first token, which is not predicted, counts as well, if
-    it is text.
+    `num_tokens` were predicted, at the split's start; the very first token, which was not, counts too if it is text.
     """
     num_bytes = split.bytes_of(num_tokens + split.unpredicted, tokenizer)
     first = split.unpredicted and min(split.bytes_of(1, tokenizer), 1)  # an end-of-text token has no bytes

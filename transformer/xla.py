@@ -46,15 +46,15 @@ def aimed_at(target: Target) -> Any:
 
 
 def traced_for(target: Target, function: Callable) -> Callable:
-    """The same function, traced with `target` as its target, and with products of float32 that are float32.
+    """The same function, traced with `target` as its target.
 
-    By default JAX rounds their operands to bfloat16 on a TPU and to TF32 on a GPU, as JAX_DEFAULT_MATMUL_PRECISION can
-    ask for. Those of bfloat16 stay as they are.
+    Products of float32 are float32, unless JAX_DEFAULT_MATMUL_PRECISION asks for JAX's bfloat16 (TPU) or TF32 (GPU).
     """
 
     @wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with aimed_at(target), jax.default_matmul_precision(jax.config.jax_default_matmul_precision or "highest"):
+        asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        with aimed_at(target), jax.default_matmul_precision(asked or "highest"):
             return function(*args, **kwargs)
 
     return traced

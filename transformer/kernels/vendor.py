@@ -117,7 +117,7 @@ def _splash_layout(document_BT, q_BTNH, *others) -> tuple[Any, list[jax.Array]]:
 
 def _exact_products(dtype: Any) -> Any:
     """A context without a precision for bfloat16, whose products are exact: asked for one, a TPU's compiler fails."""
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else asked)
 
 
