@@ -45,7 +45,7 @@ FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_
 MOST_TRIES = 8  # of --fit
 MOST_BLOCKS = 1000  # each is compiled; no published model has more
 SOURCES = (
-    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -13 % and +16 % of compiled "
+    "exact: from shapes. counted: PaLM's convention. rule: training/cost.py, within -13 % and +19 % of compiled "
     "steps. compiled: for {}; for CPUs, what is bfloat16 may travel as float32 and attention is chunked. assumed: the "
     "share of the peak FLOP/s of the data sheet that the model's arithmetic reaches (MFU)."
 )
