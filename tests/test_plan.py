@@ -430,7 +430,7 @@ def test_a_cache_at_an_address_makes_no_folder_here(tmp_path, monkeypatch):
 
 
 def test_of_several_slices_only_data_takes_more_than_one():
-    devices = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    devices = [SimpleNamespace(slice_index=i // 4, platform="tpu") for i in range(8)]
     shape = {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     mesh = SimpleNamespace(size=8, shape=shape, devices=np.array(devices))
     assert {change.get("mesh") for change in smaller(tiny_config(batch_size=64), mesh)} == {None, "data=2,fsdp=4"}
