@@ -22,6 +22,7 @@ from training.step import make_eval_step
 from transformer.config import TransformerConfig
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sharding import DATA, FSDP, batch_sharded, is_data_parallel
+from transformer.xla import target_of, traced_for
 
 LOGITS = 2**30  # bytes of the logits of a batch, where they are wanted whole
 
@@ -100,12 +101,13 @@ def log_probs(model: Transformer, split: Split, rows: int) -> Iterator[np.ndarra
 def token_log_probs(model: Transformer) -> Callable[[np.ndarray], jax.Array]:
     """A function of a batch [B, T + 1] that gives each target's log-probability [B, T]; one below 0 means nothing."""
 
-    @jax.jit
     def of_batch(params: Params, batch_BT1: jax.Array) -> jax.Array:
         logits_BTV = model_of(model.config, params)(jnp.maximum(batch_BT1[:, :-1], 0))
         return -token_losses(logits_BTV, batch_BT1[:, 1:])
 
-    return partial(of_batch, params_of(model))
+    params = params_of(model)
+    on = target_of(jax.tree.leaves(params)[0].devices())
+    return partial(jax.jit(traced_for(on, of_batch)), params)
 
 
 def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokenizer) -> float | None:
