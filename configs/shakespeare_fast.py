@@ -2,8 +2,9 @@
 
 python main.py --config=configs/shakespeare_fast.py
 
-18 seconds on two cores of an Intel Xeon with AVX-512, whole process, 27 when nothing is compiled yet; validation loss
-1.8701, 1.8639, 1.8747 (seeds 0, 1, 2) in nats per character.
+The model of shakespeare.py whose first three layers see four characters each, which saves a third of the steps. 13
+seconds on two cores of an AMD EPYC (Zen 5), whole process, 22 when nothing is compiled yet; validation loss 1.8702,
+1.8672, 1.8766 (seeds 0, 1, 2) in nats per character.
 """
 
 from ml_collections import ConfigDict
@@ -13,8 +14,12 @@ from configs import shakespeare
 
 def get_config() -> ConfigDict:
     config = shakespeare.get_config()
+    config.sliding_window = 4
+    config.window_pattern = "LLLG"
     config.lr = 0.02
     config.muon_lr = 0.02
-    config.max_steps = 230
+    config.muon_momentum = 0.85
+    config.decay_ratio = 0.8
+    config.max_steps = 145
     config.report = False  # the page would be a tenth of this run's time: `python main.py report` writes it
     return config

@@ -86,8 +86,8 @@ WARM = (0.9, 0.2, 0.4, 0.2)  # the same from the cache of compiled programs
     "changes, val_tokens, step, compiling, costs",
     [
         ({"max_steps": 2600, "eval_every": 650}, 111_539, 0.044, CPU, (1.4, 0.11, 0.1)),  # configs/shakespeare.py
-        ({"max_steps": 230, "eval_every": 250}, 111_539, 0.042, CPU, (1.4, 0.11, 0.1)),  # configs/shakespeare_fast.py
-        ({"max_steps": 230, "eval_every": 250}, 111_539, 0.042, WARM, (1.4, 0.11, 0.1)),
+        ({"max_steps": 145, "eval_every": 650}, 111_539, 0.045, CPU, (1.4, 0.11, 0.1)),  # configs/shakespeare_fast.py
+        ({"max_steps": 145, "eval_every": 650}, 111_539, 0.045, WARM, (1.4, 0.11, 0.1)),
         # Evaluations that take longer than the steps between them, and saves of half a minute.
         ({"max_steps": 1000, "eval_every": 50}, 4_000_000, 0.9, (90, 20, 40, 5), (1300, 30, 30)),
         # A prefix of the split in training, all of it at the end; a sample now and then.
