@@ -32,11 +32,36 @@ PEAK = {  # MB of a step on each device, as jax 0.10.2, libtpu 0.0.42 and XLA fo
 }
 
 
-def plan(tmp_path_factory, place, *flags):
-    """What `main.py plan --compile_for` writes, without its cache."""
+REFUSED = """
+import sys, json, jax, jax.numpy as jnp, numpy as np
+from training.compilers import devices_of, facts_of
+devices, memory = devices_of(sys.argv[1])
+place = jax.sharding.SingleDeviceSharding(devices[0])
+x = jax.ShapeDtypeStruct((10**6, 128), jnp.float32, sharding=place)
+print(json.dumps([memory, facts_of(jax.jit(lambda x: x @ x.T).trace(x), np.array(devices[:1]))]))
+"""  # a product of 4 TB
+
+
+def skip_without_compiler(place):
     library, kind = ("jax_cuda12_plugin", "gpu") if place.startswith("H") else ("libtpu", "tpu")
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"its compiler is not installed: pip install -r requirements-{kind}-compiler.txt")
+
+
+@pytest.mark.parametrize("place", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_memory_of_a_tpu_is_what_its_compiler_gives_a_program(tmp_path, place):
+    skip_without_compiler(place)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", REFUSED, place]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    memory, facts = json.loads(done.stdout.splitlines()[-1])
+    assert memory == pytest.approx(facts["available_bytes"], rel=1e-3) and facts["needed_bytes"] > 10 * memory
+
+
+def plan(tmp_path_factory, place, *flags):
+    """What `main.py plan --compile_for` writes, without its cache."""
+    skip_without_compiler(place)
     folder = tmp_path_factory.mktemp("plan")
     changes = [f"--config.{key}={value}" for key, value in CONFIG.items()]
     command = [sys.executable, "main.py", "plan", "--config=configs/default.py", *changes, f"--compile_for={place}"]

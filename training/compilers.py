@@ -25,7 +25,8 @@ from runtime.errors import Interrupted, StorageError, UserError, one_line
 from runtime.files import read_object, user_cache, write_json
 from training import traffic
 
-TPUS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a device: a chip, of a tpu7x half a chip
+# GiB that a compiler gives programs on a device, as it says when it refuses one: on a chip, of a tpu7x half of one.
+TPUS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 GPUS = {
     # Compute capability, multiprocessors, shared memory of one (KiB), L2 (MiB), memory (bytes), its bandwidth (byte/s),
     # clock (GHz), float32 units of a multiprocessor, name. From NVIDIA's data sheets and architecture papers.
@@ -46,7 +47,9 @@ _ALIAS = re.compile(r"\b(?:may|must)-alias\b")
 
 
 def devices_of(text: str) -> tuple[list[jax.Device], float]:
-    """Devices to compile for, and the memory of each in bytes, by the data sheet (infinite for a CPU).
+    """Devices to compile for, and the memory of each in bytes (infinite for a CPU).
+
+    Of a GPU it is what the data sheet says, of a TPU what its compiler leaves of that to programs.
 
     It has to be called before JAX starts. Raises UserError for an unknown text, or if the compiler is not installed.
 
@@ -67,7 +70,7 @@ def devices_of(text: str) -> tuple[list[jax.Device], float]:
         return start_jax(), math.inf
     options: dict[str, Any] = {}
     if kind in TPUS:
-        libraries, memory, file = ["libtpu"], TPUS[kind] * 2**30, "requirements-tpu-compiler.txt"
+        libraries, memory, file = ["libtpu"], int(TPUS[kind] * 2**30), "requirements-tpu-compiler.txt"
         options["topology_name"] = f"{kind}:{shape}"
         if math.prod(sizes) <= 4:  # all on one host
             options["chips_per_host_bounds"] = [*sizes, 1][:3]
