@@ -317,3 +317,10 @@ def test_a_step_is_traced_for_the_devices_of_its_mesh_wherever_it_is_traced(monk
         kernels = {name for name in ("pallas_call", "dot_product_attention_fwd") if name in program}
         assert kernels == {attention} - {"none"}
         assert ("optimization_barrier" in program) == (target.platform == "cpu")
+
+
+def test_a_step_of_more_parameters_than_an_int32_counts():
+    config = TransformerConfig(65536, 64, 4, 16, 0, 8192, 0, 32768)
+    made = step.make_step(AT_ONCE, config, TOTAL_STEPS, jax.random.key(0), make_mesh(devices=jax.devices()[:1]))
+    assert sum(p.size for n, p in made.state.params.items() if made.labels[n] == "muon") > 2**31
+    assert {"param_rms_muon", "update_rms_muon"} <= made.state.metrics.keys()

@@ -186,7 +186,8 @@ def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array
     for group in sorted(set(labels.values())):
         leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
         total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # vdot would gather a split array
-        result[f"{what}_rms_{group}"] = jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+        count = float(sum(leaf.size for leaf in leaves))  # as an integer it has to be below 2^31
+        result[f"{what}_rms_{group}"] = jnp.sqrt(total / count)
     return result
 
 
