@@ -320,10 +320,9 @@ def report(
     for c in planned.traffic:
         where = axes_of_group(c.group, dict(mesh.shape))
         times = 1 if c.in_branch else config.accumulation_steps
-        text = f"{c.sent * times / 1e6:12,.3f} MB in {c.count * times:,} among {len(c.group)} ({where})"
+        text = f"{c.sent * times / 1e6:12,.3f} MB in {c.count * times:,} among {len(c.group)} "
+        text += f"{'slices ' * c.between_slices}({where})"
         row(f"  {c.op}", text, "compiled" + (", a loop counted once" if c.in_open_loop else ""))
-    if _slices(mesh) > 1:
-        row("  not counted", "what slices send to each other: the compiler makes no collective of it")
     if not planned.traffic:
         row("  nothing" if not planned.refused else "  unknown", "", "compiled")
     console.line("")

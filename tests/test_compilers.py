@@ -97,3 +97,11 @@ def test_a_step_for_devices_that_are_not_here(tmp_path_factory, place, mesh, ker
     else:
         assert sent == {}
     assert step["peak_bytes"] / 1e6 == pytest.approx(PEAK[place, mesh], rel=0.1)
+
+
+def test_what_two_slices_send_to_each_other(tmp_path_factory):
+    found = plan(tmp_path_factory, "v5e:2x2*2", "--config.mesh=data=8")
+    between = {row["op"]: row for row in found["programs"]["step"]["collectives"] if row["between_slices"]}
+    assert between["all-reduce"]["group"] == [0, 4]
+    # The four of a slice sum first; then each exchanges its quarter with its partner in the other.
+    assert between["all-reduce"]["sent"] == pytest.approx((PARAMETERS + 8) / 4, rel=0.02)

@@ -147,6 +147,29 @@ def test_collectives_of_the_compilers_of_gpus_and_tpus_are_counted_once():
     }
 
 
+BETWEEN = """HloModule jit_step
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %part = f32[5,12]{1,0:T(8,128)} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11}}, to_apply=%add
+  %s = (f32[60]{0:T(1,128)}, u32[], token[]) send(%a, %k), is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (f32[60]{0:T(1,128)}, u32[], token[]) recv(%k), is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %t = (bf16[7,9]{1,0}, u32[], token[]) send(%b, %k), frontend_attributes={_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %u = (bf16[21]{0}, u32[], token[]) send(%c, %k), frontend_attributes={_xla_megascale_target={{100000,100001,200000,200001,300000,300001}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+}
+"""  # noqa: E501
+
+
+def test_what_slices_send_to_each_other_through_their_hosts():
+    between = {c.op: (c.group, c.count, c.sent) for c in collectives(BETWEEN, 12) if c.between_slices}
+    assert between == {
+        "all-reduce": ((0, 4, 8), 1, pytest.approx(2 * 60 * 4 * 2 / 3)),
+        "all-gather": ((0, 4, 8), 1, pytest.approx(7 * 9 * 2 * 2)),  # its own part, to two others
+        "all-to-all": ((0, 4, 8), 1, pytest.approx(21 * 2 * 2 / 3)),
+    }
+    (within,) = (c for c in collectives(BETWEEN, 12) if not c.between_slices)
+    assert (within.group, within.sent) == ((0, 1, 2, 3), 5 * 12 * 4 * 3)
+
+
 def test_what_a_collective_sends_and_among_whom():
     # Scattered and gathered again is reduced; a gather and an exchange of as much send the same.
     assert sent_bytes("all-reduce", 800, 8) == sent_bytes("reduce-scatter", 100, 8) + sent_bytes("all-gather", 800, 8)
@@ -243,10 +266,10 @@ def test_what_cannot_be_planned_is_one_line(flags, message, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "options", "there"),
     [
-        ("v5e:1x1", {"topology_name": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}, 16 * 2**30),
-        ("v5e:2x4*3", {"topology_name": "v5e:2x4", "num_slices": 3}, 16 * 2**30),
-        ("v4:2x2x2", {"topology_name": "v4:2x2x2", "chip_config_name": "megacore"}, 32 * 2**30),
-        ("tpu7x:2x2x1", {"topology_name": "tpu7x:2x2x1", "chips_per_host_bounds": [2, 2, 1]}, 96 * 2**30),
+        ("v5e:1x1", {"topology_name": "v5e:1x1", "chips_per_host_bounds": [1, 1, 1]}, 15.75 * 2**30),
+        ("v5e:2x4*3", {"topology_name": "v5e:2x4", "num_slices": 3}, 15.75 * 2**30),
+        ("v4:2x2x2", {"topology_name": "v4:2x2x2", "chip_config_name": "megacore"}, 30.75 * 2**30),
+        ("tpu7x:2x2x1", {"topology_name": "tpu7x:2x2x1", "chips_per_host_bounds": [2, 2, 1]}, 94.75 * 2**30),
         ("H200:8", {"topology": "1x8x1"}, 141e9),
     ],
 )

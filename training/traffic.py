@@ -11,6 +11,11 @@ import numpy as np
 _COLLECTIVE = re.compile(
     r"= (?P<type>.+?) (?P<op>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
+# What TPU slices send to each other leaves through the hosts, by their runtime. Slices are counted from 1; or devices
+# are listed, each as 100,000 times its slice and a number.
+_HOSTS = re.compile(
+    r'= \((?P<type>\S+), .* send\(.*_xla_megascale_target="?\{+(?P<target>[^}]*)\}.*transfer_type="(?P<op>[A-Z_]+)"'
+)
 _CHAIN = re.compile(r'chain_id="(\d+)"')  # a TPU's gather in pieces, each beside other work: all show its whole result
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
@@ -39,6 +44,7 @@ class Collective:
     sent: float  # bytes that each device sends
     in_open_loop: bool  # in a loop whose length the program does not state; counted once
     in_branch: bool  # of a conditional: of a step's micro-steps only the last one runs it, with the optimizer
+    between_slices: bool  # the group is of slices, by the first device of each; every device sends as much
 
 
 def sent_bytes(op: str, result: int, n: int) -> float:
@@ -51,8 +57,15 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     bodies, chains = _computations(text), set()
-    for (name, in_branch), (times, known) in _times(bodies, _COLLECTIVE).items():
+    for (name, in_branch), (times, known) in _times(bodies, re.compile(f"{_COLLECTIVE.pattern}| send\\(")).items():
         for line in bodies[name]:
+            if hosts := _HOSTS.search(line):
+                op, slices = hosts["op"].lower().replace("_", "-"), _slices(hosts["target"])
+                group = tuple(range(0, num_devices, num_devices // slices))
+                share = {"all-gather": slices, "reduce-scatter": 1 / slices}.get(op, 1)  # of what leaves, in the result
+                entry = found[op, group, not known, in_branch, True]
+                entry[0] += times
+                entry[1] += times * sent_bytes(op, share * _bytes(hosts["type"]), slices)
             match = _COLLECTIVE.search(line)
             if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
                 continue
@@ -61,7 +74,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
                     continue
                 chains.add(key)
             result = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
-            entry = found[match["op"], group, not known, in_branch]
+            entry = found[match["op"], group, not known, in_branch, False]
             entry[0] += times
             entry[1] += times * sent_bytes(match["op"], _bytes(result), len(group))
     rows = [Collective(op, group, int(n), sent, *where) for (op, group, *where), (n, sent) in found.items()]
@@ -190,6 +203,12 @@ def _group_of_axes(mesh: str, order: str | None, differ: str, num_devices: int) 
         inner = whole // (int(before) * int(size)) if size else 1
         place[axis] -= place[axis] // inner % (int(size) if size else whole) * inner
     return tuple(ids.ravel()[(place == place[:, :1]).all(axis=0)].tolist())
+
+
+def _slices(target: str) -> int:
+    """How many slices "1,2,3" names, or as many as devices are listed of."""
+    numbers = _numbers(target)
+    return len({n // 100_000 for n in numbers} if max(numbers) >= 100_000 else numbers)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
