@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--split={name}: the run's config has test_fraction 0; use train or val")
     if values.tokens is not None:
         _write_tokens(Path(values.tokens), model, tokenizer.pieces, split, config.batch_size)
-    loss, tokens = Evaluator(model.config, make_mesh(devices=[device]), config.batch_size)(params_of(model), split)
+    rows = min(config.batch_size, max(1, Evaluator.TOKENS // config.context_len))  # batch_size was for all devices
+    loss, tokens = Evaluator(model.config, make_mesh(devices=[device]), rows)(params_of(model), split)
     perplexity = math.exp(loss) if loss < 700 else None  # beyond, it overflows
     bits = bits_per_byte(loss, tokens, split, tokenizer)
     result = {"split": name, "loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}

@@ -143,7 +143,7 @@ def test_weights_are_rounded_once_for_a_text(models, rows, kept, monkeypatch):
             assert have.dtype == kept
             np.testing.assert_array_equal(have.astype("float32"), value.astype("bfloat16").astype("float32"))
         else:
-            np.testing.assert_array_equal(have, value, strict=True)
+            assert have is value
     tokens_of(models["learned positions"], prompts(9), 40)
     assert len(rounded) == 1
 

@@ -16,6 +16,7 @@ import pytest
 from xla_flags import SOONER
 
 from training import muon, step
+from training.dispatch import several_steps
 from training.optimizer import OptimizerConfig, labels_of, make_optimizer, schedule_shape
 from transformer.config import TransformerConfig
 from transformer.sharding import batch_sharded, make_mesh, replicated
@@ -324,3 +325,17 @@ def test_a_step_of_more_parameters_than_an_int32_counts():
     made = step.make_step(AT_ONCE, config, TOTAL_STEPS, jax.random.key(0), make_mesh(devices=jax.devices()[:1]))
     assert sum(p.size for n, p in made.state.params.items() if made.labels[n] == "muon") > 2**31
     assert {"param_rms_muon", "update_rms_muon"} <= made.state.metrics.keys()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_holds_no_array_of_a_device(dropout):
+    """To trace one that does would fetch it, which the trainer forbids, and on a CPU nobody would notice."""
+    config, key = dataclasses.replace(MODEL, dropout=dropout), jax.random.key(0)
+    made = step.make_step(AT_ONCE, config, TOTAL_STEPS, key, make_mesh(devices=jax.devices()[:1]), 6.0, True)
+    batch_BT1 = jax.ShapeDtypeStruct((2, config.context_len + 1), jnp.int32)
+    for run, batch in (
+        (made.run, batch_BT1),
+        (several_steps(made.run, made.state), (jax.ShapeDtypeStruct((2, *batch_BT1.shape), jnp.int32), 2)),
+    ):
+        held = run.trace(made.state, batch).jaxpr.consts
+        assert [x for x in held if isinstance(x, jax.Array)] == []

@@ -13,6 +13,7 @@ from runtime.checkpoints.integrity import fingerprints
 from runtime.errors import UserError
 from runtime.multihost import from_all
 from training.clock import SideWork
+from training.dispatch import throttled
 from training.ema import average_of
 from training.step import Step
 from transformer.model import Params
@@ -65,14 +66,14 @@ def measure(
         began = time.monotonic()
         return work(), time.monotonic() - began
 
-    batches, state = [batch_at(i) for i in range(accumulation)], step.init(key)
+    batches, state, run = [batch_at(i) for i in range(accumulation)], step.init(key), throttled(step.run)
 
     def a_step_of(count: int) -> float:
         nonlocal state
         began = time.monotonic()
         for _ in range(count):
             for batch in batches:
-                state, metrics = step.run(state, batch)
+                state, metrics = run(state, batch)
             jax.block_until_ready(metrics)
         return (time.monotonic() - began) / count
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -140,10 +141,13 @@ def make_train_step(
     without tokens changes neither parameters nor optimizer; nor does one with a loss spike under `skip_spikes`.
     """
     loss_and_grads = make_loss_and_grads(model_config, mesh)
+    # On the host: an array of a GPU or TPU would be fetched when the step is traced, which the trainer's guard forbids.
+    words, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
 
     def train_step(state: TrainState, batch_BT1: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.params
-        loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
+        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=kind), state.micro_step)
+        loss, tokens, grads = loss_and_grads(params, batch_BT1, dropout_key)
         good, seen = see_gradients(state.health, loss, grads)
         good = materialize(good)  # otherwise a CPU program would repeat the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)

@@ -17,15 +17,22 @@ from transformer.xla import jit_for_inputs, materialize, target
 _rounded_before = jax.make_user_context(False)
 
 
-@partial(jit_for_inputs, static_argnames="rows")
-def round_weights(params: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
+def round_weights(params: dict[str, Any], *, rows: int) -> dict[str, Any]:
     """The weights of `nnx.Linear`s rounded to bfloat16, once for all products with so many rows, as these read them.
 
-    A CPU multiplies one row in float32, see `_one_row`, and so keeps what is rounded.
+    A CPU multiplies one row in float32, see `_one_row`, and so keeps what is rounded. The other arrays stay the same
+    ones: a program that returned them would copy them. Of shapes it gives shapes.
     """
+    kernels = {name: value for name, value in params.items() if name.endswith(".kernel")}
+    abstract = isinstance(next(iter(kernels.values()), None), jax.ShapeDtypeStruct)
+    rounded = _round.trace(kernels, rows=rows).out_info if abstract else _round(kernels, rows=rows)  # type: ignore[attr-defined]
+    return {**params, **rounded}
+
+
+@partial(jit_for_inputs, static_argnames="rows")
+def _round(kernels: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
     of_one_row = rows == 1 and target().platform == "cpu"
-    kept = _rounded if of_one_row else lambda w: materialize(w.astype(jnp.bfloat16))
-    return {name: kept(value) if name.endswith(".kernel") else value for name, value in params.items()}
+    return {n: _rounded(w) if of_one_row else materialize(w.astype(jnp.bfloat16)) for n, w in kernels.items()}
 
 
 def with_rounded_weights() -> Any:

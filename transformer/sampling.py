@@ -183,7 +183,7 @@ def traced(config: TransformerConfig, params: Params, place: jax.sharding.Shardi
     prefill = _prefill.trace(params, array(1, slots), array(1), key, None, array(), **run)  # type: ignore[attr-defined]
     token_B, cache = there(prefill.out_info)
     if config.operand_dtype != "float32":
-        params = there(round_weights.trace(params, rows=1).out_info)  # type: ignore[attr-defined]
+        params = there(round_weights(params, rows=1))
     state = token_B, array(1, dtype="bool"), array(), key, None, array()
     decode = _decode.trace(params, cache, *state, ends=(), **run)  # type: ignore[attr-defined]
     return {"prefill": prefill, "decode": decode}
