@@ -3,6 +3,7 @@
     python -m benchmarks.time_to_loss                                     # to 1.8857, cold and warm, three seeds
     python -m benchmarks.time_to_loss --config=configs/shakespeare.py --target=1.56 --seconds=142
     python -m benchmarks.time_to_loss --against=50f8da0 --caches warm     # and an earlier build, in turns
+    python -m benchmarks.time_to_loss --against=50f8da0 --caches warm --here=--config.dtype=bfloat16_matmul
 
 Each run is the whole process `python main.py --config=...`, timed from outside. Its losses are exact: the whole
 validation split. Cold is with an empty compile cache, warm with what one run before left. The text must be there
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--caches", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
     parser.add_argument("--against", metavar="REVISION", help="an earlier build to time beside, as git names it")
+    parser.add_argument("--here", action="append", default=[], metavar="FLAG", help="for this build's main.py alone")
     parser.add_argument("--out", type=Path, help="the folder of the JSON; default benchmarks/results")
     flags, overrides = parser.parse_known_args(argv)
 
@@ -118,13 +120,14 @@ def main(argv: list[str] | None = None) -> None:
         caches = {(build, seed): Path(folder) / f"{build}-{seed}" for build in builds for seed in flags.seeds}
         if not any(word.startswith("--config.data_dir") for word in overrides):
             overrides = [f"--config.data_dir={ROOT / 'data'}", *overrides]
+        own = {build: overrides + flags.here * (build == "this") for build in builds}
         filled = {build: caches[build, flags.seeds[0]] for build in builds}  # by a run that does not count, if not cold
         if "cold" not in flags.caches:
             for build, where in builds.items():
-                run(flags.config, flags.seeds[0], filled[build], overrides, build=where)
+                run(flags.config, flags.seeds[0], filled[build], own[build], build=where)
         for kind, seed, (build, where) in itertools.product(sorted(flags.caches), flags.seeds, builds.items()):
             cache = filled[build] if kind == "warm" else caches[build, seed]
-            result = run(flags.config, seed, cache, overrides, flags.seconds, where)
+            result = run(flags.config, seed, cache, own[build], flags.seconds, where)
             about = {"build": build} if place else {}
             rows.append({**about, "compile cache": kind, "seed": seed, **summary(result, flags.target)})
             print(rows[-1], file=sys.stderr)
