@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         words = [f"{key}, this build over {flags.against}: {ratio(rows, key)}." for key in SECONDS]
     limit = f", ended after {flags.seconds:.0f} s" if flags.seconds < math.inf else ""
     name = f"time_to_loss_{Path(flags.config).stem}" + "_against" * bool(place)
-    title = f"{flags.config} to a validation loss of {flags.target}{limit}"
+    name += "_here" * bool(flags.here)
+    title = f"{flags.config} to a validation loss of {flags.target}{limit}{'; this with '.join(['', *flags.here])}"
     report(name, title, rows, " ".join(words), flags.out or RESULTS)
 
 

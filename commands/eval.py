@@ -72,9 +72,9 @@ def main(argv: list[str]) -> None:
     split = data.train if name == "all" else getattr(data, name)
     if split is None:
         raise UserError(f"--split={name}: the run's config has test_fraction 0; use train or val")
-    if values.tokens is not None:
-        _write_tokens(Path(values.tokens), model, tokenizer.pieces, split, config.batch_size)
     rows = min(config.batch_size, max(1, Evaluator.TOKENS // config.context_len))  # batch_size was for all devices
+    if values.tokens is not None:
+        _write_tokens(Path(values.tokens), model, tokenizer.pieces, split, rows)
     loss, tokens = Evaluator(model.config, make_mesh(devices=[device]), rows)(params_of(model), split)
     perplexity = math.exp(loss) if loss < 700 else None  # beyond, it overflows
     bits = bits_per_byte(loss, tokens, split, tokenizer)

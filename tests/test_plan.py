@@ -154,17 +154,21 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %s = (f32[60]{0:T(1,128)}, u32[], token[]) send(%a, %k), is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %r = (f32[60]{0:T(1,128)}, u32[], token[]) recv(%k), is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %t = (bf16[7,9]{1,0}, u32[], token[]) send(%b, %k), frontend_attributes={_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
-  %u = (bf16[21]{0}, u32[], token[]) send(%c, %k), frontend_attributes={_xla_megascale_target={{100000,100001,200000,200001,300000,300001}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %u = (bf16[21]{0}, u32[], token[]) send(%c, %k), frontend_attributes={_xla_megascale_target={{100000,100003,200000,200003,300000,300003}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %v = (f32[11]{0}, u32[], token[]) send(%d, %k), frontend_attributes={_xla_megascale_target={{100000->200000},{100003->200003},{200000->300000}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %w = (f32[9]{0}, u32[], token[]) send(%e, %k), frontend_attributes={_xla_megascale_target={{100000,300000},{100003,300003}},_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """  # noqa: E501
 
 
 def test_what_slices_send_to_each_other_through_their_hosts():
-    between = {c.op: (c.group, c.count, c.sent) for c in collectives(BETWEEN, 12) if c.between_slices}
+    between = {(c.op, c.group): (c.count, c.sent) for c in collectives(BETWEEN, 12) if c.between_slices}
     assert between == {
-        "all-reduce": ((0, 4, 8), 1, pytest.approx(2 * 60 * 4 * 2 / 3)),
-        "all-gather": ((0, 4, 8), 1, pytest.approx(7 * 9 * 2 * 2)),  # its own part, to two others
-        "all-to-all": ((0, 4, 8), 1, pytest.approx(21 * 2 * 2 / 3)),
+        ("all-reduce", (0, 4, 8)): (1, pytest.approx(2 * 60 * 4 * 2 / 3)),
+        ("all-gather", (0, 4, 8)): (1, pytest.approx(7 * 9 * 2 * 2)),  # its own part, to two others
+        ("all-to-all", (0, 4, 8)): (1, pytest.approx(21 * 2 * 2 / 3)),
+        ("collective-permute", (0, 4)): (1, 11 * 4),
+        ("all-reduce", (0, 8)): (1, 9 * 4),
     }
     (within,) = (c for c in collectives(BETWEEN, 12) if not c.between_slices)
     assert (within.group, within.sent) == ((0, 1, 2, 3), 5 * 12 * 4 * 3)

@@ -49,7 +49,7 @@ _ALIAS = re.compile(r"\b(?:may|must)-alias\b")
 def devices_of(text: str) -> tuple[list[jax.Device], float]:
     """Devices to compile for, and the memory of each in bytes (infinite for a CPU).
 
-    Of a GPU it is what the data sheet says, of a TPU what its compiler leaves of that to programs.
+    Of a GPU it is what the data sheet says, of a TPU what its compiler gives to a program.
 
     It has to be called before JAX starts. Raises UserError for an unknown text, or if the compiler is not installed.
 

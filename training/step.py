@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
@@ -141,13 +140,11 @@ def make_train_step(
     without tokens changes neither parameters nor optimizer; nor does one with a loss spike under `skip_spikes`.
     """
     loss_and_grads = make_loss_and_grads(model_config, mesh)
-    # On the host: an array of a GPU or TPU would be fetched when the step is traced, which the trainer's guard forbids.
-    words, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+    words = jax.device_get(jax.random.key_data(key))  # tracing would fetch them from a GPU, which the trainer forbids
 
     def train_step(state: TrainState, batch_BT1: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        params = state.params
-        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=kind), state.micro_step)
-        loss, tokens, grads = loss_and_grads(params, batch_BT1, dropout_key)
+        params, key = state.params, jax.random.wrap_key_data(words)
+        loss, tokens, grads = loss_and_grads(params, batch_BT1, jax.random.fold_in(key, state.micro_step))
         good, seen = see_gradients(state.health, loss, grads)
         good = materialize(good)  # otherwise a CPU program would repeat the whole test for each gradient
         grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
@@ -185,13 +182,12 @@ def make_train_step(
 
 
 def _rms(what: str, tree: Params, labels: dict[str, str]) -> dict[str, jax.Array]:
-    """Root mean square of the entries, by optimizer group."""
+    """Root mean square of the entries, by optimizer group. Their number is a float: an int has to be below 2^31."""
     result = {}
     for group in sorted(set(labels.values())):
         leaves = [leaf for name, leaf in tree.items() if labels[name] == group]
         total = sum(jnp.tensordot(leaf, leaf, leaf.ndim) for leaf in leaves)  # vdot would gather a split array
-        count = float(sum(leaf.size for leaf in leaves))  # as an integer it has to be below 2^31
-        result[f"{what}_rms_{group}"] = jnp.sqrt(total / count)
+        result[f"{what}_rms_{group}"] = jnp.sqrt(total / float(sum(leaf.size for leaf in leaves)))
     return result
 
 

@@ -11,10 +11,10 @@ import numpy as np
 _COLLECTIVE = re.compile(
     r"= (?P<type>.+?) (?P<op>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
-# What TPU slices send to each other leaves through the hosts, by their runtime. Slices are counted from 1; or devices
-# are listed, each as 100,000 times its slice and a number.
+# What TPU slices send to each other leaves through the hosts, by their runtime. It goes among slices, counted from 1,
+# by all devices of each, "{1,2}x{0:3}"; or devices are listed in groups, each as 100,000 times its slice and a number.
 _HOSTS = re.compile(
-    r'= \((?P<type>\S+), .* send\(.*_xla_megascale_target="?\{+(?P<target>[^}]*)\}.*transfer_type="(?P<op>[A-Z_]+)"'
+    r'= \((?P<type>\S+), .* send\(.*_megascale_target="?(?P<among>\{.*\})"?,_xla_megascale_transfer_type="(?P<op>\w+)"'
 )
 _CHAIN = re.compile(r'chain_id="(\d+)"')  # a TPU's gather in pieces, each beside other work: all show its whole result
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
@@ -47,7 +47,7 @@ class Collective:
     between_slices: bool  # the group is of slices, by the first device of each; every device sends as much
 
 
-def sent_bytes(op: str, result: int, n: int) -> float:
+def sent_bytes(op: str, result: float, n: int) -> float:
     """Bytes that each of n devices sends for a result of `result` bytes, by the algorithms that send least."""
     shares = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
     return shares.get(op, (n - 1) / n) * result
@@ -60,12 +60,13 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     for (name, in_branch), (times, known) in _times(bodies, re.compile(f"{_COLLECTIVE.pattern}| send\\(")).items():
         for line in bodies[name]:
             if hosts := _HOSTS.search(line):
-                op, slices = hosts["op"].lower().replace("_", "-"), _slices(hosts["target"])
-                group = tuple(range(0, num_devices, num_devices // slices))
-                share = {"all-gather": slices, "reduce-scatter": 1 / slices}.get(op, 1)  # of what leaves, in the result
+                op = hosts["op"].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+                group = _slices(hosts["among"])
+                n = len(group)
+                result = _bytes(hosts["type"]) * {"all-gather": n, "reduce-scatter": 1 / n}.get(op, 1)
                 entry = found[op, group, not known, in_branch, True]
                 entry[0] += times
-                entry[1] += times * sent_bytes(op, share * _bytes(hosts["type"]), slices)
+                entry[1] += times * sent_bytes(op, result, n)
             match = _COLLECTIVE.search(line)
             if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
                 continue
@@ -73,10 +74,10 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
                 if (key := (match["op"], chain[1])) in chains:
                     continue
                 chains.add(key)
-            result = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
+            kind = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
             entry = found[match["op"], group, not known, in_branch, False]
             entry[0] += times
-            entry[1] += times * sent_bytes(match["op"], _bytes(result), len(group))
+            entry[1] += times * sent_bytes(match["op"], _bytes(kind), len(group))
     rows = [Collective(op, group, int(n), sent, *where) for (op, group, *where), (n, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -205,10 +206,15 @@ def _group_of_axes(mesh: str, order: str | None, differ: str, num_devices: int) 
     return tuple(ids.ravel()[(place == place[:, :1]).all(axis=0)].tolist())
 
 
-def _slices(target: str) -> int:
-    """How many slices "1,2,3" names, or as many as devices are listed of."""
-    numbers = _numbers(target)
-    return len({n // 100_000 for n in numbers} if max(numbers) >= 100_000 else numbers)
+def _slices(among: str) -> tuple[int, ...]:
+    """The first device of each slice in the first group, as the mesh numbers them."""
+    if same := re.match(r"\{([\d,]+)\}x\{\d+:(\d+)\}", among):
+        slices, last = _numbers(same[1]), int(same[2])
+    else:
+        every = [int(n) for n in re.findall(r"\d+", among)]
+        slices = tuple(sorted({int(n) // 100_000 for n in re.findall(r"\d+", among.partition("}")[0])}))
+        last = max(n % 100_000 for n in every)
+    return tuple((slice_ - 1) * (last + 1) for slice_ in slices)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
