@@ -16,6 +16,7 @@ _COLLECTIVE = re.compile(
 _HOSTS = re.compile(
     r'= \((?P<type>\S+), .* send\(.*_megascale_target="?(?P<among>\{.*\})"?,_xla_megascale_transfer_type="(?P<op>\w+)"'
 )
+_SENT = re.compile(f"{_COLLECTIVE.pattern}| send\\(")
 _CHAIN = re.compile(r'chain_id="(\d+)"')  # a TPU's gather in pieces, each beside other work: all show its whole result
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
@@ -57,7 +58,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     """All collectives among more than one device, the largest first; `text` is the compiled program's HLO."""
     found: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     bodies, chains = _computations(text), set()
-    for (name, in_branch), (times, known) in _times(bodies, re.compile(f"{_COLLECTIVE.pattern}| send\\(")).items():
+    for (name, in_branch), (times, known) in _times(bodies, _SENT).items():
         for line in bodies[name]:
             if hosts := _HOSTS.search(line):
                 op = hosts["op"].lower().replace("_", "-").replace("one-to-one", "collective-permute")
@@ -211,9 +212,8 @@ def _slices(among: str) -> tuple[int, ...]:
     if same := re.match(r"\{([\d,]+)\}x\{\d+:(\d+)\}", among):
         slices, last = _numbers(same[1]), int(same[2])
     else:
-        every = [int(n) for n in re.findall(r"\d+", among)]
-        slices = tuple(sorted({int(n) // 100_000 for n in re.findall(r"\d+", among.partition("}")[0])}))
-        last = max(n % 100_000 for n in every)
+        first, every = ([int(n) for n in re.findall(r"\d+", part)] for part in (among.partition("}")[0], among))
+        slices, last = tuple(sorted({n // 100_000 for n in first})), max(n % 100_000 for n in every)
     return tuple((slice_ - 1) * (last + 1) for slice_ in slices)
 
 
