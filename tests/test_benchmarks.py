@@ -155,7 +155,7 @@ def test_every_kept_result_is_a_table(capsys):
         assert result["title"] in printed and result["machine"]["versions"]["jax"] in printed
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_parts_of_the_recipe(tmp_path, text):
     corpus = [f"--config.dataset={text}", "--config.val_fraction=0.4", f"--config.data_dir={tmp_path}"]
     few = ["--rounds=2", "--steps=2", "--every=2", "--muon_factors=1", "--adamw_rates=0.004", "--choices", "tied"]

@@ -114,6 +114,7 @@ def test_what_was_taken_out_is_compared_and_shown_with_the_others(rows):
     assert laboratory.rates_table("rates")[-1] == "| Gone (taken out) | `lr` | **2.2500** at 0.02, 2.5000 at 0.1 |"
 
 
+@pytest.mark.slow
 def test_rows_are_trained_once_and_anew_to_the_same_bits(rows, monkeypatch, capsys):
     text = SCRATCH / "laboratory.txt"
     text.write_text(make_text(300), encoding="utf-8")
