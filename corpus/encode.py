@@ -1,5 +1,6 @@
 """Texts to tokens, on one thread or on many."""
 
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,8 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Enco
         if piece.begins:
             parts.append(mark)
             documents, num_bytes = documents + 1, num_bytes + mark_bytes
+        marked = not by_bytes and piece.begins and piece.data.startswith(BOM_UTF8)
+        size = len(piece.data) - len(BOM_UTF8) * marked
         try:
             parts.append(tokenizer.encode_bytes(piece.data) if by_bytes else tokenizer.encode(text))
         except UnknownCharacters as error:
@@ -55,7 +58,8 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece], unknown: str = "") -> Enco
             instead = tokenizer.replacement if unknown == "replace" else None
             text = text.translate(dict.fromkeys(map(ord, error.characters), instead))
             parts.append(tokenizer.encode(text))
-        num_bytes += len(text if by_bytes else text.encode())
+            size = len(text.encode())
+        num_bytes += size
     tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
     return Encoded(tokens, num_bytes, documents, empty)
 

@@ -227,14 +227,15 @@ class TiktokenTokenizer(Tokenizer):
         return (*super().ends, *((self.answer or ())[1:]))
 
     def encode(self, text: str, replace_unknown: bool = False) -> np.ndarray:
-        well_formed = text.encode("utf-8", errors="replace").decode("utf-8")
         try:
-            return self._ids(well_formed)
+            return self._ids(text)
+        except UnicodeEncodeError:
+            return self.encode(text.encode("utf-8", errors="replace").decode("utf-8"))
         except ValueError:  # the library's patterns backtrack too far in a run of a million blanks (tiktoken 0.14)
-            places = [0, *_ends_within_blanks(well_formed), len(well_formed)]
+            places = [0, *_ends_within_blanks(text), len(text)]
             if len(places) == 2:
                 raise
-            return np.concatenate([self._ids(well_formed[start:stop]) for start, stop in pairwise(places)])
+            return np.concatenate([self._ids(text[start:stop]) for start, stop in pairwise(places)])
 
     def _ids(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)

@@ -159,8 +159,10 @@ def test_a_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monke
         (piece,) = task.pieces
         piece.data.decode()
         assert after is None or next(tasks_of(files, SETTINGS, task.stop)) == after
-    tokens = tokens_in(tmp_path / "out", run(text, tmp_path / "out"))
+    index = run(text, tmp_path / "out")
+    tokens = tokens_in(tmp_path / "out", index)
     assert tokens[0] == EOT and bpe.decode(tokens[1:]) == "☃😀" * 90  # the mark is gone
+    assert sum(split["bytes"] for split in index["splits"].values()) == 90 * 7
 
 
 def test_large_vocabularies_take_four_bytes_a_token(corpus, tmp_path, monkeypatch):
