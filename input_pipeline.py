@@ -109,35 +109,24 @@ def prefetch(make: Callable[[S], T], of: Iterable[S], size: int = 2) -> Iterator
 
 def place(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
     """The batches of a dispatch on the devices: where `most` is 1 [B, T + 1], else [most, B, T + 1], of which the first
-    len(span) are those of `span`, and that length.
+    len(span) are those of `span`, and that length. One of several processes reads only the rows of its own devices.
     """
+    shape, places = (batches.batch_size, batches.context_len + 1), batch_sharded(mesh)
+    if most > 1:
+        shape, places = (most, *shape), NamedSharding(mesh, PartitionSpec(None, *places.spec))
+
+    def stacked(own: list[np.ndarray]) -> np.ndarray:
+        return own[0] if most == 1 else np.stack(own + own[-1:] * (most - len(own)))
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[-2].indices(batches.batch_size)
+        return stacked([batches.rows(step, start, stop)[:, index[-1]] for step in span])
+
     if num_processes() > 1:
-        return _place_own_rows(batches, mesh, most, span)
-    if most == 1:
-        return jax.device_put(batches(span.start), batch_sharded(mesh))
-    own = [batches(step) for step in span]
-    stack_SBT1 = np.stack(own + own[-1:] * (most - len(own)))
-    places = NamedSharding(mesh, PartitionSpec(None, *batch_sharded(mesh).spec)), replicated(mesh)
-    return jax.device_put((stack_SBT1, np.int32(len(own))), places)
-
-
-def _place_own_rows(batches: Batches, mesh: Mesh, most: int, span: range) -> Any:
-    """The same in one of several processes, which reads only the rows of its own devices."""
-    B, T1 = batches.batch_size, batches.context_len + 1
-
-    def rows(step: int, index: tuple[slice, slice]) -> np.ndarray:
-        return batches.rows(step, *index[0].indices(B)[:2])[:, index[1]]
-
-    def rows_of_all(index: tuple[slice, slice, slice]) -> np.ndarray:
-        own = [rows(step, index[1:]) for step in span]
-        return np.stack(own + own[-1:] * (most - len(own)))
-
-    place = batch_sharded(mesh)
-    if most == 1:
-        return jax.make_array_from_callback((B, T1), place, lambda index: rows(span.start, index))
-    stack = NamedSharding(mesh, PartitionSpec(None, *place.spec))
-    stack_SBT1 = jax.make_array_from_callback((most, B, T1), stack, rows_of_all)
-    return stack_SBT1, put(np.asarray(len(span), np.int32), replicated(mesh))
+        placed = jax.make_array_from_callback(shape, places, part)
+    else:
+        placed = jax.device_put(stacked([batches(step) for step in span]), places)
+    return placed if most == 1 else (placed, put(np.asarray(len(span), np.int32), replicated(mesh)))
 
 
 # Random numbers are hashes of an index, so that no permutation is stored.
