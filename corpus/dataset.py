@@ -104,6 +104,14 @@ class Split:
             return self.num_bytes
         return count_bytes(self.tokens, num_tokens, tokenizer)
 
+    def require_length(self, context_len: int, found: str) -> None:
+        """Raises UserError unless a window fits into it (two tokens if context_len is 0). `found`: its length."""
+        if not context_len and self.num_tokens < 2:
+            raise UserError(f"config.dataset: {found}, and the first is not predicted; give two tokens or more")
+        if self.num_tokens <= context_len:
+            problem = f"{context_len} needs {context_len + 1} tokens in each split, but {found}"
+            raise UserError(f"config.context_len: {problem}; lower it, or give more text or other fractions")
+
 
 def count_bytes(tokens: np.ndarray | ShardedTokens, num_tokens: int, tokenizer: Tokenizer) -> int:
     """The bytes of text that the first `num_tokens` of `tokens` stand for; an end-of-text token counts as 0."""
@@ -121,17 +129,6 @@ class Dataset:
     test: Split | None
     tokenizer: Tokenizer
     sha256: str
-
-
-def check_length(split: Split, context_len: int, found: str) -> None:
-    """Raises UserError unless a window fits into the split (two tokens if context_len is 0). `found`: its length."""
-    if not context_len and split.num_tokens < 2:
-        raise UserError(f"config.dataset: {found}, and the first is not predicted; give two tokens or more")
-    if split.num_tokens <= context_len:
-        raise UserError(
-            f"config.context_len: {context_len} needs {context_len + 1} tokens in each split, but {found}; "
-            "lower it, or give more text or other fractions"
-        )
 
 
 def ends_of_splits(size: int, val_fraction: float, test_fraction: float) -> list[int]:
@@ -171,16 +168,11 @@ def names_of_splits(paths: list[Path]) -> list[str]:
     return names if "train" in names else ["train"] * len(names)
 
 
-def told_by_names(paths: list[Path], names: list[str]) -> list[str]:
-    """In words, which files are held out by their names."""
-    lines = []
-    for name, word in list(SPLITS.items())[1:]:
-        if own := [path.name for path, of in zip(paths, names, strict=True) if of == name]:
-            lines.append(f"for {word}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
-    return lines
-
-
-# --- What is worked out once --------------------------------------------------------------------------------------
+def tell_names(paths: list[Path], say: Say) -> None:
+    """A line for each split about the files that are held out for it by their names."""
+    for name in ("val", "test"):
+        if own := [path.name for path, of in zip(paths, names_of_splits(paths), strict=True) if of == name]:
+            say(f"for {SPLITS[name]}, by their names: {', '.join(own[:3])}{' ...' if len(own) > 3 else ''}")
 
 
 def cached(path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Say = print) -> np.ndarray:

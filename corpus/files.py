@@ -12,7 +12,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from corpus.dataset import SPLITS, Wanted, ends_of_splits, names_of_splits, told_by_names
+from corpus.dataset import SPLITS, Wanted, ends_of_splits, names_of_splits, tell_names
 from corpus.formats import Bad, Source, text_of
 from corpus.load_text import find_files
 from runtime.errors import UserError
@@ -136,8 +136,7 @@ class RowFiles:
         self.identity = [_identity(source.path) for source in self._sources]
         self._rows: Iterator[Piece | str] = iter(())
         self._at = -1  # where they go on
-        for line in told_by_names(paths, names):
-            wanted.say(line)
+        tell_names(paths, wanted.say)
 
     def ends(self, val_fraction: float, test_fraction: float) -> list[int]:
         """Where each of `SPLITS` ends: cut off the rows to train on where no file's name says so."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from corpus.chat import load_conversations
-from corpus.dataset import Dataset, Wanted, names_of_splits, told_by_names
+from corpus.dataset import Dataset, Wanted, tell_names
 from corpus.fetch import DATASETS
 from corpus.formats import Source
 from corpus.load_shards import INDEX_FILE, holds_shards, load_shards, read_index
@@ -62,8 +62,7 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"
                 raise StorageError(f"{problem}; set config.data_dir to one that can be written") from error
     if paths and Source(paths[0]).has_rows:
-        for line in told_by_names(paths, names_of_splits(paths)):
-            wanted.say(line)
+        tell_names(paths, wanted.say)
     if bad := read_index(out)["bad_rows"]:
         wanted.say(f"warning: {dataset} has {bad:,} bad rows, which are left out")
     try:

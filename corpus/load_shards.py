@@ -8,24 +8,13 @@ import glob
 import hashlib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.dataset import (
-    COUNTED_AT_ONCE,
-    SPLITS,
-    Dataset,
-    Say,
-    Split,
-    Wanted,
-    cached,
-    check_length,
-    count_bytes,
-    ends_of_splits,
-    splits_by_name,
-)
+from corpus.dataset import SPLITS, Dataset, Split, Wanted, cached, count_bytes, ends_of_splits, splits_by_name
 from corpus.fetch import NAMES, SHARD_SETS, shard_paths
 from corpus.load_text import find_files, new_tokenizer
 from corpus.shards import Shard, ShardedTokens, is_shard, read_shard, sample_hash
@@ -37,6 +26,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROGRESS_FILE = ".progress.json"  # stands in for the index until the corpus is complete
 FORMAT = "transformer-jax corpus 1"
+MANY_TOKENS = 2**24  # counting the bytes of more takes long enough that a line says so first
 _NOT_MIXED = "shards of two tokenizers cannot be mixed: give one's"
 
 
@@ -76,16 +66,17 @@ def load_shards(wanted: Wanted) -> Dataset:
         paths = shard_paths(dataset, wanted.train_shards, data_dir, say)
     else:
         paths = sorted(root.glob("*.bin")) if root.is_dir() else find_files(dataset, data_dir, say)
-    folders = {root} if index else {path.parent for path in paths}
-    vocabulary = _vocabulary(wanted, folders)
+    vocabulary = _vocabulary(wanted, {root} if index else {path.parent for path in paths})
     size = vocabulary.vocab_size
-    shards = {name: _indexed(root, index["splits"].get(name, {})) if index else [] for name in SPLITS}
+    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for name, split in (index["splits"] if index else {}).items():
+        shards[name] += [_indexed(root / entry["file"], entry.get("tokens")) for entry in split["shards"]]
     for path, name in zip(paths, splits_by_name(paths) if paths else (), strict=True):
         shards[name].append(read_shard(path, size))
     files = [shard for part in shards.values() for shard in part]
-    if kinds := sorted({shard.dtype.name for shard in files} - {files[0].dtype.name}):
-        other = next(shard for shard in files if shard.dtype.name == kinds[0])
-        both = f"{files[0].path} has {files[0].dtype.name} tokens and {other.path} {kinds[0]}"
+    kind = files[0].dtype
+    if other := next((shard for shard in files if shard.dtype != kind), None):
+        both = f"{files[0].path} has {kind.name} tokens and {other.path} {other.dtype.name}"
         raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
     sample = sample_hash(files, size)
     identity = json.dumps([index and index["splits"], index and index["fingerprint"], sample], sort_keys=True)
@@ -94,13 +85,17 @@ def load_shards(wanted: Wanted) -> Dataset:
     named = lambda shards: tuple(os.path.relpath(shard.path, folder) for shard in shards)
     if wanted.whole:
         split = Split(ShardedTokens(files, size), None, named(files))
-        check_length(split, 0, f"{dataset} has {split.num_tokens:,} in all")
+        split.require_length(0, f"{dataset} has {split.num_tokens:,} in all")
         return Dataset(split, split, split, vocabulary, sha256)
     tokens = {name: ShardedTokens(part, size, scattered=name == "train") for name, part in shards.items() if part}
     if not shards["train"]:
         raise UserError(f"config.dataset: {dataset} has no shard to train on, by their names; add some")
     if not shards["val"]:
-        tokens |= _cut(shards["train"], size, wanted.val_fraction, 0.0 if shards["test"] else wanted.test_fraction)
+        test_fraction = 0.0 if shards["test"] else wanted.test_fraction
+        ends = ends_of_splits(len(tokens["train"]), wanted.val_fraction, test_fraction)
+        for name, (start, stop) in zip(SPLITS, pairwise([0, *ends]), strict=True):
+            if name != "test" or test_fraction:
+                tokens[name] = ShardedTokens(shards["train"], size, start, stop, scattered=name == "train")
     splits = {}
     for name, part in tokens.items():
         whole = len(part) == sum(shard.num_tokens for shard in shards[name])
@@ -108,9 +103,9 @@ def load_shards(wanted: Wanted) -> Dataset:
         if known is None and name != "train":
             fractions = f"{wanted.val_fraction} {wanted.test_fraction}"
             key = f"{sample} {name} {len(part)} {fractions} {vocabulary.fingerprint}"
-            known = _num_bytes(part, vocabulary, wanted.cache, key, say)
+            known = _num_bytes(part, vocabulary, wanted, key)
         splits[name] = Split(part, known, named(shards[name]))
-        check_length(splits[name], wanted.context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
+        splits[name].require_length(wanted.context_len, f"{dataset} has {len(part):,} in the {SPLITS[name]} split")
     return Dataset(splits["train"], splits["val"], splits.get("test"), vocabulary, sha256)
 
 
@@ -135,79 +130,60 @@ def read_index(root: Path) -> dict[str, Any]:
     return index
 
 
-def _indexed(root: Path, split: dict[str, Any]) -> list[Shard]:
-    shards = []
-    for entry in split.get("shards", []):
-        shard = read_shard(root / entry["file"])
-        if shard.num_tokens != (promised := entry.get("tokens")):
-            raise UserError(f"{shard.path}: has {shard.num_tokens:,} tokens, the index says {promised}; copy it again")
-        shards.append(shard)
-    return shards
-
-
-def _cut(shards: list[Shard], vocab_size: int, val_fraction: float, test_fraction: float) -> dict[str, ShardedTokens]:
-    total = sum(shard.num_tokens for shard in shards)
-    ends = [0, *ends_of_splits(total, val_fraction, test_fraction)]
-    names = list(SPLITS)[: 3 if test_fraction else 2]
-    return {name: ShardedTokens(shards, vocab_size, *ends[i : i + 2], name == "train") for i, name in enumerate(names)}
-
-
-# --- The tokenizer ------------------------------------------------------------------------------------------------
+def _indexed(path: Path, promised: int) -> Shard:
+    shard = read_shard(path)
+    if shard.num_tokens != promised:
+        raise UserError(f"{path}: has {shard.num_tokens:,} tokens, the index says {promised}; copy it again")
+    return shard
 
 
 def _vocabulary(wanted: Wanted, folders: set[Path]) -> Tokenizer:
     """The tokenizer of these shards: the run's own, the one saved beside them, or the one with the wanted name."""
     name, given = wanted.tokenizer, wanted.vocabulary
-    theirs: dict[str, tuple[Path, Tokenizer]] = {}
-    for folder in sorted(folders):
-        if (folder / INDEX_FILE).exists():
-            index = read_index(folder)
-            try:
-                tokenizer = tokenizer_from_dict(read_json(folder / TOKENIZER_FILE))
-            except ValueError as error:
-                raise UserError(f"{folder / TOKENIZER_FILE}: {one_line(error)}; prepare the corpus again") from error
-            if tokenizer.fingerprint != index["fingerprint"]:
-                raise UserError(f"{folder / TOKENIZER_FILE}: is not the index's tokenizer; prepare the corpus again")
-            theirs[tokenizer.fingerprint] = (folder, tokenizer)
-    if len(theirs) > 1:
-        (first, a), (second, b) = list(theirs.values())[:2]
-        both = f"{first} was prepared with tokenizer {a.name} and {second} with {b.name}, or with others of that name"
-        raise UserError(f"config.dataset: {both}; {_NOT_MIXED}")
-    for folder, tokenizer in theirs.values():
-        if given is None and not is_called(tokenizer, name):
-            raise UserError(
-                f"config.tokenizer: {folder} was prepared with {tokenizer.name}, this config has {name}; "
-                f"set config.tokenizer={folder if tokenizer.name == OWN else tokenizer.name}"
-            )
-        if given is None:
+    saved = [(folder, _saved(folder)) for folder in sorted(folders) if (folder / INDEX_FILE).exists()]
+    if not saved:
+        if given is None and name == "char":
+            why = "such shards do not say which character an id is, and a pickle beside them is never opened"
+            raise UserError(f"config.tokenizer: char is not possible, as {why}; prepare the text itself")
+        return given or new_tokenizer(name, wanted.data_dir, wanted.say)
+    folder, tokenizer = saved[0]
+    for other, its in saved[1:]:
+        if its.fingerprint != tokenizer.fingerprint:
+            both = f"{folder} was prepared with tokenizer {tokenizer.name} and {other} with {its.name}"
+            raise UserError(f"config.dataset: {both}, or with others of that name; {_NOT_MIXED}")
+    if given is None:
+        if is_called(tokenizer, name):
             return tokenizer
-        if (
-            given.fingerprint != tokenizer.fingerprint
-            and (  # then each id must at least stand for the same bytes
-                given.eot != tokenizer.eot or given.pieces[: tokenizer.vocab_size] != tokenizer.pieces
-            )
-        ):
-            raise UserError(
-                f"config.dataset: {folder} was prepared with another vocabulary ({tokenizer.name}, "
-                f"{tokenizer.vocab_size:,} tokens) than the run's ({given.name}, {given.vocab_size:,}); "
-                "prepare the corpus with the run's tokenizer"
-            )
-    if given is not None:
-        return given
-    if name == "char":
-        raise UserError(
-            "config.tokenizer: char is not possible, as such shards do not say which character an id is, and a pickle "
-            "beside them is never opened; prepare the text itself"
-        )
-    return new_tokenizer(name, wanted.data_dir, wanted.say)
+        both = f"{folder} was prepared with {tokenizer.name}, this config has {name}"
+        own = folder if tokenizer.name == OWN else tokenizer.name
+        raise UserError(f"config.tokenizer: {both}; set config.tokenizer={own}")
+    same = given.fingerprint == tokenizer.fingerprint  # or else each id must at least stand for the same bytes
+    if not same and (given.eot != tokenizer.eot or given.pieces[: tokenizer.vocab_size] != tokenizer.pieces):
+        another = f"another vocabulary ({tokenizer.name}, {tokenizer.vocab_size:,} tokens)"
+        problem = f"{folder} was prepared with {another} than the run's ({given.name}, {given.vocab_size:,})"
+        raise UserError(f"config.dataset: {problem}; prepare the corpus with the run's tokenizer")
+    return given
 
 
-def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, cache: Path, key: str, say: Say) -> int:
+def _saved(folder: Path) -> Tokenizer:
+    """The tokenizer of a prepared directory."""
+    index, path = read_index(folder), folder / TOKENIZER_FILE
+    try:
+        tokenizer = tokenizer_from_dict(read_json(path))
+        if tokenizer.fingerprint != index["fingerprint"]:
+            raise ValueError("is not the index's tokenizer")
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}; prepare the corpus again") from error
+    return tokenizer
+
+
+def _num_bytes(tokens: ShardedTokens, tokenizer: Tokenizer, wanted: Wanted, key: str) -> int:
     """The bytes of the text that the tokens stand for; counted once and cached."""
 
     def count() -> np.ndarray:
-        if len(tokens) > COUNTED_AT_ONCE:
-            say(f"counting the bytes of {len(tokens):,} tokens, once")
+        if len(tokens) > MANY_TOKENS:
+            wanted.say(f"counting the bytes of {len(tokens):,} tokens, once")
         return np.array([count_bytes(tokens, len(tokens), tokenizer)], np.int64)
 
-    return int(cached(cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.npy", np.int64, count, say)[0])
+    path = wanted.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bytes.npy"
+    return int(cached(path, np.int64, count, wanted.say)[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus import fetch
-from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, cached, check_length, ends_of_splits
+from corpus.dataset import SPLITS, Dataset, Say, Split, Wanted, cached, ends_of_splits
 from corpus.formats import Source, is_named_so
 from corpus.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, UnknownCharacters, build_tokenizer
 from runtime.errors import UserError, one_line
@@ -53,7 +53,7 @@ def load_text(wanted: Wanted) -> Dataset:
             continue
         splits.append(_encode(text[start:end], vocabulary, wanted.cache, say_once))
         found = f"{dataset} has {splits[-1].num_tokens} in the {name}"
-        check_length(splits[-1], 0 if wanted.whole else wanted.context_len, found)
+        splits[-1].require_length(0 if wanted.whole else wanted.context_len, found)
     train, val, test = splits * 3 if wanted.whole else [*splits, None][:3]
     return Dataset(train, val, test, vocabulary, hashlib.sha256(b"\n".join(files)).hexdigest())
 
