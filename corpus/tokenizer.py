@@ -265,11 +265,8 @@ class ImportedTokenizer(Tokenizer):
     text, as by Llama 2's, `decode` removes it, but not `decode_bytes`. Raises ValueError if the library cannot read the
     content, a token is not text on its own (as WordPiece's), or it does not fit `vocab_size` and `eot`.
 
-    Args:
-        content: the parsed tokenizer.json.
-        vocab_size: the model's V, which may exceed the tokenizer's.
-        eot: the id that ends a text, if there is one.
-        more_ends: other ids that end a text.
+    `content` is the parsed tokenizer.json, `vocab_size` the model's V, which may exceed the tokenizer's, `eot` the id
+    that ends a text, if there is one, and `more_ends` are others that do.
     """
 
     name = "imported"
@@ -304,7 +301,7 @@ class ImportedTokenizer(Tokenizer):
         self._pieces = {i: _bytes_of(token, steps, i in added) for token, i in vocabulary.items()}
         strips = lambda step: step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
         self._strips_space = any(map(strips, steps))
-        text = self._pieces.keys() - {i for i, token in added.items() if token.special}
+        text = self._pieces.keys() - {*self.special.values()}
         self.unsampled = tuple(sorted(set(range(vocab_size)) - text - {*self.ends}))
 
     @property
@@ -418,12 +415,10 @@ def tokenizer_names() -> list[str]:
 
 def check_tokenizer_name(name: str) -> None:
     """Raises UserError unless `build_tokenizer` knows `name`; reads and downloads nothing."""
-    if (names := tokenizer_names()) and name not in names and os.sep not in name and not Path(name).is_dir():
-        near = nearest(name, names) or ";"
-        raise UserError(
-            f"config.tokenizer: unknown tokenizer {name!r}{near} use char, byte or one of {', '.join(names[3:])}, "
-            "or the directory of your own"
-        )
+    names = tokenizer_names()
+    if name not in names and os.sep not in name and not Path(name).is_dir():
+        near, known = nearest(name, names) or ";", f"char, byte or one of {', '.join(names[3:])}"
+        raise UserError(f"config.tokenizer: unknown tokenizer {name!r}{near} use {known}, or the directory of your own")
 
 
 def is_called(tokenizer: Tokenizer, name: str) -> bool:
@@ -475,9 +470,8 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
             more_ends = saved.get("more_ends", [])
             if isinstance(more_ends, list):
                 return ImportedTokenizer(content, vocab_size, eot, more_ends)
-    raise ValueError(
-        "not a saved tokenizer: kind must be char (with symbols), byte, or tiktoken or imported (with its vocabulary)"
-    )
+    kinds = "char (with symbols), byte, or tiktoken or imported (with its vocabulary)"
+    raise ValueError(f"not a saved tokenizer: kind must be {kinds}")
 
 
 def _checked_encoding(name: str, pattern: str, ranks: dict[str, int], special: dict[str, int]) -> tiktoken.Encoding:

@@ -32,10 +32,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, split: str) -> Tiktok
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([pieces, by_bytes])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL),
-        min_frequency=2,
-        initial_alphabet=sorted(BYTE_SYMBOLS),
-        show_progress=False,
+        vocab_size=vocab_size - len(SPECIAL), min_frequency=2, initial_alphabet=[*BYTE_SYMBOLS], show_progress=False
     )
     library.train_from_iterator(texts, trainer)
     ranks = {bytes([byte]): byte for byte in range(256)}
