@@ -32,9 +32,10 @@ def load_dataset(wanted: Wanted) -> Dataset:
         return load_conversations(wanted)
     if holds_shards(dataset, wanted.tokenizer):
         return load_shards(wanted)
-    paths = [] if dataset in DATASETS else find_files(dataset, wanted.data_dir, wanted.say)
-    if Path(dataset).expanduser().is_dir() or any(Source(path).has_rows for path in paths):
-        return load_documents(wanted, paths)
+    if dataset not in DATASETS:
+        paths = find_files(dataset, wanted.data_dir, wanted.say)
+        if Path(dataset).expanduser().is_dir() or any(Source(path).has_rows for path in paths):
+            return load_documents(wanted, paths)
     return load_text(wanted)
 
 
@@ -61,7 +62,7 @@ def load_documents(wanted: Wanted, paths: list[Path]) -> Dataset:
             if not (out / INDEX_FILE).exists():  # by another process, which was faster
                 problem = f"{out.parent}: {error.strerror}, no place for shards of {dataset}"
                 raise StorageError(f"{problem}; set config.data_dir to one that can be written") from error
-    if paths and Source(paths[0]).has_rows:
+    if Source(paths[0]).has_rows:
         tell_names(paths, wanted.say)
     if bad := read_index(out)["bad_rows"]:
         wanted.say(f"warning: {dataset} has {bad:,} bad rows, which are left out")

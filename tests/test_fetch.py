@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import refusal
+from helpers import data_of, refusal
 
 from corpus import fetch
 from corpus.dataset import Wanted
@@ -316,6 +316,16 @@ def test_a_data_set_that_is_there_is_taken(tmp_path, monkeypatch):
     monkeypatch.setitem(fetch.DATASETS, "tiny_shakespeare", source(url, filename="tiny_shakespeare.txt"))
     (tmp_path / "tiny_shakespeare.txt").write_bytes(CONTENTS)
     assert find_files("tiny_shakespeare", tmp_path, print) == [tmp_path / "tiny_shakespeare.txt"]
+
+
+def test_a_data_set_is_one_text_beside_a_folder_of_its_name_too(tmp_path, monkeypatch):
+    named = source("http://127.0.0.1:9/", filename="tiny_shakespeare.txt")
+    monkeypatch.setitem(fetch.DATASETS, "tiny_shakespeare", named)
+    (tmp_path / "tiny_shakespeare.txt").write_bytes(CONTENTS)
+    (tmp_path / "tiny_shakespeare").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = data_of("tiny_shakespeare", "byte", data_dir=tmp_path, val_fraction=0.5, test_fraction=0.0, context_len=4)
+    assert bytes(data.train.tokens.tolist()) == CONTENTS[: len(CONTENTS) // 2] and data.train.files == ()
 
 
 def test_vocabularies_are_those_that_tiktoken_pins(monkeypatch):
