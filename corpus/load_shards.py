@@ -122,6 +122,8 @@ def read_index(root: Path) -> dict[str, Any]:
             raise ValueError(f"its splits are {', '.join(index['splits'])}")
         if any(type(number) is not int for number in numbers) or any(type(text) is not str for text in strings):
             raise ValueError("a number or a name in it is of another type")
+        if not names:
+            raise ValueError("it names no shards")
         if any(Path(name).name != name for name in names):
             raise ValueError("a shard lies outside the directory")
     except (KeyError, TypeError, AttributeError, ValueError) as error:

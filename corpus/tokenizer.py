@@ -476,9 +476,9 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
 
 def _checked_encoding(name: str, pattern: str, ranks: dict[str, int], special: dict[str, int]) -> tiktoken.Encoding:
     """A tiktoken encoding from its saved parts, checked here because tiktoken aborts on some that do not fit."""
-    ids = [*ranks.values(), *{*special.values()}]  # two names may stand for one special token
-    if not all(isinstance(i, int) and 0 <= i < MAX_VOCAB_SIZE for i in ids):
+    if not all(isinstance(i, int) and 0 <= i < MAX_VOCAB_SIZE for i in (*ranks.values(), *special.values())):
         raise ValueError(f"tokenizer {name!r}: ids must be whole numbers from 0 to {MAX_VOCAB_SIZE - 1}")
+    ids = [*ranks.values(), *{*special.values()}]  # two names may stand for one special token
     if len(set(ids)) != len(ids):
         raise ValueError(f"tokenizer {name!r}: two tokens have the same id")
     try:

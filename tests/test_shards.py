@@ -485,6 +485,7 @@ INDEX_FAULTS = [
     (spoil("index.json", lambda index: index["splits"].update(extra={})), "is no index"),
     (spoil("index.json", lambda index: index["splits"]["val"].update(bytes="many")), "of another type"),
     (spoil("index.json", lambda index: index["splits"]["val"]["shards"][0].update(tokens=19)), "the index says 19"),
+    (spoil("index.json", lambda index: [split["shards"].clear() for split in index["splits"].values()]), "no shards"),
     (spoil("index.json", lambda index: index.update(fingerprint="0")), "is not the index's tokenizer"),
     (spoil("tokenizer.json", lambda saved: saved.update(kind="pickle")), "not a saved tokenizer"),
     (mix, "lies outside the directory"),

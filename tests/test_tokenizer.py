@@ -198,6 +198,7 @@ IMPORTED = {"kind": "imported", "json": WORDS, "vocab_size": 2, "eot": 0}
         damaged(special={"<|endoftext|>": 259}),
         damaged(special={"<|endoftext|>": 10**12}),
         damaged(special={"<|endoftext|>": -1}),
+        damaged(special={"<|endoftext|>": [263]}),
         damaged(ranks=dict(list(RANKS.items())[1:])),
         damaged(ranks=RANKS | {"not base64!": 270}),
         damaged(ranks=RANKS | {"aGVsbG8=": 4.5}),
