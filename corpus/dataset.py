@@ -181,21 +181,6 @@ def cached(path: Path, dtype: np.dtype, make: Callable[[], np.ndarray], say: Say
     The file is NumPy's, followed by the sha256 of the array's bytes, which NumPy does not read. A damaged file is made
     again, and `say` gets a line; one without a hash, of an earlier version, is made again silently.
     """
-    values = _load(path, np.dtype(dtype), say)
-    if values is None:
-        values = make()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as unfinished, unfinished.open("wb") as file:
-                np.save(file, values)
-                file.write(hashlib.sha256(values).digest())
-            values = np.load(path, mmap_mode="r")
-        except OSError as error:
-            say(f"warning: {path.parent} cannot be written ({error.strerror}); what was worked out stays in memory")
-    return np.asarray(values)  # keeps the map but drops the memmap class, whose slices cost several times as much
-
-
-def _load(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
     try:
         with open_regular(path) as file:
             values = np.load(path, mmap_mode="r")
@@ -204,11 +189,20 @@ def _load(path: Path, dtype: np.dtype, say: Say) -> np.ndarray | None:
         if values.dtype != dtype or values.ndim != 1:
             raise ValueError
         if kept == hashlib.sha256(values).digest():
-            return values
+            return np.asarray(values)  # the map without the memmap class, whose slices cost several times as much
         if kept:
             raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, EOFError, ValueError):
         say(f"warning: {path} is damaged; making it again")
-    return None
+    values = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, values)
+            file.write(hashlib.sha256(values).digest())
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except OSError as error:
+        say(f"warning: {path.parent} cannot be written ({error.strerror}); what was worked out stays in memory")
+        return values

@@ -70,7 +70,12 @@ def load_shards(wanted: Wanted) -> Dataset:
     size = vocabulary.vocab_size
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     for name, split in (index["splits"] if index else {}).items():
-        shards[name] += [_indexed(root / entry["file"], entry.get("tokens")) for entry in split["shards"]]
+        for entry in split["shards"]:
+            shard, promised = read_shard(root / entry["file"]), entry.get("tokens")
+            if shard.num_tokens != promised:
+                has = f"has {shard.num_tokens:,} tokens, the index says {promised}"
+                raise UserError(f"{shard.path}: {has}; copy it again")
+            shards[name].append(shard)
     for path, name in zip(paths, splits_by_name(paths) if paths else (), strict=True):
         shards[name].append(read_shard(path, size))
     files = [shard for part in shards.values() for shard in part]
@@ -130,13 +135,6 @@ def read_index(root: Path) -> dict[str, Any]:
         what = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{root / INDEX_FILE}: is no index ({what}); prepare the corpus again") from error
     return index
-
-
-def _indexed(path: Path, promised: int) -> Shard:
-    shard = read_shard(path)
-    if shard.num_tokens != promised:
-        raise UserError(f"{path}: has {shard.num_tokens:,} tokens, the index says {promised}; copy it again")
-    return shard
 
 
 def _vocabulary(wanted: Wanted, folders: set[Path]) -> Tokenizer:
