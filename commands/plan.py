@@ -60,11 +60,11 @@ VOCABULARIES = {  # size and end-of-text token, so that no file has to be downlo
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("hardware", None, [*MEMORY], "The devices; default H100.", flag_values=values)
+    flags.DEFINE_enum("hardware", None, [*MEMORY], "The devices; default H100.", values)
     where = "Compile for these: v5e:4x4 (a TPU slice), v5e:4x4*2 (two), H100:8, cpu:8."
-    flags.DEFINE_string("compile_for", "", where, flag_values=values)
-    flags.DEFINE_bool("fit", False, "If it does not fit, find changes with which it does.", flag_values=values)
-    flags.DEFINE_string("out", "", "Write the plan to this file too, as JSON.", flag_values=values)
+    flags.DEFINE_string("compile_for", "", where, values)
+    flags.DEFINE_bool("fit", False, "If it does not fit, find changes with which it does.", values)
+    flags.DEFINE_string("out", "", "Write the plan to this file too, as JSON.", values)
     flags.DEFINE_integer("devices", 0, "How many, where config.mesh leaves it open; 0: one.", flag_values=values)
     flags.DEFINE_float("mfu", 0.4, "Share of the devices' peak FLOP/s to assume, for the days.", flag_values=values)
     flags.DEFINE_float("tokens", 0.0, "Budget, for the days; 0: the config's max_steps.", flag_values=values)
@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
         there, memory = devices_of(values.compile_for)
         hardware = values.compile_for.partition(":")[0]
     else:
-        devices.simulate_cpu_devices(num_devices(config, values.devices))
+        named = math.prod(size for size in parse_mesh(config.mesh).values() if size > 0)  # what it leaves open is 1
+        devices.simulate_cpu_devices(values.devices or named)
         there, hardware = devices.start_jax(), values.hardware or "H100"
         memory = MEMORY[hardware]
         config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
@@ -116,13 +117,8 @@ def main(argv: list[str]) -> None:
             found = "it fits with" if fits(planned, memory) else "it does not fit; the last that was tried:"
             console.line(f"{found} {_as_flags(changes) or 'no change'}")
         if values.out:
-            plan = as_json(planned, values.compile_for or f"cpu:{len(there)}", hardware, memory, changes)
-            write_json(out, plan)
-
-
-def num_devices(config: ConfigDict, asked: int) -> int:
-    """The number of devices: what was asked for, or what the mesh names; what it leaves open is 1."""
-    return asked or math.prod(size for size in parse_mesh(config.mesh).values() if size > 0)
+            compile_for = values.compile_for or f"cpu:{len(there)}"
+            write_json(out, as_json(planned, compile_for, hardware, memory, changes))
 
 
 def vocabulary(config: ConfigDict, console: Console) -> tuple[int, int | None]:
@@ -228,10 +224,11 @@ def smaller(config: ConfigDict, mesh: Mesh) -> Iterator[dict[str, Any]]:
     if config.remat == "none":
         yield (changes := changes | {"remat": "dots"})
     rows, rounds, parts = config.batch_size, config.accumulation_steps, mesh.shape[DATA] * mesh.shape[FSDP]
+    apart = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
     for i in range(64):
         if i == 2 and config.remat != "block":
             yield (changes := changes | {"remat": "block"})
-        apart = _slices(mesh)  # between slices the network is slow: only data goes across
+        # Between slices the network is slow: only data goes across.
         if i == 3 and mesh.shape[DATA] > apart:
             sizes = {**mesh.shape, DATA: apart, FSDP: parts // apart}
             yield (changes := changes | {"mesh": ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)})
@@ -251,10 +248,6 @@ def _planned(
 def fits(planned: Planned, memory: float) -> bool:
     """Whether it fits into the memory that JAX takes. A GPU's compiler refuses nothing."""
     return not planned.refused and (planned.needed or 0) <= memory
-
-
-def _slices(mesh: Mesh) -> int:
-    return len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
 
 
 def fitted(
@@ -300,9 +293,8 @@ def report(
     row("model", f"{human(parameters)} parameters, {planned.model.dtype}", "exact")
     row("mesh", f"{n:,} x {hardware}: {shape}")
     row("step", f"{human(planned.tokens)} tokens, {human(planned.flops)} FLOPs in the model", "counted")
-    row("micro-batch", f"{config.batch_size:,} sequences, {config.accumulation_steps:,} a step", "")
-    console.line("")
-    console.line("memory on each device")
+    row("micro-batch", f"{config.batch_size:,} sequences, {config.accumulation_steps:,} a step")
+    console.line("\nmemory on each device")
     megabytes = lambda size: f"{size / 1e6:12,.3f} MB"
     for name, size in planned.memory.items():
         row(f"  {name}", megabytes(size), "exact" if name in ("parameters", "optimizer") else "rule")
@@ -315,19 +307,18 @@ def report(
     else:
         row("  together", megabytes(total), "rule")
         _compiled_rows(planned, memory, row)
-    console.line("")
-    console.line("sent by each device, a step")
+    console.line("\nsent by each device, a step")
     for c in planned.traffic:
         where = axes_of_group(c.group, dict(mesh.shape))
         times = 1 if c.in_branch else config.accumulation_steps
-        text = f"{c.sent * times / 1e6:12,.3f} MB in {c.count * times:,} among {len(c.group)} "
-        text += f"{'slices ' * c.between_slices}({where})"
-        row(f"  {c.op}", text, "compiled" + (", a loop counted once" if c.in_open_loop else ""))
+        among = f"among {len(c.group)} {'slices ' * c.between_slices}({where})"
+        source = "compiled" + ", a loop counted once" * c.in_open_loop
+        row(f"  {c.op}", f"{megabytes(c.sent * times)} in {c.count * times:,} {among}", source)
     if not planned.traffic:
         row("  nothing" if not planned.refused else "  unknown", "", "compiled")
     console.line("")
-    peak = peak_flops(mesh.devices.flat[0].device_kind if compile_for else hardware)
-    if peak is not None:  # of a CPU none is known
+    kind = mesh.devices.flat[0].device_kind if compile_for else hardware
+    if peak := peak_flops(kind):  # of a CPU none is known
         seconds = planned.flops / (mfu * n * peak)
         tokens = budget or config.max_steps * planned.tokens
         console.line(f"time at an MFU of {mfu:.0%}")
@@ -335,8 +326,7 @@ def report(
         if tokens:
             row("  run", f"{human(tokens)} tokens in {duration(tokens / planned.tokens * seconds)}", "assumed")
         console.line("")
-    for line in textwrap.wrap(SOURCES.format(compile_for or "simulated CPU devices"), 100):
-        console.line(line)
+    console.line(textwrap.fill(SOURCES.format(compile_for or "simulated CPU devices"), 100))
 
 
 def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
@@ -347,15 +337,15 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
             row("", HELPS if name in ("step", "evaluation") else HELPS_SAMPLES)
             continue
         need = program["peak_bytes"] + planned.beside(name)
-        parts = "" if name == "step" else "with the state beside it"
         verdict = "fits" if need <= memory else "does NOT fit"
         if memory < need <= 0.95 / FREE * memory and planned.mesh.devices.flat[0].platform == "gpu":
             verdict = "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
         limit = f" of {memory / 1e6:,.0f}: {verdict}" if math.isfinite(memory) else ""
-        row(f"  {name}", f"{need / 1e6:12,.3f} MB{limit}", f"compiled; {parts}".rstrip("; "))
+        source = "compiled" + "; with the state beside it" * (name != "step")
+        row(f"  {name}", f"{need / 1e6:12,.3f} MB{limit}", source)
         sizes = ", ".join(f"{what} {program[f'{what}_bytes'] / 1e6:,.1f}" for what in ("argument", "output", "temp"))
-        kept = ", at an earlier call" if program["kept"] else ""
-        row("", f"             {sizes} MB", f"compiled in {duration(program['compile_seconds'])}{kept}")
+        took = duration(program["compile_seconds"]) + ", at an earlier call" * program["kept"]
+        row("", f"             {sizes} MB", f"compiled in {took}")
         if program["flops"]:
             own = f"{human(program['flops'])} FLOPs of a device" + ", of a micro-batch" * (name == "step")
             row("", f"             {own}", "compiled; a loop counted once")
@@ -365,8 +355,7 @@ def _compiled_rows(planned: Planned, memory: float, row: Callable) -> None:
             row("", f"             {own} cycles of a real step", "compiled; without kernels and what is sent")
         if name == "step":
             row("  donated", f"{program['donated']:,} of the state's {planned.state_arrays:,} arrays", "compiled")
-    kernels = planned.programs["step"].get("kernels")
-    if kernels is not None:
+    if (kernels := planned.programs["step"].get("kernels")) is not None:
         row("  kernels", ", ".join(f"{name} {count}" for name, count in kernels.items()) or "none", "compiled")
     row("  attention", _attention(planned))
 
@@ -378,9 +367,8 @@ def _attention(planned: Planned) -> str:
     documents = model.document_start >= 0
     chosen = choose(model.attention_kernel, *sizes, documents)
     best = {"tpu": "splash", "cuda": "cudnn"}.get(target_of(planned.mesh.devices.flat).platform, chosen)
-    asked = "config.attention_kernel asks for it"
-    if model.attention_kernel == "auto":
-        asked = f"auto takes {best} for bfloat16 alone"
+    auto = model.attention_kernel == "auto"
+    asked = f"auto takes {best} for bfloat16 alone" if auto else "config.attention_kernel asks for it"
     why = obstacle(best, *sizes, documents).rpartition(";")[0] or asked
     return chosen if chosen == best else f"{chosen}: {why}"
 
