@@ -29,21 +29,21 @@ from transformer.sampling import Prompt, Sampling, prompt_tokens, stream
 
 
 def _define(values: flags.FlagValues) -> None:
-    default, define = Sampling(), {"flag_values": values}
+    default = Sampling()
     define_checkpoint(values)
-    flags.DEFINE_string("prompt", None, "What the text goes on from; default: typed, or else standard input.", **define)
+    flags.DEFINE_string("prompt", None, "What the text goes on from; default: typed, or else standard input.", values)
     lines = 'A file with a prompt on each line; a .jsonl has objects with a "prompt".'
-    flags.DEFINE_string("prompts", None, lines, **define)
-    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", lower_bound=0, **define)
-    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", lower_bound=1, **define)
-    flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", **define)
-    flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", **define)
-    flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", **define)
-    flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", **define)
-    flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", **define)
-    flags.DEFINE_float("min_p", default.min_p, "Only tokens this likely, against the top one.", **define)
-    flags.DEFINE_integer("seed", default.seed, "Another seed writes another text.", **define)
-    flags.DEFINE_bool("replace_unknown", False, "Replace characters that the model lacks.", **define)
+    flags.DEFINE_string("prompts", None, lines, values)
+    flags.DEFINE_integer("num_tokens", 300, "How many tokens to write.", 0, None, values)
+    flags.DEFINE_integer("num_samples", 1, "Texts for each prompt; each has the next seed.", 1, None, values)
+    flags.DEFINE_multi_string("stop", [], "Ends a text before these words; may be given again.", values)
+    flags.DEFINE_string("out", None, "A new file of JSON lines: prompt, text and seed.", values)
+    flags.DEFINE_float("temperature", default.temperature, "0 is greedy.", flag_values=values)
+    flags.DEFINE_integer("top_k", default.top_k, "Only the k most likely tokens; 0: all.", flag_values=values)
+    flags.DEFINE_float("top_p", default.top_p, "Only the likeliest tokens up to this probability.", flag_values=values)
+    flags.DEFINE_float("min_p", default.min_p, "Only tokens this likely, against the top one.", flag_values=values)
+    flags.DEFINE_integer("seed", default.seed, "Another seed writes another text.", flag_values=values)
+    flags.DEFINE_bool("replace_unknown", False, "Replace characters that the model lacks.", values)
 
 
 def main(argv: list[str]) -> None:
@@ -61,28 +61,27 @@ def main(argv: list[str]) -> None:
     model, tokenizer, config, _ = run_lib.load_model(Path(values.workdir), values.step, Console().warn, values.weights)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack what the model writes
-    watched = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    if values.prompt is None and values.prompts is None and values.out is None and watched:
-        say = lambda line: print(line, flush=True)
-        person = (Conversation if config.chat else Session)(
-            model, tokenizer, sampling, values.num_tokens, say, write_text, values.replace_unknown, values.stop
-        )
-        talk(person.answer, say, person.GREETING)
-        return
     if values.prompts is not None:
         given = _read_prompts(Path(values.prompts))
     elif values.prompt is not None:
         given = {"--prompt": values.prompt}
+    elif values.out is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        say = lambda line: print(line, flush=True)
+        how = sampling, values.num_tokens, say, write_text, values.replace_unknown, values.stop
+        talk((Conversation if config.chat else Session)(model, tokenizer, *how))
+        return
     else:
         given = {"standard input": _read_prompt() or tokenizer.opening}
     texts, room, long = [], model.config.context_len, []
     for name, prompt in given.items():
         try:
-            prompt, _ = readable(tokenizer, prompt, values.replace_unknown)
+            if values.replace_unknown:
+                prompt = tokenizer.decode(tokenizer.encode(prompt, replace_unknown=True))
+            begin = run_lib.prompt_of(config, tokenizer, prompt)
+            length = len(prompt_tokens(tokenizer, begin))
         except UnknownCharacters as error:
             raise UserError(f"{name}: {error}; leave them out, or give --replace_unknown") from error
-        begin = run_lib.prompt_of(config, tokenizer, prompt)
-        if (length := len(prompt_tokens(tokenizer, begin))) > room:
+        if length > room:
             long.append(f"the prompt has {length} tokens; the model reads the last {room}")
         seeds = [(sampling.seed + i) % 2**63 for i in range(values.num_samples)]
         texts += [(prompt, begin, dataclasses.replace(sampling, seed=seed)) for seed in seeds]
@@ -137,8 +136,7 @@ def _read_prompt() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        binary = isinstance(sys.stdin, io.TextIOWrapper)
-        text = sys.stdin.buffer.read().decode("utf-8-sig") if binary else sys.stdin.read()
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 at byte {error.start}; give text") from error
     return text.removesuffix("\n").removesuffix("\r")
@@ -153,18 +151,6 @@ _HELP = """
   /num_tokens 300                             without a number these show what is set
   /help        this                           /quit or Ctrl-D ends
 Ctrl-C stops the text. A line that ends in \\ goes on in the next one; // stands for a / at the beginning."""
-PROMPT = "> "
-_KEPT_LINES = 1000  # in the file of the history
-
-
-def readable(tokenizer: Tokenizer, prompt: str, replace_unknown: bool) -> tuple[str, int]:
-    """A prompt as the model reads it, and its number of tokens.
-
-    Raises UnknownCharacters if the tokenizer lacks some and `replace_unknown` is false.
-    """
-    if replace_unknown:
-        prompt = tokenizer.decode(tokenizer.encode(prompt, replace_unknown=True))
-    return prompt, len(prompt_tokens(tokenizer, prompt))
 
 
 @dataclasses.dataclass
@@ -185,39 +171,46 @@ class Session:
     _text = ""
 
     def answer(self, line: str) -> bool:
-        """Executes a command or continues the text; False if the line ends the conversation."""
+        """Executes a command or replies to the line; False if it ends the conversation."""
         if line.startswith("/") and not line.startswith("//"):
             return self._command(*line[1:].partition(" ")[::2])
-        prompt = (line[1:] if line.startswith("//") else line) or self._text
+        self._reply(line.removeprefix("/"))
+        return True
+
+    def _reply(self, text: str) -> None:
+        """Goes on from the text, or without one from the last."""
+        prompt, room = text or self._text, self.model.config.context_len
         try:
-            prompt, length = readable(self.tokenizer, prompt, self.replace_unknown)
+            if self.replace_unknown:
+                prompt = self.tokenizer.decode(self.tokenizer.encode(prompt, replace_unknown=True))
+            length = len(prompt_tokens(self.tokenizer, prompt))
         except UnknownCharacters as error:
             self.say(f"{error}; leave them out")
-            return True
-        room = self.model.config.context_len
-        if length > room and line:
+            return
+        if length > room and text:
             self.say(f"the prompt has {length} tokens; the model reads the last {room}")
         self.write(prompt)
         self._text = prompt + self._say_on(prompt)
-        return True
 
     def _say_on(self, prompt: Prompt) -> str:
         """What the model writes after a prompt, until Ctrl-C; the next text has the next seed."""
-        new = ""
-        with heard_interrupts() as stopped:
+        new, came = "", []
+        before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))  # JAX may be compiling: no raise
+        try:
             pieces = stream(self.model, self.tokenizer, prompt, self.num_tokens, self.sampling)
             for text in until(pieces, self.stops):
-                if stopped():
+                if came:
                     break
                 new += text
                 self.write(text)
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.write("\n")
         self.sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + 1) % 2**32)
         return new
 
     def _command(self, name: str, value: str) -> bool:
-        settings = {field.name: getattr(self.sampling, field.name) for field in dataclasses.fields(self.sampling)}
-        settings["num_tokens"] = self.num_tokens
+        settings = dataclasses.asdict(self.sampling) | {"num_tokens": self.num_tokens}
         if name in ("quit", "exit", "q"):
             return False
         if name == "help":
@@ -251,49 +244,35 @@ class Conversation(Session):
   /new         forgets them                   /system TEXT  forgets them, and says what the model shall be{_HELP}"""
     _said: tuple[dict[str, str], ...] = ()
 
-    def answer(self, line: str) -> bool:
-        """Executes a command or answers; False if the line ends the conversation."""
-        name, _, rest = line.partition(" ")
-        if name in ("/new", "/system"):
-            self._said = ({"role": "system", "content": rest.strip()},) if rest.strip() else ()
-        elif not line or (line.startswith("/") and not line.startswith("//")):
-            return not line or super().answer(line)
-        else:
-            self._reply(line[1:] if line.startswith("//") else line)
+    def _command(self, name: str, value: str) -> bool:
+        if name not in ("new", "system"):
+            return super()._command(name, value)
+        self._said = ({"role": "system", "content": value.strip()},) if value.strip() else ()
         return True
 
     def _reply(self, text: str) -> None:
+        """Answers the text; nothing without one."""
+        if not text:
+            return
         context_len = self.model.config.context_len
         room = context_len - min(self.num_tokens, context_len // 2)
         first = [message for message in self._said[:1] if message["role"] == "system"]
         turns = [*self._said[len(first) :], {"role": "user", "content": text}]
-        prompt_of = lambda: chat_tokens(self.tokenizer, [*first, *turns])
-        while len(prompt := prompt_of()) > room and len(turns) > 1:
+        while len(prompt := chat_tokens(self.tokenizer, [*first, *turns])) > room and len(turns) > 1:
             del turns[:2]
         if len(prompt) > context_len:
             self.say(f"that makes {len(prompt)} tokens; the model reads the last {context_len}")
         self._said = (*first, *turns, {"role": "assistant", "content": self._say_on(prompt)})
 
 
-@contextlib.contextmanager
-def heard_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C raises nothing, as JAX may be compiling; the function that it gives says whether Ctrl-C came."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def talk(answer: Callable[[str], bool], say: Callable[[str], None], greeting: str) -> None:
+def talk(person: Session) -> None:
     """Reads lines from the terminal until a command or Ctrl-D ends the conversation. Ctrl-C drops the line."""
+    lines: list[str] = []
     with line_history():
-        say(greeting)
-        lines: list[str] = []
+        person.say(person.GREETING)
         while True:
             try:
-                line = input("… " if lines else PROMPT)
+                line = input("… " if lines else "> ")
             except EOFError:
                 print()
                 return
@@ -302,13 +281,12 @@ def talk(answer: Callable[[str], bool], say: Callable[[str], None], greeting: st
                 print()
                 continue
             except UnicodeDecodeError:
-                say("what was typed is not UTF-8")
+                person.say("what was typed is not UTF-8")
                 continue
-            more = line.endswith("\\")
-            lines.append(line[:-1] if more else line)
-            if not more:
+            lines.append(line.removesuffix("\\"))
+            if not line.endswith("\\"):
                 text, lines = "\n".join(lines), []
-                if not answer(text):
+                if not person.answer(text):
                     return
 
 
@@ -317,12 +295,9 @@ def line_history() -> Iterator[None]:
     """Arrow keys edit a line and bring back earlier ones, also from earlier sessions, if Python has readline."""
     try:
         import readline
-    except ImportError:  # a Python that was built without it
-        yield
-        return
-    try:
+
         path = user_state() / "history"
-    except UserError:  # without a home there is no history
+    except (ImportError, UserError):  # a Python that was built without it; without a home there is no history
         yield
         return
     readline.parse_and_bind("tab: self-insert")
@@ -333,7 +308,7 @@ def line_history() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(_KEPT_LINES)
+            readline.set_history_length(1000)
             readline.write_history_file(path)
 
 
