@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 import config_lib
 import run_lib
 from commands.flags import default_workdir, each_argument, parse_flags
-from config_lib import written
 from configs import default
 from reports import compare
 from reports.paired import always_valid_p
@@ -45,16 +44,15 @@ class Point(NamedTuple):
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
     sets = "KEY=A,B,...: the values of a key; with another --set, every pair. Values that hold commas are parted by "
-    flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", **define)
-    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", 1, **define)
+    flags.DEFINE_multi_string("set", [], f"{sets}semicolons: --set 'betas=0.9,0.95;0.9,0.99'.", values)
+    flags.DEFINE_integer("seeds", 1, "Runs a point: config.seed and the numbers after it.", 1, None, values)
     until = "Add seeds until the end losses of two configs differ with this always-valid p (arXiv:2310.03722)."
-    flags.DEFINE_float("until_p", None, until, 1e-9, 0.5, **define)
-    flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", 1, **define)
+    flags.DEFINE_float("until_p", None, until, 1e-9, 0.5, values)
+    flags.DEFINE_integer("most", 12, "Of until_p: seeds a config; a higher number later goes on.", 1, None, values)
     where = "The sweep's directory; default runs/<config file's name>_sweep or runs/<run>."
-    flags.DEFINE_string("workdir", None, where, **define)
-    flags.DEFINE_float("target", None, "As in compare.", **define)
+    flags.DEFINE_string("workdir", None, where, values)
+    flags.DEFINE_float("target", None, "As in compare.", flag_values=values)
 
 
 def _axis(text: str, usual: ConfigDict) -> tuple[str, list[str]]:
@@ -84,8 +82,7 @@ def grid(argv: list[str], sets: list[str], seeds: int) -> list[Point]:
     for (argument, own), *texts in itertools.product(each_argument(argv), *(texts for _, texts in axes)):
         chosen = [f"--config.{key}={text}" for key, text in zip(keys, texts, strict=True)]
         config = parse_flags("sweep", __doc__, [*own, *chosen], _define, config=True).config
-        first = config.seed
-        for seed in range(first, first + seeds):
+        for seed in range(config.seed, config.seed + seeds):
             point = config.copy_and_resolve_references()
             point.seed = seed
             config_lib.check(point)
@@ -106,9 +103,9 @@ def question(values: flags.FlagValues, argv: list[str]) -> list[Point]:
     return [point for pair in zip(points[: values.most], points[values.most :], strict=True) for point in pair]
 
 
-def answer(pairs: Sequence[tuple[Path, Path]], until_p: float, most: int, console: Console) -> tuple[bool, str]:
-    """Whether the runs' last losses settle which config of the two is better, and that in words."""
-    runs = compare.read_runs([path for pair in pairs for path in pair], console.warn)
+def answer(paths: Sequence[Path], until_p: float, most: int, console: Console) -> tuple[bool, str]:
+    """Whether the last losses of runs, pair by pair, settle which config of the two is better, and that in words."""
+    runs = compare.read_runs(paths, console.warn)
     metric = compare.metric_of(runs)
     runs, tokens = compare.comparable(compare.as_judged(runs), metric)
     if metric == "val_loss" and tokens is None:
@@ -118,16 +115,16 @@ def answer(pairs: Sequence[tuple[Path, Path]], until_p: float, most: int, consol
         raise UserError(f"--until_p: {none[0]}: its last row has no finite {metric}; move it aside to train it again")
     differences = [b - a for a, b in zip(ends[::2], ends[1::2], strict=True)]
     p, mean = always_valid_p(differences), statistics.fmean(differences)
-    names = [re.sub(r",seed=\d+$", "", path.name) for path in pairs[0]]
+    names = [re.sub(r",seed=\d+$", "", path.name) for path in paths[:2]]
     better, other = names if mean > 0 else reversed(names)
-    found = f"ettled by {len(pairs)} of at most {most} pairs: {better} ends {abs(mean):.4f} below {other} on the mean, "
-    found += f"p = {p:.2g} (always valid, as seeds were added until it would be at most {until_p:g})."
+    found = f"ettled by {len(differences)} of at most {most} pairs: {better} ends {abs(mean):.4f} below {other} on the "
+    found += f"mean, p = {p:.2g} (always valid, as seeds were added until it would be at most {until_p:g})."
     return p <= until_p, f"S{found}" if p <= until_p else f"Not s{found} A higher --most goes on."
 
 
 def point_name(values: dict[str, Any]) -> str:
     """`key=value,...` in characters that file systems take, with a hash if some had to be replaced or cut."""
-    exact = ",".join(f"{key}={written(value)}" for key, value in values.items())
+    exact = ",".join(f"{key}={config_lib.written(value)}" for key, value in values.items())
     safe = re.sub(r"[^A-Za-z0-9._+=,-]", "_", exact)
     if safe == exact and len(exact) <= _LONGEST_NAME:
         return exact
@@ -140,7 +137,7 @@ def command_line(config: ConfigDict, workdir: Path) -> list[str]:
     """The command of the process that trains one run."""
     usual = default.get_config()
     base = f"--config={PROGRAM / 'configs' / 'default.py'}"
-    text = lambda value: written(value) if isinstance(value, tuple) else str(value)
+    text = lambda value: config_lib.written(value) if isinstance(value, tuple) else str(value)
     changed = [f"--config.{key}={text(value)}" for key, value in config.items() if value != usual[key]]
     return [sys.executable, str(MAIN), "train", base, *changed, f"--workdir={workdir}"]
 
@@ -192,7 +189,8 @@ def run_child(command: list[str]) -> tuple[int, int | None]:
 def main(argv: list[str]) -> None:
     arguments = each_argument(argv)
     values = parse_flags("sweep", __doc__, arguments[0][1], _define, config=True)
-    points = grid(argv, values.set, values.seeds) if values.until_p is None else question(values, argv)
+    asks = values.until_p is not None
+    points = question(values, argv) if asks else grid(argv, values.set, values.seeds)
     usual = default_workdir(argv, values.config)
     sweep_dir = Path(values.workdir or (usual if values.config.run else f"{usual}_sweep"))
     if (sweep_dir / run_lib.CONFIG_FILE).exists():
@@ -201,34 +199,32 @@ def main(argv: list[str]) -> None:
     for name in ("compare", *(point.name for point in points)):
         require_own(own, own / name, stat.S_ISDIR)
     failed: dict[str, int] = {}
-    settled, said = False, ""
+    said = ""
     for number, (name, config) in enumerate(points, 1):
         workdir, place = sweep_dir / name, f"run {number} of {len(points)}: {name}"
         finished, settings = workdir / FINISHED_FILE, config_lib.to_dict(config)
         if finished.exists() and config_lib.without_removed(read_json(finished)) == settings:
             console.line(f"{place}: finished before")
-            status, signum = 0, None
         else:
             console.line(place)
             status, signum = run_child(command_line(config, workdir))
             if status == 0:
                 write_json(finished, settings)
-        if signum is not None:
-            console.line(f"stopped in {place}; the same command goes on from here")
-            raise Interrupted(signum)
-        if status:
-            failed[name] = status if status > 0 else 128 - status
-            goes_on = "" if values.until_p is not None else "; the sweep goes on"
-            console.warn(f"{name}: ended with status {failed[name]}{goes_on}")
-        if values.until_p is not None and number % 2 == 0:
-            tried = zip(points[:number:2], points[1:number:2], strict=True)
-            pairs = [(sweep_dir / a.name, sweep_dir / b.name) for a, b in tried if not {a.name, b.name} & failed.keys()]
-            settled, said = answer(pairs, values.until_p, values.most, console) if pairs else (False, "")
-        if values.until_p is not None and failed:  # which config fails is part of the question
+            if signum is not None:
+                console.line(f"stopped in {place}; the same command goes on from here")
+                raise Interrupted(signum)
+            if status:
+                failed[name] = status if status > 0 else 128 - status
+                console.warn(f"{name}: ended with status {failed[name]}{'; the sweep goes on' * (not asks)}")
+        if asks and failed:  # which config fails is part of the question
             without = f" Without them: {said}" if said else ""
-            settled, said = False, f"Nothing is settled while runs fail: {', '.join(failed)}.{without}"
-        if settled or (failed and values.until_p is not None):
+            said = f"Nothing is settled while runs fail: {name}.{without}"
             break
+        if asks and number % 2 == 0:
+            tried = [sweep_dir / point.name for point in points[:number]]
+            settled, said = answer(tried, values.until_p, values.most, console)
+            if settled:
+                break
     there = [path for name, _ in points if ((path := sweep_dir / name) / run_lib.CONFIG_FILE).exists()]
     if there:
         console.line("")
