@@ -11,15 +11,14 @@ from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
     target = "The loss whose tokens and seconds are shown; default the worst of the runs' best."
-    flags.DEFINE_float("target", None, target, **define)
-    flags.DEFINE_string("out", compare.DEFAULT_OUT, "Where the page and the pictures go.", **define)
+    flags.DEFINE_float("target", None, target, flag_values=values)
+    flags.DEFINE_string("out", compare.DEFAULT_OUT, "Where the page and the pictures go.", values)
 
 
 def main(argv: list[str]) -> None:
     runs: list[str] = []
-    values = parse_flags("compare", __doc__, argv, _define, words=("RUN ...", runs))
+    values = parse_flags("compare RUN ...", __doc__, argv, _define, words=runs)
     if not runs:
         raise UserError("compare: names no run; write python main.py compare runs/A runs/B")
     compare.compare(runs, Path(values.out), values.target, Console())

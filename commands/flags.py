@@ -24,6 +24,7 @@ from runtime.workdir import WEIGHTS
 DEFAULT_CONFIG = "configs/shakespeare.py"  # beside main.py
 DEFAULT_WORKDIR = "runs/shakespeare"
 _CONFIG_SECONDS = 60.0  # how long a config file may run
+_CONFIG = re.compile(r"(?<=\0)(--?config[=\0])([^\0]*)")  # --config=PATH, or the two words, among words that \0 parts
 config_flags.register_flag_parser_for_type(object, flags.ArgumentParser())  # for a key that takes words and switches
 
 
@@ -33,17 +34,17 @@ def parse_flags(
     argv: Sequence[str],
     define: Callable[[flags.FlagValues], None],
     config: bool = False,
-    words: tuple[str, list[str]] | None = None,
+    words: list[str] | None = None,
 ) -> flags.FlagValues:
     """Parses a command's flags, which `define` adds, and `config` those of its config; `--help` prints them and exits.
 
-    `argv` starts after the command's name. `words`, if it takes such, is their name in `--help`, and the list for them.
+    `argv` starts after the command's name. `words`, if given, is the list for words that are no flags.
     Raises UserError for an unknown flag or key, a wrong type of value, a word that is no flag, a broken config file.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(words is not None)  # flags may stand after words
-    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("debug", False, "Show the traceback of an expected error too.", values)
+    flags.DEFINE_bool("help", False, "Show this.", values, short_name="h")
     define(values)
     if config:
         argv = _with_config(argv)
@@ -57,20 +58,16 @@ def parse_flags(
         raise
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"--{error.flagname}: unknown flag{nearest(error.flagname, list(values))}") from error
-    except flags.IllegalFlagValueError as error:
-        raise UserError(_explain_value(argv, error)) from error
-    except flags.Error as error:
-        raise UserError(one_line(error)) from error
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever the config file raises
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a wrong value, or whatever the config file raises
         raise UserError(_explain_value(argv, error)) from error
     for name in {*values} & {"workdir", "out", "from"}:  # a shell leaves ~ after = as it is
         if values[name].value:
             values[name].value = os.path.expanduser(values[name].value)
     if values.help:
-        _print_help(command if words is None else f"{command} {words[0]}", about, values, config)
+        _print_help(command, about, values, config)
         sys.exit(0)
     if words is not None:
-        words[1].extend(rest)
+        words.extend(rest)
     elif rest:
         raise UserError(f"{rest[0]}: not a flag; flags look like --name=value, and the command comes first")
     return values
@@ -78,9 +75,9 @@ def parse_flags(
 
 def define_checkpoint(values: flags.FlagValues) -> None:
     """The flags of a command that reads the weights of a run."""
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", values)
     flags.DEFINE_integer("step", None, "The checkpoint's number; default the best one.", flag_values=values)
-    flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, "auto: their average, if kept.", flag_values=values)
+    flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, "auto: their average, if kept.", values)
 
 
 @contextlib.contextmanager
@@ -106,7 +103,7 @@ def _in_time() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) -> None:
+def _print_help(command: str, about: str, values: flags.FlagValues, config: bool) -> None:
     """What a command is for, and its flags with their defaults, on a screen of 80 columns."""
     from config_lib import key_docs, written  # which loads JAX, and `prepare` needs none
 
@@ -118,7 +115,7 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
         told += [("--config=FILE", f"The config; default {DEFAULT_CONFIG}."), ("--config.KEY=VALUE", "Change a key:")]
         docs = map(key_docs().__getitem__, default.MOST_USED)
         told += [(f"  {doc.key}={written(doc.default)}", doc.comment) for doc in docs]
-    say(f"{textwrap.fill(about, 80)}\n\n    python main.py {usage} [--FLAG=VALUE ...]\n")
+    say(f"{textwrap.fill(about, 80)}\n\n    python main.py {command} [--FLAG=VALUE ...]\n")
     for name, text in told:
         if name.startswith(" "):  # a key: one line, so that all fit on the screen
             text = textwrap.shorten(text, 49, placeholder=" ...")
@@ -130,13 +127,8 @@ def _print_help(usage: str, about: str, values: flags.FlagValues, config: bool) 
 
 def _config_path(argv: Sequence[str]) -> str | None:
     """The path in the last --config=PATH or --config PATH."""
-    path = None
-    for word, following in zip(argv, [*argv[1:], None], strict=False):
-        if word.startswith(("--config=", "-config=")):
-            path = word.partition("=")[2]
-        elif word in ("--config", "-config"):
-            path = following
-    return path
+    found = _CONFIG.findall("\0".join(["", *argv]))
+    return found[-1][1] if found else None
 
 
 def _with_config(argv: Sequence[str]) -> list[str]:
@@ -155,14 +147,7 @@ def _with_config(argv: Sequence[str]) -> list[str]:
 
 def _renamed(argv: Sequence[str], new: str) -> list[str]:
     """`argv` with another text in each --config, of which the last one counts."""
-    renamed = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        if before in ("--config", "-config"):
-            word = new
-        elif word.startswith(("--config=", "-config=")):
-            word = f"--config={new}"
-        renamed.append(word)
-    return renamed
+    return _CONFIG.sub(lambda found: found[1] + new, "\0".join(["", *argv])).split("\0")[1:]
 
 
 def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
@@ -180,26 +165,15 @@ def each_argument(argv: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]
 
 def _explain_value(argv: Sequence[str], error: BaseException) -> str:
     """One line for a value that did not parse: it names the key and its type; the library's text names flags."""
-    from config_lib import type_name
-
     known = default.get_config()
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config.") or key not in known:
-            continue
-        kind = type(known[key])
-        if not equals:
-            text = "true" if kind is bool else following
-        try:
-            ok = kind not in (int, float) or kind(text) is not None
-            ok = ok and (kind is not bool or text.lower() in ("true", "false", "0", "1"))
-            ok = ok and (kind is not tuple or all(float(part) is not None for part in text.strip("()").split(",")))
-        except ValueError:
-            ok = False
-        if not ok:
-            return f"config.{key}: expected {type_name(kind)}, got {text!r}; the default is {known[key]!r}"
+    given = str(error).removesuffix(f": {error.__context__}")
+    if (wrong := re.fullmatch(r"flag --config\.(\w+)=(.*)", given, re.DOTALL)) and wrong[1] in known:
+        from config_lib import type_name
+
+        usual = known[wrong[1]]
+        return f"config.{wrong[1]}: expected {type_name(type(usual))}, got {wrong[2]!r}; the default is {usual!r}"
     path = _config_path(argv)
-    if path is None or (isinstance(error, flags.IllegalFlagValueError) and "config file" not in str(error)):
+    if path is None or (isinstance(error, flags.Error) and "config file" not in str(error)):
         return one_line(error).removeprefix("flag ")
     while error.__context__ and "config file" in str(error):  # the library wraps what the file raised
         error = error.__context__
