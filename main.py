@@ -41,6 +41,7 @@ def _parted(argv: list[str]) -> tuple[str, list[str]]:
 def main(argv: list[str]) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
     from commands.typos import check_words, load
+    from runtime.files import expected_error
     from runtime.screen.console import Console
 
     if argv[:1] in (["--help"], ["-h"], ["help"]):
@@ -56,27 +57,25 @@ def main(argv: list[str]) -> int:
         return 128 + signal.signum
     except KeyboardInterrupt:
         return 130
-    except (ExpectedError, OSError) as error:
-        from runtime.files import expected_error
-
-        expected = error if isinstance(error, ExpectedError) else expected_error(error)
+    except Exception as error:
+        expected = None
+        if isinstance(error, ExpectedError):
+            expected = error
+        elif isinstance(error, OSError):
+            expected = expected_error(error)
+        elif (devices := sys.modules.get("runtime.devices")) and devices.lacks_memory(error):
+            advice = "let other programs end, or take a device with more of it"
+            expected = ExpectedError(f"{command}: out of memory; {advice}")
         if expected is None or "--debug" in flags:
             raise
         Console().print_error(expected)
         return expected.status
-    except Exception as error:
-        devices = sys.modules.get("runtime.devices")
-        if devices is None or not devices.lacks_memory(error) or "--debug" in flags:
-            raise
-        advice = "let other programs end, or take a device with more of it"
-        Console().print_error(full := ExpectedError(f"{command}: out of memory; {advice}"))
-        return full.status
     return 0
 
 
 def run() -> int:
     """Runs the command of the process, with large memory pages if possible; returns its exit status."""
-    if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "--helpfull", "-h"} & {*sys.argv}:
+    if _parted(sys.argv[1:])[0] in ("train", "sample", "eval") and not {"--help", "-h"} & {*sys.argv}:
         restart_with_large_pages()
     runs_one_command()
     return main(sys.argv[1:])
