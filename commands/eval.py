@@ -25,17 +25,16 @@ from transformer.sharding import make_mesh
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
     define_checkpoint(values)
     split = "What to evaluate on; default val, and all of another text than the run's."
-    flags.DEFINE_enum("split", None, ["train", "val", "test", "all"], split, **define)
-    flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", **define)
+    flags.DEFINE_enum("split", None, ["train", "val", "test", "all"], split, values)
+    flags.DEFINE_string("dataset", None, "Another text, or where the run's own lies now.", values)
     unknown = "What becomes of characters that the model lacks; default as the run's config says."
-    flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, **define)
-    flags.DEFINE_string("text_column", None, "Of rows: the column to read; default as the config says.", **define)
-    flags.DEFINE_bool("skip_bad_rows", None, "Leave out rows without a text; default as the config says.", **define)
-    flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", **define)
-    flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", **define)
+    flags.DEFINE_enum("unknown_characters", None, UNKNOWN_CHARACTERS, unknown, values)
+    flags.DEFINE_string("text_column", None, "Of rows: the column to read; default as the config says.", values)
+    flags.DEFINE_bool("skip_bad_rows", None, "Leave out rows without a text; default as the config says.", values)
+    flags.DEFINE_multi_string("tasks", [], "A .jsonl of multiple choice instead; may be given again.", values)
+    flags.DEFINE_string("tokens", None, "A new file of JSON lines: each token's log-probability, in nats.", values)
 
 
 def main(argv: list[str]) -> None:
@@ -43,8 +42,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     programs.set_up_compile_cache(console.warn)
     [device, *_] = devices.start_jax()
-    workdir = Path(values.workdir)
-    model, tokenizer, config, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
+    model, tokenizer, config, meta = run_lib.load_model(Path(values.workdir), values.step, console.warn, values.weights)
     about = {"step": run_lib.real_step_of(meta)}
     if average_in(meta):
         about["weights"] = "trained" if values.weights == "trained" else "ema"

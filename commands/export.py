@@ -20,9 +20,9 @@ from transformer.model import params_of
 
 def _define(values: flags.FlagValues) -> None:
     define_checkpoint(values)
-    flags.DEFINE_string("out", None, "A new directory for the files.", flag_values=values)
+    flags.DEFINE_string("out", None, "A new directory for the files.", values)
     what = "hf: a directory for transformers' AutoModelForCausalLM; safetensors: any model, with our names."
-    flags.DEFINE_enum("format", "hf", ["hf", "safetensors"], what, flag_values=values)
+    flags.DEFINE_enum("format", "hf", ["hf", "safetensors"], what, values)
 
 
 def main(argv: list[str]) -> None:

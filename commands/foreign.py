@@ -11,7 +11,7 @@ import config_lib
 import run_lib
 from configs import default
 from corpus.load_text import new_tokenizer
-from corpus.tokenizer import Tokenizer, check_tokenizer_name, tokenizer_from_dict
+from corpus.tokenizer import Tokenizer, tokenizer_from_dict
 from interop.families import Arrays
 from interop.models import as_float32, config_from, from_original, from_theirs, require_blocks
 from interop.tokenizer_json import from_tokenizers
@@ -66,10 +66,10 @@ def _from_export(weights: Path, metadata: Mapping[str, str], dataset: str | None
     return config, params, tokenizer
 
 
-def _flat(value: Any) -> dict[str, Any]:
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
     """The innermost keys of nested objects."""
     found: dict[str, Any] = {}
-    for key, item in value.items() if isinstance(value, dict) else ():
+    for key, item in value.items():
         found |= _flat(item) if isinstance(item, dict) else {key: item}
     return found
 
@@ -78,7 +78,7 @@ def _ends_of_text(source: Path, theirs: Mapping[str, Any], vocab_size: int) -> l
     """The ids at which transformers stops: those in generation_config.json, or without that file in config.json."""
     file = source / "generation_config.json"
     told = read_json(file) if file.exists() else theirs
-    ends = told.get("eos_token_id") if isinstance(told, Mapping) else None
+    ends = told.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys(end for end in ends if type(end) is int and 0 <= end < vocab_size))
 
@@ -87,16 +87,14 @@ def _tokenizer(
     source: Path, name: str | None, config: ConfigDict, vocab_size: int, ends: list[int], say: Callable[[str], None]
 ) -> Tokenizer:
     """The tokenizer in the files, or the one called `name`."""
-    file, name = source / "tokenizer.json", None if name == "imported" else name
-    if name is None and not file.exists():
-        raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
-    if name is None:
+    file = source / "tokenizer.json"
+    if name in (None, "imported"):
+        if not file.exists():
+            raise UserError(f"--tokenizer: {source} holds no tokenizer.json; name one, as --tokenizer=gpt2")
         try:
-            eot, more_ends = (ends[0], ends[1:]) if ends else (None, [])
-            return from_tokenizers(read_file(file).decode("utf-8"), vocab_size, eot, more_ends, say)
+            return from_tokenizers(read_file(file).decode(), vocab_size, ends[0] if ends else None, ends[1:], say)
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {one_line(error)}; give --tokenizer=NAME instead") from error
-    check_tokenizer_name(name)
     if name == "char":  # its vocabulary is the characters of the text
         config = config.copy_and_resolve_references()
         config.update({"tokenizer": name, "context_len": 1})

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 import config_lib
 import run_lib
 from commands.flags import parse_flags
 from commands.foreign import read_model
-from interop.families import Arrays
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints
 from runtime.errors import UserError
@@ -24,16 +22,14 @@ from training.cost import parameter_counts
 
 UNFINISHED = ".import"  # a run is made in this folder of its directory until it is complete
 MADE_HERE = "checkpoints", run_lib.TOKENIZER_FILE, run_lib.CONFIG_FILE
-LONG_CONTEXT = 8192  # tokens; a longer key/value cache is large enough to mention
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
-    flags.DEFINE_string("from", None, "The directory with the model's files.", **define)
-    flags.DEFINE_string("workdir", None, "The new run's directory.", **define)
-    flags.DEFINE_string("tokenizer", None, "char, byte or a tiktoken encoding, where the files hold none.", **define)
-    flags.DEFINE_string("dataset", None, "The text to evaluate on; char takes its alphabet.", **define)
-    flags.DEFINE_integer("context_len", None, "A shorter context than the model has.", **define)
+    flags.DEFINE_string("from", None, "The directory with the model's files.", values)
+    flags.DEFINE_string("workdir", None, "The new run's directory.", values)
+    flags.DEFINE_string("tokenizer", None, "char, byte or a tiktoken encoding, where the files hold none.", values)
+    flags.DEFINE_string("dataset", None, "The text to evaluate on; char takes its alphabet.", values)
+    flags.DEFINE_integer("context_len", None, "A shorter context than the model has.", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
@@ -44,25 +40,26 @@ def main(argv: list[str]) -> None:
     console = Console()
     devices.start_jax()
     config, params, tokenizer = read_model(Path(source), values.tokenizer, values.dataset, console.line)
-    if values.context_len is not None:
-        config, params = shorten(config, params, values.context_len)
+    if (length := values.context_len) is not None:
+        if not 1 <= length <= config.context_len:
+            raise UserError(f"--context_len: must be from 1 to the model's {config.context_len}, got {length}")
+        config.context_len, table = length, "positions.embedding"
+        params |= {table: params[table][:length]} if table in params else {}
     model_config = run_lib.model_config_for(config, tokenizer)
     workdir = prepare_workdir(values.workdir, run_lib.FILES)
     with WorkdirLock(workdir, console.warn):
         unfinished = _room_for_it(workdir, console.line)
-        settings = config_lib.to_dict(config)
         with Checkpoints(unfinished) as checkpoints:
             meta = {**run_lib.identity(config, tokenizer), run_lib.IMPORTED_FROM: str(source)}
-            rest = {"micro_step": np.zeros((), np.int32)}  # there is no state of an optimizer
-            checkpoints.save(0, params, rest, meta, None)
+            checkpoints.save(0, params, {"micro_step": np.zeros((), np.int32)}, meta, None)  # no optimizer's state
         write_json(unfinished / run_lib.TOKENIZER_FILE, tokenizer.to_dict())
-        write_json(unfinished / run_lib.CONFIG_FILE, {"config": settings, **devices.environment()})
+        write_json(unfinished / run_lib.CONFIG_FILE, {"config": config_lib.to_dict(config), **devices.environment()})
         for name in MADE_HERE:
             (unfinished / name).rename(workdir / name)
         unfinished.rmdir()
-    count, long = sum(parameter_counts(model_config).values()), config.context_len
+    count = sum(parameter_counts(model_config).values())
     console.line(f"imported {count:,} parameters from {source} into {workdir}")
-    if long > LONG_CONTEXT:
+    if (long := config.context_len) > 8192:  # a key/value cache that is large enough to mention
         console.line(f"its context is {long:,} tokens, for which `sample` keeps room; --context_len cuts it")
 
 
@@ -80,11 +77,3 @@ def _room_for_it(workdir: Path, say: Callable[[str], None]) -> Path:
             (workdir / name).unlink(missing_ok=True)
     unfinished.mkdir()
     return unfinished
-
-
-def shorten(config: ConfigDict, params: Arrays, context_len: int) -> tuple[ConfigDict, Arrays]:
-    """The same model with a shorter context. Raises UserError if it would be longer, or empty."""
-    if not 1 <= context_len <= config.context_len:
-        raise UserError(f"--context_len: must be from 1 to the model's {config.context_len}, got {context_len}")
-    config.context_len, table = context_len, "positions.embedding"
-    return config, params | ({table: params[table][:context_len]} if table in params else {})

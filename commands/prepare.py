@@ -15,19 +15,15 @@ from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
-    flags.DEFINE_string(
-        "dataset", None, "Files of texts or rows (a glob), a directory, or a data set's name.", **define
-    )
-    flags.DEFINE_string("out", None, "The directory to make; then --config.dataset=DIRECTORY trains on it.", **define)
-    flags.DEFINE_string("tokenizer", "gpt2", "byte, char, a tiktoken encoding, or the directory of your own.", **define)
-    flags.DEFINE_float("val_fraction", 0.01, "Of the bytes or rows, for validation: after training.", 0, **define)
-    flags.DEFINE_float("test_fraction", 0.0, "Of the bytes or rows, for testing: the end.", 0, **define)
-    size = {"lower_bound": 1, "upper_bound": MAX_SHARD_TOKENS, **define}
-    flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", **size)
-    flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
-    flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
-    flags.DEFINE_integer("threads", 0, "Worker threads; 0: one for each CPU core.", lower_bound=0, **define)
+    flags.DEFINE_string("dataset", None, "Files of texts or rows (a glob), a directory, or a data set's name.", values)
+    flags.DEFINE_string("out", None, "The directory to make; then --config.dataset=DIRECTORY trains on it.", values)
+    flags.DEFINE_string("tokenizer", "gpt2", "byte, char, a tiktoken encoding, or the directory of your own.", values)
+    flags.DEFINE_float("val_fraction", 0.01, "Of the bytes or rows, for validation: after training.", 0, None, values)
+    flags.DEFINE_float("test_fraction", 0.0, "Of the bytes or rows, for testing: the end.", 0, None, values)
+    flags.DEFINE_integer("shard_tokens", 100_000_000, "Tokens from which a shard is full.", 1, MAX_SHARD_TOKENS, values)
+    flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", values)
+    flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", values)
+    flags.DEFINE_integer("threads", 0, "Worker threads; 0: one for each CPU core.", 0, None, values)
 
 
 def main(argv: list[str]) -> None:

@@ -11,12 +11,11 @@ from reports import run_page
 from runtime import devices, programs
 from runtime.errors import NoCheckpointError, UserError
 from runtime.screen.console import Console
-from transformer.model import Transformer
 
 
 def _define(values: flags.FlagValues) -> None:
     define_checkpoint(values)
-    flags.DEFINE_string("text", None, "Whose attention is shown; default the last sample's.", flag_values=values)
+    flags.DEFINE_string("text", None, "Whose attention is shown; default the last sample's.", values)
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +23,6 @@ def main(argv: list[str]) -> None:
     workdir, console = Path(values.workdir), Console()
     programs.set_up_compile_cache(console.warn)
     devices.start_jax()
-    model: Transformer | str
     try:
         model, tokenizer, _, meta = run_lib.load_model(workdir, values.step, console.warn, values.weights)
         which = f"checkpoint {meta['step']}"

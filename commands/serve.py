@@ -20,15 +20,13 @@ _LOCAL = ["localhost", "127.0.0.1", "::1"]
 
 def _define(values: flags.FlagValues) -> None:
     define_checkpoint(values)
-    define = {"flag_values": values}
-    one = {"lower_bound": 1, **define}
-    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; other machines reach 0.0.0.0.", **define)
-    flags.DEFINE_integer("port", 8000, "0 takes a free one.", lower_bound=0, upper_bound=65535, **define)
-    flags.DEFINE_integer("max_batch", 8, "Texts that are written at the same time.", **one)
-    flags.DEFINE_integer("queue", 256, "Texts that may wait; one more is refused.", lower_bound=0, **define)
-    flags.DEFINE_integer("max_tokens", 4096, "The most that a request may ask for.", **one)
-    flags.DEFINE_integer("timeout", 600, "Seconds after which a text ends.", **one)
-    flags.DEFINE_integer("grace", 30, "Seconds in which texts may end after SIGTERM or Ctrl-C.", **one)
+    flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; other machines reach 0.0.0.0.", values)
+    flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535, values)
+    flags.DEFINE_integer("max_batch", 8, "Texts that are written at the same time.", 1, None, values)
+    flags.DEFINE_integer("queue", 256, "Texts that may wait; one more is refused.", 0, None, values)
+    flags.DEFINE_integer("max_tokens", 4096, "The most that a request may ask for.", 1, None, values)
+    flags.DEFINE_integer("timeout", 600, "Seconds after which a text ends.", 1, None, values)
+    flags.DEFINE_integer("grace", 30, "Seconds in which texts may end after SIGTERM or Ctrl-C.", 1, None, values)
 
 
 def main(argv: list[str]) -> None:
@@ -58,8 +56,8 @@ def main(argv: list[str]) -> None:
                 engine = Engine(model, tokenizer.ends, tokenizer.unsampled, *size, warn=console.warn)
             chat = partial(chat_tokens, tokenizer) if config.chat else None
             hosts = [*_LOCAL, host] if host in _LOCAL else []
-            limits = values.max_tokens, values.timeout
-            service = Service(engine, tokenizer, workdir.resolve().name, *limits, chat, hosts)
+            name = workdir.resolve().name
+            service = Service(engine, tokenizer, name, values.max_tokens, values.timeout, chat, hosts)
             quiet = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
             server = uvicorn.Server(uvicorn.Config(service.app(), timeout_graceful_shutdown=values.grace, **quiet))
             # The library takes over the signals if it runs in the main thread.

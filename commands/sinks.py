@@ -19,13 +19,12 @@ from transformer.model import model_of
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
     define_checkpoint(values)
-    flags.DEFINE_string("from", None, "Instead of a run: a directory with another program's model.", **define)
-    flags.DEFINE_string("tokenizer", None, "Its tokenizer, where the files hold none: char, byte, gpt2 ...", **define)
+    flags.DEFINE_string("from", None, "Instead of a run: a directory with another program's model.", values)
+    flags.DEFINE_string("tokenizer", None, "Its tokenizer, where the files hold none: char, byte, gpt2 ...", values)
     text = "A text, measured from its start on; default the run's validation split, tiny_shakespeare with --from."
-    flags.DEFINE_string("dataset", None, text, **define)
-    flags.DEFINE_string("out", None, "A new file: all numbers by layer and head, as JSON.", **define)
+    flags.DEFINE_string("dataset", None, text, values)
+    flags.DEFINE_string("out", None, "A new file: all numbers by layer and head, as JSON.", values)
 
 
 def main(argv: list[str]) -> None:

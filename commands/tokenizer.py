@@ -24,14 +24,13 @@ SAMPLE_BYTES = 10_000_000  # of the corpus, by which tokenizers are compared
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
-    flags.DEFINE_string("dataset", None, "What to learn from: as prepare's.", **define)
-    flags.DEFINE_string("out", None, "The directory to make; then --config.tokenizer=DIRECTORY uses it.", **define)
-    size = {"lower_bound": FEWEST, "upper_bound": MAX_VOCAB_SIZE, **define}
-    flags.DEFINE_integer("vocab_size", 4096, "Tokens, with the 256 bytes and 5 special ones.", **size)
-    flags.DEFINE_enum("split", "gpt4", sorted(PATTERNS), "Whose pattern cuts a text before merging.", **define)
-    flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", **define)
-    flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", **define)
+    flags.DEFINE_string("dataset", None, "What to learn from: as prepare's.", values)
+    flags.DEFINE_string("out", None, "The directory to make; then --config.tokenizer=DIRECTORY uses it.", values)
+    size = "Tokens, with the 256 bytes and 5 special ones."
+    flags.DEFINE_integer("vocab_size", 4096, size, FEWEST, MAX_VOCAB_SIZE, values)
+    flags.DEFINE_enum("split", "gpt4", sorted(PATTERNS), "Whose pattern cuts a text before merging.", values)
+    flags.DEFINE_string("text_column", "text", "Of rows: the column, or key, to read.", values)
+    flags.DEFINE_bool("skip_bad_rows", False, "Leave out rows without a text, and count them.", values)
 
 
 def main(argv: list[str]) -> None:

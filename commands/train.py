@@ -11,16 +11,15 @@ from runtime.screen.console import Console
 
 
 def _define(values: flags.FlagValues) -> None:
-    define = {"flag_values": values}
     workdir = "The run's directory; default runs/<config file's name>, or runs/<config.run>."
-    flags.DEFINE_string("workdir", None, workdir, **define)
-    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and start again from step 0.", **define)
-    flags.DEFINE_bool("rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", **define)
+    flags.DEFINE_string("workdir", None, workdir, values)
+    flags.DEFINE_bool("fresh", False, "Move an earlier run in the workdir aside and start again from step 0.", values)
+    flags.DEFINE_bool("rebatch", False, "Let a run go on with another batch_size or accumulation_steps.", values)
     coordinator = "HOST:PORT of process 0, where several processes train and no launcher tells."
-    flags.DEFINE_string("coordinator", None, coordinator, **define)
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", **define)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", **define)
-    flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", **define)
+    flags.DEFINE_string("coordinator", None, coordinator, values)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_string("profile_steps", None, "FIRST:LAST, write a trace of these steps.", values)
 
 
 def _profile_steps(text: str | None) -> tuple[int, int] | None:
@@ -37,7 +36,6 @@ def main(argv: list[str]) -> None:
     profile = _profile_steps(values.profile_steps)
     config_lib.check(values.config)
     workdir = values.workdir or default_workdir(argv, values.config)
-    with joined(
-        *(values.coordinator, values.num_processes, values.process_id, values.config.peer_seconds), Console().line
-    ):
+    processes = values.coordinator, values.num_processes, values.process_id, values.config.peer_seconds
+    with joined(*processes, Console().line):
         train_lib.train(values.config, workdir, fresh=values.fresh, profile=profile, rebatch=values.rebatch)

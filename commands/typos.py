@@ -43,7 +43,7 @@ def flags_of(command: str) -> tuple[dict[str, str], list[str]]:
     flags = {name: kind for kind, name in _FLAG.findall(source)} | _OF_ALL
     if "config=True" not in source:
         return flags, []
-    keys = _KEY.findall((Path(__file__).parent.parent / "configs" / "default.py").read_text(encoding="utf-8"))
+    keys = _KEY.findall((PROGRAM / "configs" / "default.py").read_text(encoding="utf-8"))
     flags |= {f"config.{key}": "bool" if value in ("True", "False") else "" for key, value in keys}
     return flags | {"config": "string"}, [key for key, _ in keys]
 
@@ -70,8 +70,8 @@ def check_words(command: str, words: Sequence[str], commands: Sequence[str]) -> 
         elif name.removeprefix("no").startswith("config.") and keys:
             key = name.partition(".")[2]
             raise UserError(f"config.{key}: unknown key{hint(key, keys)}")
-        elif name in keys or _ALSO_CALLED.get(name) in keys:
-            raise UserError(f"--{name}: unknown flag; did you mean --config.{_ALSO_CALLED.get(name, name)}?")
+        elif (key := _ALSO_CALLED.get(name, name)) in keys:
+            raise UserError(f"--{name}: unknown flag; did you mean --config.{key}?")
         else:
             raise UserError(f"--{name}: unknown flag{hint(name, [*flags])}")
 

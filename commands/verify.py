@@ -14,7 +14,7 @@ NO_LIST = "ok; no list of files, so the arrays alone were checked"
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", flag_values=values)
+    flags.DEFINE_string("workdir", DEFAULT_WORKDIR, "The run's directory.", values)
 
 
 def main(argv: list[str]) -> None:
@@ -25,8 +25,7 @@ def main(argv: list[str]) -> None:
     devices.start_jax()
     damaged, examined = [], 0
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
+        if not (steps := checkpoints.steps()):
             raise NoCheckpointError(
                 f"{checkpoints.directory}: no checkpoint yet; train first, or name another --workdir"
             )
