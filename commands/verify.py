@@ -43,8 +43,7 @@ def main(argv: list[str]) -> None:
     if not examined:
         raise NoCheckpointError(f"{checkpoints.directory}: each was deleted while it was read; try again")
     if damaged:
-        names = ", ".join(map(str, damaged))
         raise NoCheckpointError(
-            f"{checkpoints.directory}: {len(damaged)} of {examined} checkpoints damaged ({names}); training, sample "
-            "and eval pass over them as long as one is sound"
+            f"{checkpoints.directory}: {len(damaged)} of {examined} checkpoints damaged "
+            f"({', '.join(map(str, damaged))}); training, sample and eval pass over them as long as one is sound"
         )
