@@ -20,7 +20,7 @@ import jax
 
 from runtime.errors import ExpectedError, Interrupted, LostPeerError, UserError, one_line
 from runtime.files import expected_error
-from runtime.processes import can_be_told, is_first, num_processes, process_id
+from runtime.processes import is_first, joined_state, num_processes, process_id
 from runtime.signals import exit_at_once
 
 _SIZES = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}  # set by launchers
@@ -82,7 +82,7 @@ def joined(
 def _connect(
     coordinator: str | None, count: int | None, number: int | None, seconds: int, say: Callable[[str], None]
 ) -> None:
-    if not can_be_told():
+    if joined_state() is None:
         raise UserError(f"jax {jax.__version__}: does not tell one process from another; install another version of it")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if number in (0, None):

@@ -37,11 +37,6 @@ def seen_by_first(look: Callable[[], object]) -> bool:
     return num_processes() > 1 and bool(from_all(np.asarray(is_first() and bool(look())))[0])
 
 
-def asked_of_any(asked: bool) -> bool:
-    """Whether `asked` is true in any process."""
-    return bool(from_all(np.asarray(asked)).any())
-
-
 def require_same(value: object, what: str) -> None:
     """Raises UserError if the value, compared by its `repr`, is not the same in all processes."""
     hashes = from_all(np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8))
@@ -51,8 +46,3 @@ def require_same(value: object, what: str) -> None:
             f"{what}: not the same in process {others[0]} as in process 0; start all with the same command "
             "where they see the same files"
         )
-
-
-def reached_stop(call: int) -> bool:
-    """Whether all processes have agreed to stop at call number `call`: a signal to one is passed on to the others."""
-    return multihost_utils.reached_preemption_sync_point(call)

@@ -24,7 +24,7 @@ def is_one_command() -> bool:
     return bool(_one_command)
 
 
-def _joined() -> Any:
+def joined_state() -> Any:
     """What `jax.distributed` knows of the processes; None before it is imported.
 
     `jax.process_index` would start the backend, whose flags are set later. This is private to JAX: if a version lacks
@@ -33,19 +33,14 @@ def _joined() -> Any:
     return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
 
 
-def can_be_told() -> bool:
-    """Whether JAX, once it is imported, tells which of several processes this one is."""
-    return _joined() is not None
-
-
 def process_id() -> int:
     """The number of this process."""
-    return joined.process_id if (joined := _joined()) else 0
+    return joined.process_id if (joined := joined_state()) else 0
 
 
 def num_processes() -> int:
     """How many processes there are."""
-    return joined.num_processes if (joined := _joined()) else 1
+    return joined.num_processes if (joined := joined_state()) else 1
 
 
 def is_first() -> bool:
@@ -59,7 +54,7 @@ def wait_for_all(what: str) -> None:
     The service of `jax.distributed` does it and not the devices, which may be in the middle of a step.
     """
     if num_processes() > 1:
-        _joined().client.wait_at_barrier(f"{what} {next(_barriers)}", timeout_in_ms=_FOREVER)
+        joined_state().client.wait_at_barrier(f"{what} {next(_barriers)}", timeout_in_ms=_FOREVER)
 
 
 def by_first(action: Callable[[], object]) -> None:

@@ -11,8 +11,11 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn, Self
 
+import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
 from runtime.errors import ExpectedError, Interrupted
-from runtime.multihost import asked_of_any, reached_stop
+from runtime.multihost import from_all
 from runtime.processes import num_processes
 from runtime.screen import live
 
@@ -75,7 +78,7 @@ class StopSignals:
         """Raises `Interrupted` once a signal came: the way out of an evaluation or a sample."""
         if self._together:
             self._calls += 1
-            if reached_stop(self._calls):
+            if reached_preemption_sync_point(self._calls):  # JAX passes a signal to one process on to the others
                 raise Interrupted(self.signum or signal.SIGTERM)
         elif self.signum is not None:
             raise Interrupted(self.signum)
@@ -83,7 +86,7 @@ class StopSignals:
     def take_save_request(self) -> bool:
         """Whether a save was requested, in any process, since the last call; all processes must call it."""
         asked, self._save_asked = self._save_asked, False
-        return asked_of_any(asked)
+        return bool(from_all(np.asarray(asked)).any())
 
     def _request(self, signum: int, _frame: FrameType | None) -> None:
         if signum in self._stopping:
