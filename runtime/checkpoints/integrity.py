@@ -136,13 +136,6 @@ def write_file_list(directory: Path) -> None:
     (directory / FILE_LIST).write_text("".join(lines), encoding="utf-8")
 
 
-def unreadable_files(directory: Path, largest: int) -> list[str]:
-    """What must not be opened under `directory`: anything but regular files of at most `largest` bytes."""
-    paths = [path for path in directory.rglob("*") if not path.is_dir()]
-    wrong = [path for path in paths if not path.is_file() or path.stat().st_size > largest]
-    return sorted(path.relative_to(directory).as_posix() for path in wrong)
-
-
 def changed_files(directory: Path) -> list[str] | None:
     """Files whose hash differs from the list, and files that only the list or only the directory has.
 

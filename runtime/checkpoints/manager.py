@@ -12,13 +12,13 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging as absl_logging
@@ -51,8 +51,7 @@ class DamagedError(NoCheckpointError):
     """A checkpoint is not what was saved; the text says what is wrong, without the checkpoint's path."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What `Checkpoints.examine` found."""
 
     val_loss: float | None
@@ -110,8 +109,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._marks: dict[int, Mark] = {}
         self._damaged: dict[int, str] = {}  # step -> why its meta cannot be used
         self._saving: int | None = None
-        self._read_only = read_only
-        self._retention = retention.Retention(self._marks, keep)
+        self._keep, self._read_only = keep, read_only
         if not read_only:
             by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             by_first(lambda: retention.tidy_up(self.directory))
@@ -151,7 +149,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         import orbax.checkpoint as ocp
 
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._retention,
+            preservation_policy=self,
             todelete_subdir=None if self._read_only else retention.DELETED,  # what a kill leaves there is not damaged
             create=False,
             read_only=self._read_only,
@@ -169,6 +167,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         manager.reached_preemption = lambda step: False  # its own calls would disturb `reached_stop`
         return manager
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's preservation policy: which of the checkpoints stay. Those without a mark do."""
+        there = [info.step for info in checkpoints]
+        marks = {step: self._marks[step] for step in there if step in self._marks}
+        superfluous = retention.superfluous(marks, self._keep)
+        return [step not in superfluous for step in there]
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -239,14 +244,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         import orbax.checkpoint as ocp
 
-        mark = Mark(
-            position=int(step if position is None else position),
-            val_loss=float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
-            val_tokens=val_tokens,
-        )
-        if any(other.position > mark.position for other in self._known().values()):
-            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
+        val_loss = float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None
+        mark = Mark(int(step if position is None else position), val_loss, val_tokens)
         newest = self.latest()
+        if newest is not None and self._marks[newest].position > mark.position:
+            raise StorageError(f"{self.directory}: step {step} not saved: a newer one is there; move it aside")
         if newest is not None and self._marks[newest].position == mark.position:
             step = newest
         elif step in self._steps_on_disk():
@@ -260,11 +262,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             "checkpoint_val_tokens": mark.val_tokens,
             "arrays": {"params": integrity.fingerprints(params), "rest": integrity.fingerprints(rest)},
         }
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            rest=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave(integrity.seal(values)),
-        )
+        arrays = {"params": ocp.args.StandardSave(params), "rest": ocp.args.StandardSave(rest)}
+        args = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(integrity.seal(values)))
         try:
             self._manager.wait_until_finished()
             self._note_saved()
@@ -301,8 +300,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         require_room(self.directory, count * _bytes_on_disk(state), what)
 
     def _empty_trash(self) -> None:
-        if is_first() and not self._read_only:
-            retention.empty_trash(self.directory)
+        if is_first() and not self._read_only:  # what cannot be deleted now is left for the next time
+            shutil.rmtree(self.directory / retention.DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the last save. Raises StorageError if it failed."""
@@ -318,8 +317,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _not_saved(self, what: str, error: Exception, need: int | None = None) -> StorageError:
         """An error of one line: the operating system's reason, if the libraries' long text has one."""
         end_if_a_peer_is_lost(error)
-        reasons = "No space left on device|Read-only file system|File too large|Disk quota exceeded"
-        reason = re.search(reasons, str(error))
+        reason = re.search(
+            "No space left on device|Read-only file system|File too large|Disk quota exceeded", str(error)
+        )
         text = reason[0] if reason else one_line(error)
         return StorageError(f"{self.directory}: {what}: {text} ({room(self.directory, need)}); {MAKE_ROOM}")
 
@@ -389,9 +389,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _require_regular(self, step: int, stored: dict[str, dict[str, list]]) -> None:
         """Raises DamagedError if there is anything that could block a read, or that never ends."""
         entries = [math.prod(shape) for arrays in stored.values() for shape, *_ in arrays.values()]
-        largest = LARGEST + 8 * sum(entries)
-        if wrong := integrity.unreadable_files(self.directory / str(step), largest):
-            raise DamagedError(f"{wrong[0]} is no regular file, or too large")
+        largest, directory = LARGEST + 8 * sum(entries), self.directory / str(step)
+        for path in sorted(directory.rglob("*")):
+            if not path.is_dir() and not (path.is_file() and path.stat().st_size <= largest):
+                raise DamagedError(f"{path.relative_to(directory)} is no regular file, or too large")
 
     def _read(
         self, step: int, item: str, stored: dict[str, list], tree: Any, sharding: Placement, below: str = ""
@@ -433,10 +434,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     # --- Reading the newest or the best sound one ---------------------------------------------------------------------
 
     def restore_newest(
-        self,
-        target: Callable[[int, dict[str, Any]], tuple[Any, Any]],
-        sharding: Placement,
-        warn: Callable[[str], None],
+        self, target: Callable[[int, dict[str, Any]], tuple[Any, Any]], sharding: Placement, warn: Callable[[str], None]
     ) -> tuple[int, dict[str, Any], Any, Any] | None:
         """Step, meta, `params` and `rest` of the newest sound checkpoint; None if there is no checkpoint at all.
 
@@ -446,7 +444,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if names := retention.strangers(self.directory):
             warn(f"{self.directory}: left alone, as no checkpoints have such names: {', '.join(map(ascii, names))}")
-        if not self.steps() and not retention.any_set_aside(self.directory):
+        if not self.steps() and not any(self.directory.glob(f"*{retention.DAMAGED}*")):
             return None
 
         def read(step: int) -> tuple[dict[str, Any], Any, Any]:
@@ -457,7 +455,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         for bad, reason in damaged:
             place = self._set_aside(bad)
             warn(f"{self.directory}/{bad}: damaged: {reason}; set aside as {place.name}, going on from {step}")
-        for step_to_delete in self._retention.superfluous(self._known()):  # what an interrupted save did not delete
+        for step_to_delete in retention.superfluous(
+            self._known(), self._keep
+        ):  # what an interrupted save did not delete
             self._manager.delete(step_to_delete)
         self._empty_trash()
         return step, *found
@@ -491,11 +491,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                 except (NoCheckpointError, FileNotFoundError) as error:
                     self._note(step, error, damaged)
             if all(map(self.is_there, steps)):
-                break
+                raise self._all_damaged(damaged)
             self._look()
-        else:
-            raise NoCheckpointError(f"{self.directory}: each checkpoint was deleted while it was read; try again")
-        raise self._all_damaged(damaged)
+        raise NoCheckpointError(f"{self.directory}: each checkpoint was deleted while it was read; try again")
 
     def _all_damaged(self, damaged: Mapping[int, str]) -> NoCheckpointError:
         found = "; ".join(f"{step}: {reason}" for step, reason in sorted(damaged.items())) or "all were set aside"
@@ -515,18 +513,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def examine(self, step: int) -> Finding | None:
         """Check every file and every array of a checkpoint, on one device; None if it is deleted meanwhile."""
-        try:
-            found = self._examine(step)
-        except (NoCheckpointError, FileNotFoundError):
-            if self.is_there(step):
-                raise
-            return None
-        return found if self.is_there(step) else None
-
-    def _examine(self, step: int) -> Finding:
-        path, val_loss, changed = self.directory / str(step), None, None
+        path, val_loss, changed, size = self.directory / str(step), None, None, 0
         wrong: list[str] = []
         try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             meta = self.meta(step)
             val_loss = meta["checkpoint_val_loss"]
             self._require_regular(step, meta["arrays"])
@@ -541,8 +531,10 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._read(step, item, meta["arrays"][item], tree, place)
         except DamagedError as error:
             wrong.insert(0, str(error))
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return Finding(val_loss, size, wrong, changed is not None)
+        except (NoCheckpointError, FileNotFoundError):
+            if self.is_there(step):
+                raise
+        return Finding(val_loss, size, wrong, changed is not None) if self.is_there(step) else None
 
 
 # --- Silencing Orbax: it logs, with tracebacks, errors that we raise as one line ----------------------------------

@@ -2,14 +2,12 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What decides whether a checkpoint is kept: how much of the data was read, and the loss, if evaluated."""
 
     position: int
@@ -29,34 +27,18 @@ def best_first(marks: Mapping[int, Mark]) -> list[int]:
     """
     newest = newest_first(marks)
     tokens = next((marks[step].val_tokens for step in newest if marks[step].val_loss is not None), 0)
-    losses = {step: marks[step].val_loss for step in marks if marks[step].val_tokens == tokens}
-    ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None)
-    best = [step for _, step in ranked]
+    compared = [step for step in newest if marks[step].val_loss is not None and marks[step].val_tokens == tokens]
+    best = sorted(compared, key=lambda step: (marks[step].val_loss, step))
     return best + [step for step in newest if step not in best]
 
 
-class Retention:
-    """Orbax's preservation policy: keeps the newest `keep`, the best for each number of tokens, and all without a mark.
-
-    `marks` is read at each decision, so its owner may change it.
-    """
-
-    def __init__(self, marks: Mapping[int, Mark], keep: int):
-        self._marks, self._keep = marks, keep
-
-    def superfluous(self, steps: Iterable[int]) -> list[int]:
-        """The steps that need not be kept."""
-        ours = {step: self._marks[step] for step in steps if step in self._marks}
-        stay = set(newest_first(ours)[: self._keep])
-        for tokens in {mark.val_tokens for mark in ours.values()}:
-            evaluated = {s: m for s, m in ours.items() if m.val_loss is not None and m.val_tokens == tokens}
-            stay |= set(best_first(evaluated)[:1])
-        return [step for step in ours if step not in stay]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        superfluous = self.superfluous(info.step for info in checkpoints)
-        return [info.step not in superfluous for info in checkpoints]
+def superfluous(marks: Mapping[int, Mark], keep: int) -> list[int]:
+    """The steps that need not be kept: neither one of the newest `keep`, nor the best for its number of tokens."""
+    stay = set(newest_first(marks)[:keep])
+    for tokens in {mark.val_tokens for mark in marks.values()}:
+        evaluated = {s: m for s, m in marks.items() if m.val_loss is not None and m.val_tokens == tokens}
+        stay |= set(best_first(evaluated)[:1])
+    return [step for step in marks if step not in stay]
 
 
 # --- Directories of unfinished, replaced or damaged checkpoints ---------------------------------------------------
@@ -67,11 +49,6 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of one that is being writt
 REPLACED = ".replaced"  # ends the name of one that is kept until its replacement is complete
 DAMAGED = ".damaged-"  # this and a number end the name of one that was set aside
 DELETED = "deleted"  # the directory of checkpoints that are being deleted
-
-
-def empty_trash(directory: Path) -> None:
-    """Delete what is in `deleted`; what cannot be deleted now is left for the next time."""
-    shutil.rmtree(directory / DELETED, ignore_errors=True)
 
 
 def tidy_up(directory: Path) -> None:
@@ -96,7 +73,3 @@ def strangers(directory: Path) -> list[str]:
     ours = rf"(0|[1-9]\d*)({UNFINISHED}.*|{REPLACED}|{DAMAGED}\d+)?|{DELETED}|\..*"
     names = (entry.name for entry in directory.iterdir())
     return sorted(name for name in names if not re.fullmatch(ours, name, re.ASCII | re.DOTALL))
-
-
-def any_set_aside(directory: Path) -> bool:
-    return any(directory.glob(f"*{DAMAGED}*"))
