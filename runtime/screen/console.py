@@ -4,12 +4,12 @@ On a terminal `runtime.screen.terminal` draws it, elsewhere there are plain line
 `TERM=dumb` does not count as a terminal. A closed output never stops a run.
 """
 
-import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.screen import live
 from runtime.screen.text import Table, duration, human, printable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LINE_WIDTH = 120
 
 
-class Console:
+class Console(AbstractContextManager):
     """Prints a run's output to stdout, and its warnings and errors to stderr; with `silent`, nothing.
 
     Leaving the console's `with` block ends the live view.
@@ -35,9 +35,6 @@ class Console:
 
             # stderr is printed above the live view only if it is a terminal as well
             self._terminal = terminal.Terminal(self._out, redirect_stderr=self._err.isatty())
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._terminal is not None:
@@ -79,9 +76,9 @@ class Console:
         if self._terminal is not None:
             self._terminal.doing(text)
 
-    def busy(self, text: str) -> contextlib.AbstractContextManager[None]:
+    def busy(self, text: str) -> AbstractContextManager[None]:
         """Shows it inside the `with` block, together with the progress bar."""
-        return contextlib.nullcontext() if self._terminal is None else self._terminal.busy(text)
+        return nullcontext() if self._terminal is None else self._terminal.busy(text)
 
     def step_line(self, row: dict[str, Any], total: int) -> None:
         """One logged step of `total`: a line of at most 120 characters, in columns.
@@ -114,19 +111,16 @@ class Console:
         if self._terminal is not None:
             self._terminal.closing(table, command)
 
-    @contextlib.contextmanager
-    def progress(self, total: int, start: int, first: str = "") -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int, start: int, first: str = "") -> AbstractContextManager[Callable[[int], None]]:
         """A bar from `start` to `total` with the time left, and the function that moves it to so many units done.
 
         `first` says what is done until it moves.
         """
         if self._terminal is not None:
-            with self._terminal.progress(total, start, first) as update:
-                yield update
-        else:
-            if first and start < total:
-                self.line(first)
-            yield lambda done: None
+            return self._terminal.progress(total, start, first)
+        if first and start < total:
+            self.line(first)
+        return nullcontext(lambda done: None)
 
     def warn(self, text: str) -> None:
         """One line on stderr: `warning: ...`."""
@@ -215,6 +209,6 @@ class _Output:
             action(self._stream)
         except (OSError, ValueError):  # ValueError: the stream object was closed
             # Python flushes its streams again at exit: without this, it would fail there once more
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
             self._stream = None

@@ -80,9 +80,8 @@ class Bar:
 
     def numbers(self, width: int, ascii_only: bool) -> Text:
         """The newest numbers in one line, with as much of the loss curve as there is room for."""
-        if self._row is None:
+        if (row := self._row) is None:
             return Text()
-        row = self._row
         cells = [(f"{row['peak_memory_bytes'] / 1e9:.1f} GB", "")]
         if row["mfu"] is not None:
             cells.insert(0, (f"MFU {row['mfu']:.1%}", ""))
@@ -144,7 +143,16 @@ class Terminal:
             self._print(Columns(pair, width=width, padding=(0, 1)))
 
     def table(self, table: Table) -> None:
-        self._print(_table(table))
+        """Folded to the width of the terminal; its texts are not read as markup."""
+        grid = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        grid.show_header = any(table.columns)
+        for i, title in enumerate(table.columns):
+            number = i >= table.left
+            title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, to leave room for the first column
+            grid.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+        for i, row in enumerate(table.rows):
+            grid.add_row(*(Text(printable(text)) for text in row), style="bold green" if i in table.bold else None)
+        self._print(grid)
 
     def sample(self, title: str, text: str) -> None:
         lines = [Text("  " + title, "cyan")]
@@ -155,7 +163,6 @@ class Terminal:
         self._print(Group(*lines))
 
     def closing(self, table: Table, command: str) -> None:
-        """The end of a run: its results, and the command that samples from it."""
         self._print(_box(table, "green"), width=min(self.width, _NARROW))
         self.print(("to sample from it:  ", ""), (command, "bold green"))
 
@@ -166,7 +173,6 @@ class Terminal:
     # --- What moves -----------------------------------------------------------------------------------------------
 
     def doing(self, text: str) -> None:
-        """Shows what is being done, from now on."""
         self._doing, self._since = text, time.monotonic()
         with live.drawing:
             if self._live is None:
@@ -176,7 +182,6 @@ class Terminal:
 
     @contextlib.contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """Shows it inside the `with` block."""
         before = self._doing, self._since
         with live.drawing:  # while Ctrl-Z hides the view, `live` would wrongly be False
             alone = not self.live
@@ -258,15 +263,3 @@ def _box(table: Table, style: str = "cyan") -> Panel:
     for name, value in table.rows:
         grid.add_row(Text(printable(name), "bold"), Text(printable(value)))
     return Panel(grid, title=Text(table.title, f"bold {style}"), title_align="left", border_style="dim")
-
-
-def _table(table: Table) -> RichTable:
-    """The table for a terminal; its texts are not read as markup."""
-    grid = RichTable(box=None, show_header=any(table.columns), padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for i, title in enumerate(table.columns):
-        number = i >= table.left
-        title = "\n".join(title.rsplit(" ", 1)) if number else title  # narrower, to leave room for the first column
-        grid.add_column(Text(title), justify="right" if number else "left", overflow="fold")
-    for i, row in enumerate(table.rows):
-        grid.add_row(*(Text(printable(text)) for text in row), style="bold green" if i in table.bold else None)
-    return grid
