@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -43,8 +42,8 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     It has to be called before JAX's backend is first used. A user's own setting, in XLA_FLAGS or JAX_NUM_CPU_DEVICES,
     takes precedence. GPUs and TPUs are not affected.
     """
-    own = "JAX_NUM_CPU_DEVICES" in os.environ
-    if own or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
         return
     if cpu_devices == "auto":  # each of several processes has its share of the batch
         count = max(n for n in range(1, physical_cores() + 1) if n == 1 or batch_size % (n * num_processes()) == 0)
@@ -53,7 +52,7 @@ def set_up_cpu_devices(cpu_devices: str, batch_size: int, warn: Callable[[str], 
     if not _show_cpu_devices(count):
         if jax.default_backend() == "cpu" and jax.device_count() != count:
             warn(f"JAX is already running with {jax.device_count()} CPU device(s), not {count}; using what is there")
-    elif count > 1 and _ONE_THREAD not in (flags := os.environ.get("XLA_FLAGS", "")):
+    elif count > 1 and _ONE_THREAD not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD}".strip()
 
 
@@ -166,9 +165,8 @@ def memory_available() -> int:
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         most, used = (int(Path(f"{_CGROUP}.{name}").read_text()) for name in ("max", "current"))
-        told.append(most - used)
-        cached = re.search(r"^inactive_file (\d+)", Path(f"{_CGROUP}.stat").read_text(), re.MULTILINE)
-        told[-1] += int(cached[1]) if cached else 0  # files that were read give way
+        read = re.findall(r"^inactive_file (\d+)", Path(f"{_CGROUP}.stat").read_text(), re.MULTILINE)
+        told.append(most - used + sum(map(int, read)))  # files that were read give way
     with contextlib.suppress(OSError):
         told += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
     return min(told) // jax.local_device_count()
@@ -192,7 +190,7 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in text and not _OF_A_CORE.search(text))
 
 
-@contextmanager
+@contextlib.contextmanager
 def memory_limit(key: str, advice: str, rescue: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Turns running out of memory into a UserError about `key`, after `rescue` has saved what can be saved."""
     try:
@@ -267,6 +265,5 @@ def _git_commit() -> str | None:
         return None
     describe = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(describe, cwd=PROGRAM, capture_output=True, text=True, timeout=5, check=True)
-        return done.stdout.strip()
+        return subprocess.check_output(describe, cwd=PROGRAM, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
     return None

@@ -89,10 +89,9 @@ def expected_error(error: OSError) -> ExpectedError | None:
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """A regular file, to read its bytes. Nothing else: a pipe would be waited for, and a device may never end.
+    """A regular file, to read its bytes. Raises OSError if it cannot be read, or is something else.
 
-    Raises:
-      OSError: it is something else, or cannot be read.
+    A pipe would be waited for, and a device may never end.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -102,12 +101,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-      ValueError: it is larger.
-      OSError: it is something else, or cannot be read.
-    """
+    """The content of a regular file. Raises ValueError if it is larger, and as `open_regular`."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
             raise ValueError(f"is too large: more than {largest:,} bytes")

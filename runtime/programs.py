@@ -84,20 +84,17 @@ class _SealedCache:
         self._told = False
 
     def get(self, key: str) -> bytes | None:
-        found = self._get(f"{key}-sealed")
-        _asked.append((threading.get_ident(), (key, found is not None)))
-        return found
-
-    def _get(self, name: str) -> bytes | None:
+        name, program = f"{key}-sealed", None
         with self._noted("read"):
-            if (found := self._cache.get(name)) is None:
-                return None
-            if found[:32] == _seal(name, found[32:]):
-                return found[32:]
-            for file in self._folder.glob(f"{name}-*"):
-                file.unlink()
-            self._tell("damaged ones were removed")
-        return None
+            found = self._cache.get(name)
+            if found is not None and found[:32] == _seal(name, found[32:]):
+                program = found[32:]
+            elif found is not None:
+                for file in self._folder.glob(f"{name}-*"):
+                    file.unlink()
+                self._tell("damaged ones were removed")
+        _asked.append((threading.get_ident(), (key, program is not None)))
+        return program
 
     def put(self, key: str, value: bytes) -> None:
         with self._noted("written"):
@@ -157,21 +154,20 @@ class Kept:
         def first(*args: Any) -> Any:
             nonlocal program
             shapes = jax.tree.map(_shape_of, args)
-            if not (found := self._reading.result()):
-                program = self._compile(function, shapes)
-                return program(*args)
-            flat, text = found
-            program = lambda *args: structure.unflatten(flat(*jax.tree.leaves(args)))
-            try:
-                made = jax.block_until_ready(program(*args))
-            except jax.errors.JaxRuntimeError:
-                self._forget()
-                raise
-            except (TypeError, ValueError):  # JAX refuses arguments of other types or places than it was compiled for
-                program = self._compile(function, shapes)
-                return program(*args)
-            self._unchecked = function, shapes, text
-            return made
+            if found := self._reading.result():
+                flat, text = found
+                program = lambda *args: structure.unflatten(flat(*jax.tree.leaves(args)))
+                try:
+                    made = jax.block_until_ready(program(*args))
+                    self._unchecked = function, shapes, text
+                    return made
+                except jax.errors.JaxRuntimeError:
+                    self._forget()
+                    raise
+                except (TypeError, ValueError):  # JAX refuses arguments of other types or places than at compilation
+                    pass
+            program = self._compile(function, shapes)
+            return program(*args)
 
         def call(*args: Any) -> Any:
             nonlocal program

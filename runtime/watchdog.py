@@ -30,15 +30,13 @@ class Watchdog:
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        if self._seconds:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._seconds:
-            self._thread.join()
+        self._thread.join()
 
     def beat(self) -> None:
         """A step has finished: watch from here on."""
@@ -54,7 +52,7 @@ class Watchdog:
             self._quiet, self._watching = 0, watching
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._seconds / _TICKS):
+        while self._seconds and not self._ended.wait(self._seconds / _TICKS):
             self._quiet = self._quiet + 1 if self._watching else 0
             if self._quiet >= _TICKS:
                 self._end()

@@ -19,7 +19,6 @@ LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 DIRECTORIES = CHECKPOINTS, "wandb", "tensorboard", "trackio", "profile"  # directories that a run writes to
 WEIGHTS = ("auto", "trained", "ema")  # of a checkpoint; ema: their average; auto: that, where there is one
-LAST_MOVED = "metrics.jsonl"
 _OLD = re.compile(r"old-\d+")
 UNSAVED = ".unsaved"  # a file in `checkpoints`: a run has begun, and none of its checkpoints is complete yet
 
@@ -124,22 +123,17 @@ def removed_if_unused(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not was_there and is_first():
-            with contextlib.suppress(OSError):  # it does not exist, is not empty, or another run uses it
-                _remove_unused(workdir)
+        with contextlib.suppress(OSError):  # it does not exist, is not empty, or another run uses it
+            if not was_there and is_first() and set(os.listdir(workdir)) <= {LOCK, CHECKPOINTS}:
+                lock, checkpoints = workdir / LOCK, workdir / CHECKPOINTS
+                with open(lock, "a", opener=_itself) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if checkpoints.exists():
+                        (checkpoints / UNSAVED).unlink(missing_ok=True)
+                        checkpoints.rmdir()
+                    lock.unlink()
+                    workdir.rmdir()
         raise
-
-
-def _remove_unused(workdir: Path) -> None:
-    lock, checkpoints = workdir / LOCK, workdir / CHECKPOINTS
-    if {entry.name for entry in workdir.iterdir()} <= {LOCK, CHECKPOINTS}:
-        with open(lock, "a", opener=_itself) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if checkpoints.exists():
-                (checkpoints / UNSAVED).unlink(missing_ok=True)
-                checkpoints.rmdir()
-            lock.unlink()
-            workdir.rmdir()
 
 
 def first_free(prefix: str) -> Path:
@@ -154,7 +148,7 @@ def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
     last, so an interrupted move leaves steps without checkpoints, which is recognised later.
     """
     left = [entry for entry in workdir.iterdir() if entry.name != LOCK and not _OLD.fullmatch(entry.name)]
-    left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == LAST_MOVED))
+    left.sort(key=lambda entry: (entry.name != CHECKPOINTS, entry.name == "metrics.jsonl"))
     if not left:
         return
     for prefix in (f"{workdir}.old-", f"{workdir}/old-"):
@@ -165,11 +159,9 @@ def move_aside(workdir: Path, say: Callable[[str], None]) -> None:
                 entry.rename(target / entry.name)
         except OSError as error:
             problem = error
-            try:
+            with contextlib.suppress(OSError):
                 target.rmdir()
-            except FileNotFoundError:
-                pass
-            except OSError:  # something was moved
+            if target.exists():  # something was moved
                 break
         else:
             say(f"moved the earlier run to {target}")

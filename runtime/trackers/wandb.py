@@ -118,6 +118,8 @@ def _answers(url: str) -> bool:
     """Whether a server answers in time, with any answer. The environment's proxies are used."""
     import requests  # which W&B itself needs
 
+    from runtime.signals import attempt
+
     answered = threading.Event()
 
     def ask() -> None:
@@ -129,8 +131,5 @@ def _answers(url: str) -> bool:
             return
         answered.set()
 
-    # In a thread, because looking up a name has no time-out.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS)
+    attempt(ask, _PROBE_SECONDS)  # looking up a name has no time-out
     return answered.is_set()
