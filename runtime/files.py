@@ -251,17 +251,13 @@ class MetricsFile:
                 *lines, last = read_file(self.path, LARGEST_LOG).split(b"\n")
             except FileNotFoundError:
                 return []
-        rows, bad = [], 0
-        for line in [*lines, *([last] if last.endswith(b"}") else [])]:
-            try:
-                row = parse_json(line)
-            except ValueError:  # invalid UTF-8 too
-                row = None
-            if isinstance(row, dict):
-                rows.append(plain(row))
-            else:
-                bad += 1
-        if bad:
+        lines += [last] if last.endswith(b"}") else []
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # invalid UTF-8 too
+                if isinstance(row := parse_json(line), dict):
+                    rows.append(plain(row))
+        if bad := len(lines) - len(rows):
             warn(f"{self.path}: {bad:,} damaged rows left out")
         return rows
 
