@@ -346,7 +346,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if meta.get("step") != step:
             raise DamagedError(f"meta is that of step {meta.get('step')}")
         arrays, loss = meta.get("arrays"), meta.get("checkpoint_val_loss")
-        if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in ITEMS):
+        if not isinstance(arrays, dict) or not all(isinstance(arrays.get(item), dict) for item in (*ITEMS, *arrays)):
             raise DamagedError("meta has no table of the arrays")
         if not all(_is_entry(entry) for item in arrays.values() for entry in item.values()):
             raise DamagedError("meta has a table of something else than arrays")

@@ -114,6 +114,7 @@ def test_damage_of_the_meta_item(sound, tmp_path):
         ('{"step": ' + "1" * 5000 + "}", "holds a number of 5,000 digits"),
         (json.dumps(seal(values | {"position": "7"})), "no position"),
         (json.dumps(seal(values | {"arrays": {"params": {"w": [["x"], 3, 4]}, "rest": {}}})), "else than arrays"),
+        (json.dumps(seal(values | {"arrays": {"params": {}, "rest": {}, "more": 3}})), "no table of the arrays"),
     ]:
         workdir = copy_of(sound, tmp_path / "run")
         (workdir / "checkpoints" / "10" / "meta" / "metadata").write_text(content)
