@@ -165,7 +165,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         handlers = {item: ocp.StandardCheckpointHandler(**at_once) for item in ITEMS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        manager.reached_preemption = lambda step: False  # its own calls would disturb `reached_stop`
+        manager.reached_preemption = lambda step: False  # its own calls would disturb `raise_if_set`
         return manager
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
