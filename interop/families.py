@@ -40,13 +40,21 @@ class Rule(NamedTuple):
     layout: Layout
 
 
-def _both(theirs: str, ours: str, layout: Layout = TRANSPOSED, weight: str = "kernel") -> list[Rule]:
-    """The weight and the bias of a linear map, or of a norm, whose `weight` is called scale here."""
-    return [Rule(f"{theirs}.weight", (f"{ours}.{weight}",), layout), Rule(f"{theirs}.bias", (f"{ours}.bias",), SAME)]
+_LINEAR = {".weight": "kernel", ".bias": "bias"}
 
 
-_layer_norm = partial(_both, layout=SAME, weight="scale")
+def _layer(theirs: str, *ours: str, layout: Layout = TRANSPOSED, parts: Mapping[str, str] = _LINEAR) -> list[Rule]:
+    """A rule for each array of a layer of theirs, which may hold several of ours; `parts` are its endings and ours."""
+    return [Rule(theirs + end, tuple(f"{name}.{part}" for name in ours), layout) for end, part in parts.items()]
 
+
+def _layers(theirs: str, ours: str, **names: str) -> list[Rule]:
+    """The rules for linear maps of one module, by their names and ours."""
+    return [rule for name, own in names.items() for rule in _layer(f"{theirs}.{name}", f"{ours}.{own}")]
+
+
+_layer_norm = partial(_layer, layout=SAME, parts={".weight": "scale", ".bias": "bias"})
+_experts = partial(_layer, parts={"": "kernel", "_bias": "bias"})
 
 # --- Families -----------------------------------------------------------------------------------------------------
 
@@ -77,10 +85,8 @@ class Family:
     constants: Callable[[TransformerConfig], Arrays] = lambda config: {}
 
 
-_PLAIN_BLOCKS = {
-    **{"sink_pattern": "S", "attention_gate": "none"},
-    **{"exclusive_attention": False, "residual_scalars": False},
-}
+_PLAIN_BLOCKS = {"sink_pattern": "S", "attention_gate": "none", "exclusive_attention": False, "residual_scalars": False}
+_QUERY_KEY_VALUE = [f"blocks.{{n}}.attention.{part}" for part in ("query", "key", "value")]
 
 GPT2 = Family(
     "gpt2",
@@ -89,18 +95,11 @@ GPT2 = Family(
         Rule("transformer.wte.weight", ("embedding.embedding",), SAME),
         Rule("transformer.wpe.weight", ("positions.embedding",), SAME),
         *_layer_norm("transformer.h.{n}.ln_1", "blocks.{n}.attention_norm"),
-        *(
-            Rule(
-                f"transformer.h.{{n}}.attn.c_attn.{theirs}",
-                tuple(f"blocks.{{n}}.attention.{part}.{ours}" for part in ("query", "key", "value")),
-                SIDE_BY_SIDE,
-            )
-            for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
-        ),
-        *_both("transformer.h.{n}.attn.c_proj", "blocks.{n}.attention.out", SAME),
+        *_layer("transformer.h.{n}.attn.c_attn", *_QUERY_KEY_VALUE, layout=SIDE_BY_SIDE),
+        *_layer("transformer.h.{n}.attn.c_proj", "blocks.{n}.attention.out", layout=SAME),
         *_layer_norm("transformer.h.{n}.ln_2", "blocks.{n}.mlp_norm"),
-        *_both("transformer.h.{n}.mlp.c_fc", "blocks.{n}.mlp.up", SAME),
-        *_both("transformer.h.{n}.mlp.c_proj", "blocks.{n}.mlp.down", SAME),
+        *_layer("transformer.h.{n}.mlp.c_fc", "blocks.{n}.mlp.up", layout=SAME),
+        *_layer("transformer.h.{n}.mlp.c_proj", "blocks.{n}.mlp.down", layout=SAME),
         *_layer_norm("transformer.ln_f", "final_norm"),
         Rule("lm_head.weight", ("head.kernel",), TRANSPOSED),
     ),
@@ -131,14 +130,10 @@ GPT2 = Family(
 def _llama_rules(*mlp: Rule) -> tuple[Rule, ...]:
     """Llama's names, which Qwen3 and gpt-oss share outside the MLP."""
     projections = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
-    attention = [
-        _both(f"model.layers.{{n}}.self_attn.{theirs}", f"blocks.{{n}}.attention.{ours}")
-        for theirs, ours in projections.items()
-    ]
     return (
         Rule("model.embed_tokens.weight", ("embedding.embedding",), SAME),
         Rule("model.layers.{n}.input_layernorm.weight", ("blocks.{n}.attention_norm.scale",), SAME),
-        *(rule for rules in attention for rule in rules),
+        *_layers("model.layers.{n}.self_attn", "blocks.{n}.attention", **projections),
         Rule("model.layers.{n}.post_attention_layernorm.weight", ("blocks.{n}.mlp_norm.scale",), SAME),
         *mlp,
         Rule("model.norm.weight", ("final_norm.scale",), SAME),
@@ -146,11 +141,8 @@ def _llama_rules(*mlp: Rule) -> tuple[Rule, ...]:
     )
 
 
-_GATED_MLP = [
-    rule
-    for theirs, ours in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down"))
-    for rule in _both(f"model.layers.{{n}}.mlp.{theirs}", f"blocks.{{n}}.mlp.{ours}")
-]
+_GATED_MLP = _layers("model.layers.{n}.mlp", "blocks.{n}.mlp", gate_proj="gate", up_proj="up", down_proj="down")
+_BIASES = "qkv_bias", "attention_out_bias"  # they have one key for both
 _LLAMA_SETTINGS = {
     "vocab_size": ("vocab_size", 32000),
     "context_len": ("max_position_embeddings", 2048),
@@ -162,8 +154,7 @@ _LLAMA_SETTINGS = {
     "mlp_dim": ("intermediate_size", 11008),
     "norm_eps": ("rms_norm_eps", 1e-6),
     "tie_embeddings": ("tie_word_embeddings", False),
-    "qkv_bias": ("attention_bias", False),
-    "attention_out_bias": ("attention_bias", False),
+    **dict.fromkeys(_BIASES, ("attention_bias", False)),
 }
 _LLAMA_FIXED = {
     **{"norm": "rmsnorm", "position": "rope", "qk_norm": "none", "attention_sink": "none", "logit_softcap": 0.0},
@@ -196,22 +187,15 @@ GPT_OSS = Family(
     "GptOssForCausalLM",
     rules=_llama_rules(
         Rule("model.layers.{n}.self_attn.sinks", ("blocks.{n}.attention.sink",), SAME),
-        *(
-            Rule(
-                f"model.layers.{{n}}.mlp.experts.gate_up_proj{theirs}",
-                (f"blocks.{{n}}.mlp.gate.{ours}", f"blocks.{{n}}.mlp.up.{ours}"),
-                INTERLEAVED,
-            )
-            for theirs, ours in (("", "kernel"), ("_bias", "bias"))
+        *_experts(
+            "model.layers.{n}.mlp.experts.gate_up_proj", "blocks.{n}.mlp.gate", "blocks.{n}.mlp.up", layout=INTERLEAVED
         ),
-        Rule("model.layers.{n}.mlp.experts.down_proj", ("blocks.{n}.mlp.down.kernel",), ONE_EXPERT),
-        Rule("model.layers.{n}.mlp.experts.down_proj_bias", ("blocks.{n}.mlp.down.bias",), ONE_EXPERT),
+        *_experts("model.layers.{n}.mlp.experts.down_proj", "blocks.{n}.mlp.down", layout=ONE_EXPERT),
     ),
     settings={
         **_LLAMA_SETTINGS,
         "norm_eps": ("rms_norm_eps", 1e-5),
-        "qkv_bias": ("attention_bias", True),
-        "attention_out_bias": ("attention_bias", True),
+        **dict.fromkeys(_BIASES, ("attention_bias", True)),
     },
     fixed={**_LLAMA_FIXED, "attention_sink": "logit", "mlp_bias": True},
     activations={"silu": "swiglu_clamped"},
@@ -229,19 +213,14 @@ GPT_OSS = Family(
 )
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3, GPT_OSS)}
 
-_ORIGINAL_BLOCK = "blocks.{n}.Attention_Layers."
 ORIGINAL_RULES = (
     Rule("embed.W_E.weight", ("embedding.embedding",), SAME),
     Rule("embed.W_pos.weight", ("positions.embedding",), SAME),
     *_layer_norm("blocks.{n}.layer_norm1", "blocks.{n}.attention_norm"),
-    Rule(_ORIGINAL_BLOCK + "W_Q.weight", ("blocks.{n}.attention.query.kernel",), TRANSPOSED),
-    Rule(_ORIGINAL_BLOCK + "W_K.weight", ("blocks.{n}.attention.key.kernel",), TRANSPOSED),
-    Rule(_ORIGINAL_BLOCK + "W_V.weight", ("blocks.{n}.attention.value.kernel",), TRANSPOSED),
-    Rule(_ORIGINAL_BLOCK + "W_out.weight", ("blocks.{n}.attention.out.kernel",), TRANSPOSED),
-    Rule(_ORIGINAL_BLOCK + "sink_scalar", ("blocks.{n}.attention.sink",), FLAT),
+    *_layers("blocks.{n}.Attention_Layers", "blocks.{n}.attention", W_Q="query", W_K="key", W_V="value", W_out="out"),
+    Rule("blocks.{n}.Attention_Layers.sink_scalar", ("blocks.{n}.attention.sink",), FLAT),
     *_layer_norm("blocks.{n}.layer_norm2", "blocks.{n}.mlp_norm"),
-    *_both("blocks.{n}.MLP_Layers.layer1", "blocks.{n}.mlp.up"),
-    *_both("blocks.{n}.MLP_Layers.layer2", "blocks.{n}.mlp.down"),
+    *_layers("blocks.{n}.MLP_Layers", "blocks.{n}.mlp", layer1="up", layer2="down"),
     *_layer_norm("final_layer_norm", "final_norm"),
     Rule("deembed.W_D.weight", ("head.kernel",), TRANSPOSED),
 )

@@ -94,16 +94,18 @@ def split_weights(rules: Iterable[Rule], config: TransformerConfig, weights: Map
 # --- Rotary positions and windows ---------------------------------------------------------------------------------
 
 
+_FAST_SLOW = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "low_freq_factor")}
+
+
 def _rope_to(config: TransformerConfig) -> dict[str, Any]:
     """The settings in both forms: `rope_parameters`, and the two keys that transformers 4, mlx-lm and others read."""
     rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling != "none":
-        rope |= {"rope_type": config.rope_scaling, "factor": config.yarn_factor}
+    if (kind := config.rope_scaling) != "none":
+        fast, slow = _FAST_SLOW[kind]
+        rope = {"rope_type": kind, "factor": config.yarn_factor}
         rope["original_max_position_embeddings"] = config.yarn_original_context
-    if config.rope_scaling == "llama3":
-        rope |= {"high_freq_factor": config.yarn_beta_fast, "low_freq_factor": config.yarn_beta_slow}
-    if config.rope_scaling == "yarn":
-        rope |= {"beta_fast": config.yarn_beta_fast, "beta_slow": config.yarn_beta_slow}
+        rope |= {fast: config.yarn_beta_fast, slow: config.yarn_beta_slow}
+    if kind == "yarn":
         rope |= {"truncate": config.yarn_truncate}
         rope |= {"attention_factor": config.yarn_attention_factor} if config.yarn_attention_factor else {}
     theta = {"rope_theta": config.rope_theta}
@@ -126,14 +128,14 @@ def _rope_from(family: Family, theirs: Mapping[str, Any], context_len: int) -> d
     if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
         raise ValueError(f"rope_parameters: {nested[0]} has settings of its own; all layers must have the same")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "yarn", "llama3"):
+    if kind not in ("default", *_FAST_SLOW):
         raise ValueError(f"rope_type: must be default, yarn or llama3, got {kind!r}")
     if (part := rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))) not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor: must be 1, got {part}")
     settings = {"rope_theta": _first(rope.get("rope_theta"), theirs.get("rope_theta"), family.theta)}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or context_len
-        fast, slow = ("beta_fast", "beta_slow") if kind == "yarn" else ("high_freq_factor", "low_freq_factor")
+        fast, slow = _FAST_SLOW[kind]
         settings |= {
             "rope_scaling": kind,
             "yarn_original_context": original,
@@ -202,7 +204,7 @@ def from_theirs(theirs: Mapping[str, Any], weights: Mapping[str, np.ndarray]) ->
     """
     family = _family(theirs)
     key, default = family.settings["num_blocks"]
-    require_blocks(key, default if theirs.get(key) is None else theirs[key], weights)
+    require_blocks(key, _first(theirs.get(key), default), weights)
     config = config_from(theirs)
     names, prefix = {rule.theirs for rule in family.rules}, family.rules[0].theirs.partition(".")[0]
     whole = any(name.startswith(f"{prefix}.") for name in weights)  # else they are of the class without its head
@@ -234,10 +236,9 @@ def config_from(theirs: Mapping[str, Any]) -> TransformerConfig:
     activation = theirs.get(family.activation_key, next(iter(family.activations)))
     if not isinstance(activation, str) or activation not in family.activations:
         raise ValueError(f"{family.activation_key}: must be one of {', '.join(family.activations)}, got {activation!r}")
+    given = {ours: _first(theirs.get(key), default) for ours, (key, default) in family.settings.items()}
     keys = {ours: key for ours, (key, _) in family.settings.items()}
-    given = {ours: theirs.get(key) for ours, key in keys.items()}
-    settings = {ours: default if given[ours] is None else given[ours] for ours, (_, default) in family.settings.items()}
-    settings = _typed({ours: value for ours, value in settings.items() if value is not None}, keys)
+    settings = _typed({ours: value for ours, value in given.items() if value is not None}, keys)
     if family is GPT2:
         settings.setdefault("mlp_dim", 4 * settings["embedding_dim"])
     else:
@@ -258,21 +259,11 @@ def _typed(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, An
     return typed
 
 
-def family_of(config: TransformerConfig) -> Family:
-    """The class that is nearest to a model."""
-    if config.has_sinks:
-        return GPT_OSS
-    if config.position == "learned":
-        return GPT2
-    return LLAMA if config.qk_norm == "none" else QWEN3
-
-
 class Exported(NamedTuple):
     """A model as one of the classes: its settings there, and what some programs do not read."""
 
     family: Family
     full: TransformerConfig  # with all biases and scales of the class, zeros and ones if the model lacks them
-    activation: str  # their name
     caveats: list[str]
 
 
@@ -281,12 +272,15 @@ def exported_as(config: TransformerConfig) -> Exported:
 
     Raises ValueError, which names each setting in the way, if there is none.
     """
-    family = family_of(config)
+    if config.has_sinks:
+        family = GPT_OSS
+    elif config.position == "learned":
+        family = GPT2
+    else:
+        family = LLAMA if config.qk_norm == "none" else QWEN3
     full = _filled_up(family, config)
-    activations: dict[str, str] = {}
-    for name, mlp in family.activations.items():
-        activations.setdefault(mlp, name)
-    there = {**family.fixed, "mlp": full.mlp if full.mlp in activations else next(iter(activations))}
+    mlps = list(family.activations.values())
+    there = {**family.fixed, "mlp": full.mlp if full.mlp in mlps else mlps[0]}
     if "head_dim" not in family.settings:
         there |= {"num_kv_heads": full.num_heads, "head_dim": full.embedding_dim // full.num_heads}
     if family is LLAMA and full.embedding_dim % full.num_heads:
@@ -296,7 +290,7 @@ def exported_as(config: TransformerConfig) -> Exported:
         nearest = ", ".join(f"{name} {there[name]!r}" for name in odd)
         nearest = f"the nearest, {family.architecture}, has {nearest}"
         raise ValueError(f"{odd[0]}: no class of transformers has {ours}; {nearest}")
-    return Exported(family, full, activations[full.mlp], _caveats(family, full))
+    return Exported(family, full, _caveats(family, full))
 
 
 def _caveats(family: Family, full: TransformerConfig) -> list[str]:
@@ -320,10 +314,11 @@ def _caveats(family: Family, full: TransformerConfig) -> list[str]:
 
 def to_theirs(config: TransformerConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Arrays]:
     """The contents of config.json and of the weights file for a model. Raises ValueError as `exported_as` does."""
-    family, full, activation, _ = exported_as(config)
+    family, full, _ = exported_as(config)
     theirs: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     theirs |= {key: value for key, (value, _) in family.demands.items()}
     theirs |= {key: getattr(full, ours) for ours, (key, _) in family.settings.items()}
+    activation = next(name for name, mlp in family.activations.items() if mlp == full.mlp)
     theirs |= {family.activation_key: activation, "dtype": "float32"}
     if family is GPT2:
         theirs["n_ctx"] = full.context_len  # its name before transformers 5; mlx-lm and llama.cpp read it
@@ -348,7 +343,7 @@ def _filled_up(family: Family, config: TransformerConfig) -> TransformerConfig:
         name: getattr(config, name) or bool(family.fixed.get(name))
         for name in ("qkv_bias", "attention_out_bias", "mlp_bias")
     }
-    if family is not GPT2:  # it has one key for both
+    if family is not GPT2:  # the others have one key for both
         either = changes["qkv_bias"] or changes["attention_out_bias"] or family is GPT_OSS  # llama.cpp asks for them
         changes |= {"qkv_bias": either, "attention_out_bias": either}
     if config.norm == "layernorm":
@@ -368,8 +363,7 @@ def from_original(weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
     `metadata` are settings by our names, which must not contradict the weights; without sinks it has to name
     `num_heads`. Raises ValueError, `<weight>: <what does not fit>`.
     """
-    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
-    weights = {name: x for name, x in weights.items() if not BUFFER.fullmatch(name)}
+    weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items() if not BUFFER.fullmatch(name)}
     first = "blocks.0.Attention_Layers."
     for name in ("embed.W_E.weight", "embed.W_pos.weight", f"{first}W_Q.weight", "blocks.0.MLP_Layers.layer1.weight"):
         if name not in weights:

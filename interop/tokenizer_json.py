@@ -137,16 +137,10 @@ def _byte_level(ranks: dict[bytes, int], special: dict[str, int], pattern: str |
     if twice := vocabulary.keys() & special.keys():
         raise ValueError(f"tokenizer.json cannot hold {min(twice)!r} both as a special token and as a plain one")
     longer = [piece for piece in sorted(ranks, key=ranks.__getitem__) if len(piece) > 1]
-    merges = {piece: parts for piece in longer if len(parts := _last_parts(piece, ranks)) == 2}
-    pairs = [(names[left], names[right]) for left, right in merges.values()]
-    library = tokenizers.Tokenizer(
-        models.BPE(
-            vocabulary | special,
-            pairs,
-            # Tiktoken looks for a whole piece first, which matters only if merges would not lead to the same token.
-            ignore_merges=len(merges) < len(longer),
-        )
-    )
+    merges = (parts for piece in longer if len(parts := _last_parts(piece, ranks)) == 2)
+    pairs = [(names[left], names[right]) for left, right in merges]
+    # Tiktoken looks for a whole piece first, which matters only if merges would not lead to the same token.
+    library = tokenizers.Tokenizer(models.BPE(vocabulary | special, pairs, ignore_merges=len(pairs) < len(longer)))
     library.add_special_tokens(list(special))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pattern is None:
