@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-import tokenize
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -60,11 +59,9 @@ SHAPE_KEYS -= {"vocab_size", "document_start", "answer_start", "answer_end"}
 FREE_ON_RESUME = {
     *("epochs", "max_steps", "max_flops", "cpu_devices", "max_bad_steps", "eval_every", "eval_tokens", "run"),
     *("log_every", "sample_every", "sample_prompt", "sample_tokens", "temperature", "print_per_layer_params"),
-    *("trackers", "wandb_enabled"),
     *("save_every", "warning_signal", "keep", "dataset", "data_dir", "init_from", "init_weights", "mesh", "report"),
-    *("text_column", "skip_bad_rows"),
-    *("steps_per_dispatch", "watchdog_seconds", "peer_seconds"),
-    *(EXECUTION_KEYS - {"dtype"}),
+    *("trackers", "wandb_enabled", "text_column", "skip_bad_rows", "steps_per_dispatch"),
+    *("watchdog_seconds", "peer_seconds", *(EXECUTION_KEYS - {"dtype"})),
     *("spike_sigmas", "skip_spikes"),  # to get a run over a spike
 }
 
@@ -264,19 +261,17 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
                 f"{'--rebatch to go on with that, ' if key in REBATCH else ''}another --workdir, --fresh (moves the "
                 f"old run aside), or --config.init_from={workdir} in another --workdir"
             )
-    origins = [(config.init_from, config.init_weights) for config in (old, new)]
-    if all(path for path, _ in origins) and Path(old.init_from).exists():  # where it is gone, it may have been moved
-        (was, of), (now, wanted) = origins
-        if (Path(was).resolve(), of) != (Path(now).resolve(), wanted):
-            key = "init_weights" if Path(was).resolve() == Path(now).resolve() else "init_from"
+    if old.init_from and new.init_from and Path(old.init_from).exists():  # where it is gone, it may have been moved
+        same = Path(old.init_from).resolve() == Path(new.init_from).resolve()
+        if not same or old.init_weights != new.init_weights:
+            key = "init_weights" if same else "init_from"
             raise UserError(
                 f"config.{key}: the run in {workdir} began with {old[key]!r}, this config has {new[key]!r}; put "
                 "that back, or leave init_from out, or use another --workdir, or --fresh (moves the old run aside)"
             )
     if new.schedule not in ("cosine", "linear"):
         return
-    differs = [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]
-    if differs:
+    if differs := [key for key in ("max_steps", "epochs", "max_flops") if old[key] != new[key]]:
         raise UserError(
             f"config.{differs[0]}: schedule {new.schedule!r} was laid out for {old[differs[0]]}, so it cannot "
             f"become {new[differs[0]]} now; a constant one could, or start a new run with "
@@ -292,9 +287,6 @@ def check_resume(old: ConfigDict, new: ConfigDict, workdir: Path, rebatch: bool 
 
 
 # --- The documentation of each key: its section and its comment, read from configs/default.py ---------------------
-
-_SECTION = re.compile(r"# --- (.+?) -+$")
-_ASSIGNMENT = re.compile(r"\s*config\.(\w+) = ")
 
 
 class KeyDoc(NamedTuple):
@@ -312,18 +304,14 @@ def key_docs() -> dict[str, KeyDoc]:
     defaults = default.get_config()
     found: dict[str, KeyDoc] = {}
     section = key = ""
-    with Path(default.__file__).open("rb") as file:
-        for token in tokenize.tokenize(file.readline):
-            if token.type != tokenize.COMMENT:
-                continue
-            text = token.string.removeprefix("#").strip()
-            if heading := _SECTION.match(token.string):
-                section, key = heading[1], ""
-            elif assigned := _ASSIGNMENT.match(token.line):
-                key = assigned[1]
-                found[key] = KeyDoc(section, key, defaults[key], text)
-            elif key:
-                found[key] = found[key]._replace(comment=f"{found[key].comment}; {text}")
+    for line in Path(default.__file__).read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r" +# --- (.+?) -+", line):
+            section = heading[1]
+        elif assigned := re.fullmatch(r" +config\.(\w+) = .+?  # (.+)", line):
+            key, text = assigned.groups()
+            found[key] = KeyDoc(section, key, defaults[key], text)
+        elif more := re.fullmatch(r" +# (.+)", line):
+            found[key] = found[key]._replace(comment=f"{found[key].comment}; {more[1]}")
     return found
 
 
