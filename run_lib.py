@@ -24,7 +24,6 @@ from runtime import devices
 from runtime.checkpoints.manager import SESSION, Checkpoints, DamagedError, Placement
 from runtime.errors import NoCheckpointError, UserError, one_line
 from runtime.files import MetricsFile, data_folder, read_json, read_text
-from runtime.multihost import require_same
 from runtime.trackers.wandb import ID_FILE as WANDB_ID_FILE
 from runtime.workdir import CHECKPOINTS, UNSAVED
 from training.health import first_not_finite
@@ -286,42 +285,50 @@ def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, 
         )
 
 
-def _require_so_many_blocks(workdir: Path, config: ConfigDict, checkpoints: Checkpoints, step: int | None) -> None:
-    """Raises UserError if the config has more blocks than the checkpoint (None: the best) has arrays.
-
-    A damaged config.json may ask for millions, and to list their shapes would take for ever.
-    """
-    with contextlib.suppress(NoCheckpointError):  # damaged, or just deleted: that is reported later
-        arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
-        if config.num_blocks > len(arrays):
-            raise UserError(
-                f"{workdir / CONFIG_FILE}: num_blocks is {config.num_blocks}, and the checkpoint has {len(arrays)} "
-                "arrays; put the number back with which it was made"
-            )
-
-
 def load_weights(
-    workdir: Path, model_config: TransformerConfig, sharding: Placement, warn: Callable[[str], None], weights: str
-) -> Params:
-    """The weights, of WEIGHTS those that `weights` says, of a run's best checkpoint, for a model of the same shape.
+    workdir: Path,
+    place: Placement,
+    warn: Callable[[str], None],
+    weights: str,
+    step: int | None = None,
+    wanted: TransformerConfig | None = None,
+) -> tuple[Params, TransformerConfig, Tokenizer, ConfigDict, dict[str, Any]]:
+    """A run's weights, of WEIGHTS those that `weights` says, their shape, tokenizer, config, and checkpoint's meta.
 
-    Raises UserError or NoCheckpointError if there is no such run, or if its model has another shape.
+    The checkpoint is number `step`, or the best sound one. Raises UserError or NoCheckpointError if there is no such
+    run or checkpoint, if the one asked for is damaged, or if its model has another shape than `wanted`.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    source = model_config_for(config, tokenizer)
+    model_config = model_config_for(config, tokenizer)
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        _require_so_many_blocks(workdir, config, checkpoints, None)
-        want, have = shapes_of(model_config), shapes_of(source)
-        if want != have:
-            names = [f.name for f in dataclasses.fields(source) if f.name not in config_lib.EXECUTION_KEYS]
-            name = next(n for n in names if getattr(source, n) != getattr(model_config, n))
+        with contextlib.suppress(NoCheckpointError):  # damaged, or just deleted: that is reported later
+            arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
+            if config.num_blocks > len(
+                arrays
+            ):  # a damaged file may ask for millions: to list their shapes takes for ever
+                raise UserError(
+                    f"{workdir / CONFIG_FILE}: num_blocks is {config.num_blocks}, and the checkpoint has "
+                    f"{len(arrays)} arrays; put the number back with which it was made"
+                )
+        shapes = shapes_of(model_config)
+        if wanted and shapes_of(wanted) != shapes:
+            names = [f.name for f in dataclasses.fields(wanted) if f.name not in config_lib.EXECUTION_KEYS]
+            name = next(n for n in names if getattr(model_config, n) != getattr(wanted, n))
             raise UserError(
-                f"config.{name}: {workdir} has {getattr(source, name)!r}, this config {getattr(model_config, name)!r}; "
+                f"config.{name}: {workdir} has {getattr(model_config, name)!r}, this config {getattr(wanted, name)!r}; "
                 "init_from needs a model of the same shape"
             )
-        _, params, meta = checkpoints.restore_best_params(want, sharding, warn, weights)
+        if step is None:
+            _, params, meta = checkpoints.restore_best_params(shapes, place, warn, weights)
+        else:
+            try:
+                params, meta = checkpoints.restore_params(step, shapes, place, weights), checkpoints.meta(step)
+            except DamagedError as error:
+                raise NoCheckpointError(
+                    f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
+                ) from error
         require_same_model(workdir, config, tokenizer, meta)
-    return params
+    return params, model_config, tokenizer, config, meta
 
 
 def load_model(
@@ -329,44 +336,21 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, ConfigDict, dict[str, Any]]:
     """A run's model on one device, its tokenizer, its config, and its checkpoint's meta; takes no lock.
 
-    The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
-    NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
+    Raises as `load_weights`, which takes the same arguments, and NoCheckpointError if a weight is not finite.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
-    config, tokenizer = read_config(workdir), load_tokenizer(workdir)
-    model_config = model_config_for(config, tokenizer)
     place = jax.sharding.SingleDeviceSharding(devices.start_jax()[0])
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        _require_so_many_blocks(workdir, config, checkpoints, step)
-        abstract = shapes_of(model_config)
-        if step is None:
-            _, params, meta = checkpoints.restore_best_params(abstract, place, warn, weights)
-        else:
-            try:
-                params, meta = checkpoints.restore_params(step, abstract, place, weights), checkpoints.meta(step)
-            except DamagedError as error:
-                raise NoCheckpointError(
-                    f"{checkpoints.directory}/{step}: damaged: {error}; leave --step out to take the best sound one"
-                ) from error
-        require_same_model(workdir, config, tokenizer, meta)
+    params, model_config, tokenizer, config, meta = load_weights(workdir, place, warn, weights, step)
     check_finite(params, workdir)
     how = {"dtype": dtype_of(config, meta).dtype, "attention_kernel": "auto"}  # its own may need another device
-    model_config = dataclasses.replace(model_config, **how)
-    return model_of(model_config, params), tokenizer, config, meta
+    return model_of(dataclasses.replace(model_config, **how), params), tokenizer, config, meta
 
 
 def check_finite(params: Params, workdir: Path) -> None:
     """Raises NoCheckpointError if a weight is NaN or infinite."""
     if name := first_not_finite(params):
         raise NoCheckpointError(f"{workdir}: the checkpoint's {name} is not finite; move it aside, and run again")
-
-
-def require_same_everywhere(config: ConfigDict, data: Dataset) -> None:
-    """Raises UserError unless all processes of a run have the same config and the same text."""
-    own = ("cpu_devices", "data_dir")
-    require_same({key: value for key, value in config_lib.to_dict(config).items() if key not in own}, "config")
-    require_same((data.sha256, data.tokenizer.fingerprint), f"config.dataset: {config.dataset}")
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------

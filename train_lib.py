@@ -117,7 +117,9 @@ class Trainer:
         console.doing("reading the text")
         self.data = run_lib.load_data(config, console.line, run_lib.load_tokenizer(source) if source else None)
         self.tokenizer = self.data.tokenizer
-        run_lib.require_same_everywhere(config, self.data)
+        own = {"cpu_devices": None, "data_dir": None}  # which each process may set as it likes
+        require_same(config_lib.to_dict(config) | own, "config")
+        require_same((self.data.sha256, self.tokenizer.fingerprint), f"config.dataset: {config.dataset}")
         self.sample_prompt = self.tokenizer.opening if config.sample_prompt == "\n" else config.sample_prompt
         try:
             self.tokenizer.encode(self.sample_prompt)
@@ -234,9 +236,8 @@ class Trainer:
         """Start a new run, with initial weights or those of `init_from`."""
         self.state = init(key)
         if self.config.init_from:
-            source = Path(self.config.init_from)
-            which = self.placement, self.console.warn, self.config.init_weights
-            self.state = begin_with(self.state, run_lib.load_weights(source, self.model_config, *which))
+            from_there = Path(self.config.init_from), self.placement, self.console.warn, self.config.init_weights
+            self.state = begin_with(self.state, run_lib.load_weights(*from_there, wanted=self.model_config)[0])
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
         self.compiled_before = -compile_seconds()
@@ -373,8 +374,8 @@ class Trainer:
             yield
 
     def _row(self, step_metrics: dict[str, jax.Array]) -> dict[str, Any]:
-        """The row of metrics.jsonl for this step."""
-        config, step, device = self.config, self.step, self.mesh.local_devices[0]
+        """The row of metrics.jsonl for this step. Seconds are per real step since the last row, without side work."""
+        config, step, k = self.config, self.step, self.config.accumulation_steps
         on_host = {name: value.item() for name, value in jax.device_get(step_metrics).items()}
         self.divergence.check(step, config.lr * on_host["lr_factor"], on_host)
         factor = on_host.pop("lr_factor")
@@ -384,22 +385,18 @@ class Trainer:
             "loss": on_host.pop("loss"),
             "grad_norm": on_host.pop("grad_norm"),
             **{rate: config[rate] * factor for rate in self.rates},
-            **self._timing(),
-            "peak_memory_bytes": devices.peak_memory_bytes(device),
+            **dict.fromkeys(["step_seconds", "tokens_per_second", "mfu", "eta_seconds"]),
+            "elapsed_seconds": self.clock.elapsed,
+            "compile_seconds": self._compiled(),
+            "peak_memory_bytes": devices.peak_memory_bytes(self.mesh.local_devices[0]),
         }
-        return row | on_host
-
-    def _timing(self) -> dict[str, float | None]:
-        """Seconds per real step since the last row, without evaluations, samples and saves, and derived numbers."""
-        k, names = self.config.accumulation_steps, ("step_seconds", "tokens_per_second", "mfu", "eta_seconds")
-        row = dict.fromkeys(names) | {"elapsed_seconds": self.clock.elapsed, "compile_seconds": self._compiled()}
         if (seconds := self.clock.lap(self.micro_step)) is not None:
             rate = self.tokens_per_step / (seconds * k)
             row["step_seconds"], row["tokens_per_second"] = seconds * k, rate
             kind = self.mesh.devices.flat[0].device_kind
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
-            row["eta_seconds"] = self.clock.left(self.step, self.total, k, self.work_ahead)
-        return row
+            row["eta_seconds"] = self.clock.left(step, self.total, k, self.work_ahead)
+        return row | on_host
 
     def _compiled(self) -> float:
         """The part of `elapsed_seconds` in which XLA compiled."""
