@@ -46,9 +46,7 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 512
     config.loss_chunk = 8192
-    config.epochs = 1
     config.max_steps = 6000
-    config.eval_every = 250
     config.eval_tokens = 10_485_760
     config.save_every = 500
     config.sample_prompt = "The"

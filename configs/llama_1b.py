@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     config.lr = 0.001
     config.muon_lr = 0.01
 
-    config.batch_size = 512
     config.remat = "dots"
     config.max_steps = 9500
     config.save_every = 250

@@ -22,12 +22,7 @@ def get_config() -> ConfigDict:
     config.tokenizer = "gpt2"
     config.order = "sequential"
 
-    config.lr = 3e-4
-    config.muon_lr = 0.02
-    config.schedule = "constant"
-
     config.batch_size = 8
-    config.epochs = 1
     config.log_every = 1
     config.eval_every = 20
     config.save_every = 20

@@ -16,7 +16,6 @@ from configs import shakespeare_gptoss
 
 def get_config() -> ConfigDict:
     config = shakespeare_gptoss.get_config()
-    config.num_blocks = 4
     config.num_heads = 6
     config.embedding_dim = 192
     config.mlp_dim = 512
