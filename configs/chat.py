@@ -10,12 +10,10 @@ and 3.2 at finetune.py's 0.0001. Not measured on a corpus of real ones, nor from
 arrays here, so after a high one set --config.lr. A run begun at another rate goes on with that flag too.
 """
 
-from ml_collections import ConfigDict
-
 from configs import finetune
 
 
-def get_config(run: str = "") -> ConfigDict:
+def get_config(run: str = ""):
     config = finetune.get_config(run, "chat", also=("lr",))
     config.chat = True
     config.mask_documents = True

@@ -6,12 +6,10 @@ python main.py eval --workdir=runs/enwik8 --split=test
 Made for a GPU, where it has not been timed yet.
 """
 
-from ml_collections import ConfigDict
-
 from configs import shakespeare
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = shakespeare.get_config()
     config.num_blocks = 6
     config.num_heads = 6

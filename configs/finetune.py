@@ -9,15 +9,13 @@ cosine to zero, one pass over the text.
 from dataclasses import fields
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from configs import default
 from runtime.errors import UserError
 from runtime.files import read_json
 from transformer.config import TransformerConfig
 
 
-def get_config(run: str = "", name: str = "finetune", also: tuple[str, ...] = ()) -> ConfigDict:
+def get_config(run: str = "", name: str = "finetune", also: tuple[str, ...] = ()):
     """`also` names more keys that are RUN's."""
     if not run:
         raise UserError(f"--config=configs/{name}.py: needs a run to start from; write configs/{name}.py:RUN")

@@ -9,12 +9,10 @@ trained yet: its rates are those of modded-nanogpt's early records, not tuned he
 ln 50257 = 10.825; GPT-2's size reaches 3.28 on this validation shard. `main.py plan` says what it takes.
 """
 
-from ml_collections import ConfigDict
-
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = default.get_config()
     config.num_blocks = 12
     config.num_heads = 12

@@ -24,15 +24,13 @@ Depth 4 is the model of shakespeare.py. With B sequences a step:
 
 import re
 
-from ml_collections import ConfigDict
-
 from configs import shakespeare
 from runtime.errors import UserError
 
 _TUNED = 4  # the depth of shakespeare.py
 
 
-def get_config(depth: str = "4") -> ConfigDict:
+def get_config(depth: str = "4"):
     if not re.fullmatch("[1-9][0-9]?", depth):
         raise UserError(f"--config=configs/ladder.py:DEPTH: a whole number from 1 to 99, got {depth[:20]!r}")
     config = shakespeare.get_config()

@@ -8,12 +8,10 @@ those of configs/gpt2_124m.py made smaller, not tuned. The first loss to expect 
 says what it takes.
 """
 
-from ml_collections import ConfigDict
-
 from configs import gpt2_124m
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = gpt2_124m.get_config()
     config.num_blocks = 16
     config.num_heads = 32

@@ -6,12 +6,10 @@ Two minutes on two cores of an Intel Xeon with AVX-512, start and exact evaluati
 1.5453, 1.5480 (seeds 0, 1, 2) in nats per character.
 """
 
-from ml_collections import ConfigDict
-
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = default.get_config()
     config.mlp = "relu2"
     config.mlp_bias = False

@@ -9,12 +9,10 @@ warm. Where half precision is fast, --config.dtype=bfloat16_matmul --config.max_
 takes as long: 1.4513, 1.4424, 1.4440. 142 is what nanoGPT's own CPU recipe takes to 1.8857 on two cores of a Xeon.
 """
 
-from ml_collections import ConfigDict
-
 from configs import shakespeare
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = shakespeare.get_config()
     config.context_len = 128
     config.weight_decay = 0.1

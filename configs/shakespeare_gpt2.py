@@ -6,12 +6,10 @@ python main.py --config=configs/shakespeare_gpt2.py
 is ln 50257 = 10.825.
 """
 
-from ml_collections import ConfigDict
-
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = default.get_config()
     config.num_blocks = 6
     config.num_heads = 8

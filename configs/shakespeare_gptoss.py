@@ -7,12 +7,10 @@ A little over two minutes on two cores of an Intel Xeon with AVX-512, start and 
 loss 1.5549 (seed 0) in nats per character.
 """
 
-from ml_collections import ConfigDict
-
 from configs import shakespeare
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = shakespeare.get_config()
     config.mlp = "swiglu_clamped"
     config.mlp_bias = True

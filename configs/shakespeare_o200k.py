@@ -7,12 +7,10 @@ the logits of one batch alone would be 6.6 GB, and their gradient as much. A ste
 there, beside other work: made for a GPU, where it has not been timed. The first loss to expect is ln 200019 = 12.206.
 """
 
-from ml_collections import ConfigDict
-
 from configs import shakespeare_gpt2
 
 
-def get_config() -> ConfigDict:
+def get_config():
     config = shakespeare_gpt2.get_config()
     config.tokenizer = "o200k_base"
     config.loss_chunk = 128
