@@ -293,19 +293,16 @@ def load_weights(
     step: int | None = None,
     wanted: TransformerConfig | None = None,
 ) -> tuple[Params, TransformerConfig, Tokenizer, ConfigDict, dict[str, Any]]:
-    """A run's weights, of WEIGHTS those that `weights` says, their shape, tokenizer, config, and checkpoint's meta.
+    """A run's weights, laid out as `place` says, and what they belong to: shape, tokenizer, config, checkpoint's meta.
 
-    The checkpoint is number `step`, or the best sound one. Raises UserError or NoCheckpointError if there is no such
-    run or checkpoint, if the one asked for is damaged, or if its model has another shape than `wanted`.
+    Which weights, and what is raised, `load_model` says; UserError too if the shape is not that of `wanted`.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
     model_config = model_config_for(config, tokenizer)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         with contextlib.suppress(NoCheckpointError):  # damaged, or just deleted: that is reported later
             arrays = checkpoints.meta(checkpoints.best() if step is None else step)["arrays"]["params"]
-            if config.num_blocks > len(
-                arrays
-            ):  # a damaged file may ask for millions: to list their shapes takes for ever
+            if config.num_blocks > len(arrays):  # of a damaged file perhaps millions, whose shapes would take for ever
                 raise UserError(
                     f"{workdir / CONFIG_FILE}: num_blocks is {config.num_blocks}, and the checkpoint has "
                     f"{len(arrays)} arrays; put the number back with which it was made"
@@ -336,7 +333,8 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, ConfigDict, dict[str, Any]]:
     """A run's model on one device, its tokenizer, its config, and its checkpoint's meta; takes no lock.
 
-    Raises as `load_weights`, which takes the same arguments, and NoCheckpointError if a weight is not finite.
+    The checkpoint is number `step`, or the best sound one; `weights` is one of WEIGHTS. Raises UserError or
+    NoCheckpointError if there is no such run or checkpoint, or if the one asked for is damaged.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; train first, or name the directory of a run")
@@ -471,8 +469,7 @@ def resume(
         abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
 
-    found = checkpoints.restore_newest(state_of, sharding, warn)
-    if found is None:
+    if (found := checkpoints.restore_newest(state_of, sharding, warn)) is None:
         return None
     step, meta, restored, rest = found
     state, old = TrainState(restored, *rest), config_of(meta, workdir).accumulation_steps
