@@ -240,7 +240,7 @@ class Trainer:
             self.state = begin_with(self.state, run_lib.load_weights(*from_there, wanted=self.model_config)[0])
         run_lib.require_nothing_lost(self.metrics_file, self.checkpoints)
         self.micro_step, self.ahead, self.clock, self.reported = 0, 0, Clock(), True
-        self.compiled_before = -compile_seconds()
+        self.compiled_before = -compile_seconds()  # in earlier sessions, less what the process had compiled before
         self.val_loss = self.best_val_loss = self.best_step = None
         self.saved: tuple[int, bool] | None = None  # the last checkpoint's micro-step, and whether it was reported
         for path in self.growing.values():
@@ -387,7 +387,7 @@ class Trainer:
             **{rate: config[rate] * factor for rate in self.rates},
             **dict.fromkeys(["step_seconds", "tokens_per_second", "mfu", "eta_seconds"]),
             "elapsed_seconds": self.clock.elapsed,
-            "compile_seconds": self._compiled(),
+            "compile_seconds": self.compiled_before + compile_seconds(),  # the part of these in which XLA compiled
             "peak_memory_bytes": devices.peak_memory_bytes(self.mesh.local_devices[0]),
         }
         if (seconds := self.clock.lap(self.micro_step)) is not None:
@@ -397,10 +397,6 @@ class Trainer:
             row["mfu"] = mfu(flops_per_token(self.model_config), rate, self.mesh.size, kind)
             row["eta_seconds"] = self.clock.left(step, self.total, k, self.work_ahead)
         return row | on_host
-
-    def _compiled(self) -> float:
-        """The part of `elapsed_seconds` in which XLA compiled."""
-        return self.compiled_before + compile_seconds()
 
     def _evaluate(self, max_tokens: int) -> dict[str, float | None]:
         val = self.data.val
@@ -441,7 +437,7 @@ class Trainer:
             "timed_steps": self.timed,
             "arithmetic": self.arithmetic,
             "elapsed_seconds": self.clock.elapsed,
-            "compile_seconds": self._compiled(),
+            "compile_seconds": self.compiled_before + compile_seconds(),
             "reported": self.reported,
             "sizes": self.sizes,
             "val_loss": self.val_loss,
