@@ -444,7 +444,7 @@ def resume(
     config: ConfigDict,
     workdir: Path,
     data: Dataset,
-    sharding: Placement,
+    sharding: Callable[[Any], Any],
     warn: Callable[[str], None],
 ) -> Resumed | None:
     """The newest sound checkpoint, converted for `config`; None if there is none. Damaged ones are set aside.
@@ -454,8 +454,7 @@ def resume(
     cannot, NoCheckpointError if all are damaged.
     """
     new = config.accumulation_steps
-    made: dict[int, Step] = {}  # by checkpoint
-    own_micro_step = lambda meta, old: real_step_of(meta) * new if old != new else micro_step_of(meta)
+    made: dict[int, tuple[Step, int, int]] = {}  # by checkpoint: the step, micro-steps so far, its own accumulation
 
     def state_of(step: int, meta: dict[str, Any]) -> tuple[Params, Any]:
         allow(step)
@@ -464,18 +463,17 @@ def resume(
         require_same_text(meta["data_sha256"], data, "use another --workdir or --fresh")
         require_same_model(workdir, config, data.tokenizer, meta)
         old = config_of(meta, workdir).accumulation_steps
-        made[step] = build(own_micro_step(meta, old), meta)
-        state = made[step].state
+        micro_step = micro_step_of(meta) if old == new else real_step_of(meta) * new
+        made[step] = build(micro_step, meta), micro_step, old
+        state = made[step][0].state
         abstract = state if old == new else jax.eval_shape(partial(regroup, old=new, new=old), state)
         return abstract.params, abstract[1:]
 
     if (found := checkpoints.restore_newest(state_of, sharding, warn)) is None:
         return None
-    step, meta, restored, rest = found
-    state, old = TrainState(restored, *rest), config_of(meta, workdir).accumulation_steps
+    number, meta, params, rest = found
+    state, (step, micro_step, old) = TrainState(params, *rest), made[number]
     if old != new:
         convert = partial(regroup, old=old, new=new)
-        places = sharding(jax.eval_shape(convert, state)) if callable(sharding) else sharding
-        state = jax.jit(convert, out_shardings=places)(state)
-    micro_step = own_micro_step(meta, old)
-    return Resumed(made[step], state, micro_step, max(checkpoints.steps()) - micro_step, meta)
+        state = jax.jit(convert, out_shardings=sharding(jax.eval_shape(convert, state)))(state)
+    return Resumed(step, state, micro_step, max(checkpoints.steps()) - micro_step, meta)
