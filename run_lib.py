@@ -99,10 +99,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def known_settings(workdir: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a saved config in JSON's types, checked; keys that this version does not know are kept as they are.
-
-    Raises UserError if a value is not allowed.
-    """
+    """Every key of a saved config in JSON's types, checked (UserError); keys that are unknown here stay as they are."""
     known = default.get_config()
     saved = config_lib.without_removed(saved)
     checked = _checked(workdir, {key: value for key, value in saved.items() if key in known})
@@ -267,10 +264,7 @@ def in_parts_as_began(config: ConfigDict, meta: dict[str, Any], workdir: Path) -
 
 
 def require_same_model(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
-    """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint.
-
-    The shapes of its arrays alone would not show every difference.
-    """
+    """Raises UserError if config.json or tokenizer.json no longer fits the checkpoint; shapes alone do not show it."""
     saved = config_of(meta, workdir)
     for name in sorted(config_lib.SHAPE_KEYS):
         if saved[name] != config[name]:

@@ -268,10 +268,7 @@ class Exported(NamedTuple):
 
 
 def exported_as(config: TransformerConfig) -> Exported:
-    """The class of transformers that computes the same as a model.
-
-    Raises ValueError, which names each setting in the way, if there is none.
-    """
+    """The class of transformers that computes what a model does; ValueError that names what is in the way, if none."""
     if config.has_sinks:
         family = GPT_OSS
     elif config.position == "learned":
@@ -287,9 +284,8 @@ def exported_as(config: TransformerConfig) -> Exported:
         there["num_heads"] = "a divisor of embedding_dim"
     if odd := [name for name, value in there.items() if getattr(full, name) != value]:
         ours = ", ".join(f"{name} {getattr(full, name)!r}" for name in odd)
-        nearest = ", ".join(f"{name} {there[name]!r}" for name in odd)
-        nearest = f"the nearest, {family.architecture}, has {nearest}"
-        raise ValueError(f"{odd[0]}: no class of transformers has {ours}; {nearest}")
+        has = f"{family.architecture}, has " + ", ".join(f"{name} {there[name]!r}" for name in odd)
+        raise ValueError(f"{odd[0]}: no class of transformers has {ours}; the nearest, {has}")
     return Exported(family, full, _caveats(family, full))
 
 

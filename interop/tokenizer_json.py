@@ -49,10 +49,7 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def hf_tokenizer_config(tokenizer: Tokenizer, chat: bool = False) -> dict[str, Any]:
-    """The content of tokenizer_config.json, which `transformers.AutoTokenizer` reads together with tokenizer.json.
-
-    With `chat`, the form of conversations is in it.
-    """
+    """The content of tokenizer_config.json, for `transformers.AutoTokenizer`; if `chat`, also the form of chats."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The next two are the defaults of version 5. In version 4, some turned " ." into ".", and GPT-2 got token
