@@ -6,10 +6,12 @@ python main.py --config=configs/shakespeare_gpt2.py
 is ln 50257 = 10.825.
 """
 
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.num_blocks = 6
     config.num_heads = 8
@@ -20,7 +22,12 @@ def get_config():
     config.tokenizer = "gpt2"
     config.order = "sequential"
 
+    config.lr = 3e-4
+    config.muon_lr = 0.02
+    config.schedule = "constant"
+
     config.batch_size = 8
+    config.epochs = 1
     config.log_every = 1
     config.eval_every = 20
     config.save_every = 20
