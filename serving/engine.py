@@ -9,7 +9,6 @@ the first one of each padded length. One thread owns the cache; tokens reach the
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -171,7 +170,7 @@ class Engine:
         half = model.config.operand_dtype != "float32"
         self._weights = round_weights(self._params, rows=rows) if half else self._params  # once, not for each token
         self._banned_V = np.isin(np.arange(model.config.vocab_size), list(unsampled))
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._news, self._closed = threading.Condition(), False
         self._clear(rows)
         self._enter(0, Request([0], 1, Sampling(0), lambda tokens, finish: None))  # compiles the programs
@@ -195,12 +194,10 @@ class Engine:
         with self._news:
             if self._closed:
                 raise Full
-            wanted = [text for text in self._waiting if not text.cancelled]
-            self._waiting.clear()
-            self._waiting.extend(wanted)
-            if len(wanted) + len(requests) > self._queue + self._texts.count(None):
+            self._waiting = [text for text in self._waiting if not text.cancelled]
+            if len(self._waiting) + len(requests) > self._queue + self._texts.count(None):
                 raise Full
-            self._waiting.extend(requests)
+            self._waiting += requests
             self._news.notify()
 
     @property
@@ -211,10 +208,8 @@ class Engine:
     def _next(self) -> Request | None:
         """The next text that is still wanted."""
         with self._news:
-            while self._waiting:
-                if not (text := self._waiting.popleft()).cancelled:
-                    return text
-        return None
+            self._waiting = [text for text in self._waiting if not text.cancelled]
+            return self._waiting.pop(0) if self._waiting else None
 
     def _clear(self, rows: int) -> None:
         """A new cache, and nothing in it."""
@@ -224,11 +219,10 @@ class Engine:
         self._texts: list[Request | None] = [None] * rows
 
     def _work(self) -> None:
-        busy = lambda: self._closed or self._waiting or any(self._texts)
         try:
             while True:
                 with self._news:
-                    self._news.wait_for(busy)
+                    self._news.wait_for(lambda: self._closed or self._waiting or any(self._texts))
                 if self._closed:
                     return
                 try:
