@@ -165,14 +165,12 @@ class Text:
                 if self._cut.ended:
                     finish = "stop"
                     break
-        if finish and not self._cut.ended:
+        if last := bool(finish) and not self._cut.ended:
             text += self._cut.feed(self._decoder.flush()) + self._cut.flush()
-            self._came = self._out = self._out + len(text)
-            count = len(self._held)
-        else:
-            self._out += len(text)
-            count = sum(begin < self._out and (self._cut.ended or end <= self._out) for begin, end, _ in self._held)
-        out, self._held = self._held[:count], self._held[count:]
+        self._out += len(text)
+        held, ended = self._held, self._cut.ended
+        count = sum(last or (begin < self._out and (ended or end <= self._out)) for begin, end, _ in held)
+        out, self._held = held[:count], held[count:]
         return Part(text, [(begin, token) for begin, _, token in out], finish)
 
 
@@ -200,7 +198,7 @@ class Service:
         self._model |= {"max_model_len": self._config.context_len, "max_tokens": self.max_tokens}
         self._model |= {"attention_sink": self._config.has_sinks, "chat": chat_tokens is not None}
         self._measuring = ThreadPoolExecutor(1)
-        self._page = read_file(Path(__file__).parent / "page.html").decode()
+        self._page = read_file(Path(__file__).with_name("page.html")).decode()
         inside = [re.search(f"<{tag}>(.*?)</{tag}>", self._page, re.DOTALL)[1] for tag in ("script", "style")]
         script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside)
         policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{script}'"
@@ -348,9 +346,9 @@ class Writing:
         alternatives = (ask.top_logprobs if isinstance(ask, Chat) else ask.logprobs) or 0
         top_p, seeds = max(ask.top_p, 1e-9), [(ask.seed + i) % 2**63 for i in range(ask.n)]  # 0: the likeliest token
         texts = [(ids, Sampling(ask.temperature, top_p=top_p, seed=seed)) for _, ids in prompts for seed in seeds]
-        put = partial(loop.call_soon_threadsafe, self._news.put_nowait)
+        put = lambda *news: loop.call_soon_threadsafe(self._news.put_nowait, news)
         self._requests = [
-            Request(list(ids), max_tokens, how, lambda *news, index=index: put((index, *news)), alternatives)
+            Request(list(ids), max_tokens, how, partial(put, index), alternatives)
             for index, (ids, how) in enumerate(texts)
         ]
         try:
