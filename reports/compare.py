@@ -1,13 +1,13 @@
 """Runs side by side: what differs in their configs, what they reached, and at what cost. It reads the files of runs,
 even while they go on, and needs no device."""
 
-import itertools
 import math
 import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,15 @@ def find_runs(paths: Sequence[str | Path], skip: Path, warn: Callable[[str], Non
     for path in map(Path, paths):
         if path.resolve() == skip.resolve():
             continue
-        inside = [path] if (path / run_lib.CONFIG_FILE).exists() else []
-        if not inside and path.is_dir():
-            inside = sorted(file.parent for file in path.glob(f"*/{run_lib.CONFIG_FILE}"))
+        own = path / run_lib.CONFIG_FILE
+        inside = [own] if own.exists() else sorted(path.glob(f"*/{own.name}"))
         if not inside and path.exists() and len(paths) > 1:
             none.append(path)
         elif not inside:
             there = [entry.name for entry in path.parent.glob("*") if entry.is_dir()]
             what = f"no {run_lib.CONFIG_FILE} in it" if path.is_dir() else "no such directory"
             raise UserError(f"{path}: no run ({what}){nearest(path.name, there) or '; see runs/'}")
-        found += inside
+        found += [file.parent for file in inside]
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no run among them; see runs/")
     if none:
@@ -153,17 +152,15 @@ def as_judged(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
     """The run in numbers; the cost of reaching `target` is that of the first evaluation at or below it."""
-    if not run.rows:
-        return dict.fromkeys(_COLUMNS)
-    last, evaluations = run.rows[-1], run.evaluations
+    last, evaluations = run.rows[-1] if run.rows else {}, run.evaluations
     known = lambda key: [row[key] for row in run.rows if row.get(key) is not None]
     best = min(evaluations, key=lambda row: row["val_loss"], default={})
     reached = (row for row in evaluations if row.get(metric) is not None and target is not None)
     first = next((row for row in reached if row[metric] <= target), {})
     speeds, peaks = known("tokens_per_second"), known("peak_memory_bytes")
     return {
-        "steps": last["step"],
-        "tokens": last["tokens"],
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
         "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
         "best": best.get("val_loss"),
         "best_step": best.get("step"),
@@ -171,7 +168,7 @@ def result_of(run: RunRecord, metric: str, target: float | None) -> Result:
         "bits_per_byte": best.get("bits_per_byte"),
         "tokens_to": first.get("tokens"),
         "seconds_to": first.get("training_seconds"),
-        "seconds": last["training_seconds"],
+        "seconds": last.get("training_seconds"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_mib": max(peaks) / 2**20 if peaks else None,
         **{key: (known(key) or [None])[-1] for key in _ATTENTION},
@@ -217,10 +214,9 @@ def _config_table(groups: dict[str, list[RunRecord]]) -> Table:
     for name, runs in groups.items():
         texts = {key: written(value) for key, value in runs[0].config.items() if key not in _NAMES_OF_A_RUN}
         texts["seed"] = ", ".join(written(run.config["seed"]) for run in runs)
-        for key in _ENVIRONMENT:
-            texts[key] = ", ".join(sorted({str(run.environment[key])[:40] for run in runs}))
-        of_group[name] = texts
-    keys = dict.fromkeys(itertools.chain.from_iterable(of_group.values()))
+        seen = {key: sorted({str(run.environment[key])[:40] for run in runs}) for key in _ENVIRONMENT}
+        of_group[name] = texts | {key: ", ".join(values) for key, values in seen.items()}
+    keys = dict.fromkeys(key for texts in of_group.values() for key in texts)
     differ = [key for key in keys if len({texts.get(key) for texts in of_group.values()}) > 1] or ["seed"]
     if len(differ) > len(of_group):
         rows = [[key, *(texts.get(key, _NONE) for texts in of_group.values())] for key in differ]
@@ -248,12 +244,6 @@ def _table(
 # --- Pairs of seeds -----------------------------------------------------------------------------------------------
 
 
-def paired(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
-    """The runs of two configs that share a seed, by seed; the first of each."""
-    first, second = ({run.config["seed"]: run for run in reversed(runs)} for runs in (a, b))
-    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
-
-
 def _whole(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Those evaluated nearly as far as the farthest; one that failed would bring all pairs to where it stopped.
 
@@ -261,8 +251,7 @@ def _whole(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """
     last = lambda run, key: run.evaluations[-1][key] if run.evaluations else 0
     farthest = max(last(run, "tokens") for run in runs)
-    ended = lambda run: bool(run.timed_steps) and last(run, "step") >= run.timed_steps
-    return [run for run in runs if ended(run) or last(run, "tokens") >= 0.9 * farthest]
+    return [run for run in runs if 0 < run.timed_steps <= last(run, "step") or last(run, "tokens") >= 0.9 * farthest]
 
 
 def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) -> tuple[list[Table], list[str]]:
@@ -271,10 +260,12 @@ def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) ->
     ended = {run.name for group in whole.values() for run in group}
     early = [run.name for group in groups.values() for run in group if run.name not in ended]
     notes = [f"Not among the pairs, as they ended early: {', '.join(early)}."] if early else []
-    (base, first), *others = whole.items()
+    by_seed = {name: {run.config["seed"]: run for run in reversed(group)} for name, group in whole.items()}
+    (base, first), *others = by_seed.items()
     rows, level = [], LEVEL / len(others)
     for name, group in others:
-        pairs, said = paired(first, group), {}
+        pairs = [(first[seed], group[seed]) for seed in sorted(first.keys() & group.keys())]
+        said: dict[str, list[tuple[str, float]]] = {}  # verdict -> at equal what, and the detectable difference
         if len(pairs) < 2:
             alone = f"{len(pairs) or 'no'} pair of the same seed, so nothing tells chance from a difference"
             notes.append(f"{name} against {base}: {alone}; train more seeds.")
@@ -288,10 +279,10 @@ def _paired_table(groups: dict[str, list[RunRecord]], metric: str, unit: str) ->
             said.setdefault(verdict, []).append((word, d.detectable))
             where = {"time": f"{at[0]:,.1f} s", "FLOPs": f"{at[0]:.3g} FLOPs"}.get(word, f"{human(at[0])} {word}")
             interval = f"{d.mean - d.margin:+.4f} to {d.mean + d.margin:+.4f}"
-            rows.append([f"{name} - {base}", where, str(d.pairs), f"{d.mean:+.4f}", interval, f"{d.p:.2g}"])
-            rows[-1].append(f"{d.detectable:.4f}")
+            tested = [f"{d.mean:+.4f}", interval, f"{d.p:.2g}", f"{d.detectable:.4f}"]
+            rows.append([f"{name} - {base}", where, str(d.pairs), *tested])
         notes += _conclusion(f"{name} against {base}", said, unit)
-        one, other = (runs[0].config for runs in (first, group))  # but for seeds, those of one config are the same
+        one, other = (run.config for run in pairs[0])  # but for seeds, those of one config are the same
         keys = [key for key in one if key not in _NAMES_OF_A_RUN and one[key] != other.get(key)]
         if len(keys) > 1:
             notes.append(f"They differ in {', '.join(keys)}: what is concluded is of all these together.")
@@ -327,14 +318,11 @@ def _conclusion(pair: str, said: dict[str, list[tuple[str, float]]], unit: str) 
     return [f"{pair}: {'; '.join(parts)}."] if parts else []
 
 
-# --- A ladder of sizes --------------------------------------------------------------------------------------------
-
-
 def law_of(runs: Sequence[RunRecord], metric: str, path: Path) -> tuple[list[str], list[Picture]]:
     """What runs of three sizes or more say of loss against FLOPs, also drawn into a PNG file; of others nothing."""
     runs, tokens = comparable(as_judged(runs), metric)
     points = [(run.rows[-1]["flops"], run.rows[-1].get(metric)) for run in runs if run.rows]
-    ends = [(flops, loss) for flops, loss in points if flops is not None and loss is not None]
+    ends = [point for point in points if None not in point]
     if len({flops for flops, _ in ends}) < 3 or len(ends) < len(runs) or (tokens is None and metric == "val_loss"):
         return [], []
     notes = scaling_law.told(ends, _UNITS[metric])
@@ -342,9 +330,6 @@ def law_of(runs: Sequence[RunRecord], metric: str, path: Path) -> tuple[list[str
         return notes, []
     plot_law(ends, law, scaling_law.held_out(ends), path, metric)
     return notes, [Picture(read_file(path), "The runs' last losses against FLOPs, and their law")]
-
-
-# --- All of it ----------------------------------------------------------------------------------------------------
 
 
 def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = True) -> tuple[list[Table], list[str]]:
@@ -367,14 +352,11 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
     of_ends = {row.get("val_tokens") or 0 for row in ends.values()}
     if len(of_ends) == 1:  # all runs have finished, where they evaluate on more tokens
         single |= {name: [single[name][0] | {"val_loss": row["val_loss"]}] for name, row in ends.items()}
-    tables = [
-        _config_table(groups),
-        _table("Loss", ["run"], single, _LOSS, heading, score_by),
-        _table("Cost", ["run"], single, _COST, heading, score_by),
-    ]
+    table = partial(_table, target=heading, score_by=score_by)
+    tables = [_config_table(groups), table("Loss", ["run"], single, _LOSS), table("Cost", ["run"], single, _COST)]
     measured = any(result["first_share"] is not None for [result] in single.values())
     if measured:
-        tables.append(_table("Attention and residual stream", ["run"], single, _ATTENTION, heading, None))
+        tables.append(table("Attention and residual stream", ["run"], single, _ATTENTION, score_by=None))
     whose = ", the worst of the runs' best" if target is None and goal is not None else ""
     notes = ["Losses in nats per token. Seconds without compilation, where the run tells them apart."]
     if goal is not None:
@@ -390,11 +372,10 @@ def tables_of(runs: Sequence[RunRecord], target: float | None, pairs: bool = Tru
         notes.append(f"{which} of the validation split, which all were evaluated on.")
     if any(len(group) > 1 for group in groups.values()):
         means = {name: [single[run.name][0] for run in group] for name, group in groups.items()}
-        first = ["config", "n"]
-        tables.append(_table("Loss, mean over seeds", first, means, _MEAN_LOSS, heading, score_by))
-        tables.append(_table("Cost, mean over seeds", first, means, _COST, heading, score_by))
+        table = partial(table, first=["config", "n"], named=means)
+        tables += table("Loss, mean over seeds", keys=_MEAN_LOSS), table("Cost, mean over seeds", keys=_COST)
         if measured:
-            tables.append(_table("Attention, mean over seeds", first, means, _ATTENTION, heading, None))
+            tables.append(table("Attention, mean over seeds", keys=_ATTENTION, score_by=None))
         notes.append("Means ± sample standard deviation of n runs; 1 of 2: one run has no value.")
     if pairs and compares and len(groups) > 1:
         more, said = _paired_table(groups, metric, unit)
@@ -433,8 +414,7 @@ def compare(
     for x, file in ("tokens", "loss_by_tokens.png"), ("training_seconds", "loss_by_seconds.png"):
         plot_curves(curves, out / file, x, metric_of(runs))
         pictures.append(Picture(read_file(out / file), f"The runs' losses against {x.split('_')[-1]}"))
-    means = [table for table in tables if table.columns[0] == "pair" or table.columns[:2] == ["config", "n"]]
-    single = [table for table in tables if table not in means]
+    tables.sort(key=lambda table: table.columns[0] != "pair" and table.columns[:2] != ["config", "n"])  # of seeds first
     title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name
-    write_text(out / "compare.html", html_page(title, [pictures, *means, *single, *notes]))
+    write_text(out / "compare.html", html_page(title, [pictures, *tables, *notes]))
     console.line(f"wrote {out / 'compare.html'} and its pictures")

@@ -7,13 +7,12 @@ from typing import Any
 Row = dict[str, Any]  # of metrics.jsonl
 
 _FIGURES = ("val_loss", "bits_per_byte", "val_tokens", "ema_val_loss")
-_PREFIXES = ("", "prefix_")  # the last step's row has the whole split's figures, and those of the earlier steps' part
 
 
 def _figures(row: Row) -> dict[float, Row]:
     """The figures of a row's evaluations, by number of tokens; 0 stands for a number that was not stored."""
     found = {}
-    for prefix in reversed(_PREFIXES):
+    for prefix in "prefix_", "":  # the last step's row has the earlier steps' part of the split too
         if row.get(f"{prefix}val_loss") is not None:
             found[row.get(f"{prefix}val_tokens") or 0] = {key: row.get(prefix + key) for key in _FIGURES}
     return found
