@@ -17,7 +17,7 @@ from input_pipeline import Batches, place, prefetch
 from reports import summary
 from reports.plots import plot_loss
 from reports.run_page import write_after_training
-from reports.sinks import SinkLog
+from reports.sinks import append_measured
 from run_lib import Run
 from runtime import devices
 from runtime.checkpoints.manager import Checkpoints, val_tokens_of
@@ -152,7 +152,6 @@ class Trainer:
         self.val_tokens = config.eval_tokens if config.eval_tokens < self.data.val.num_tokens - 1 else 0  # 0: on all
         init, self.train_step = ready(step, config.steps_per_dispatch > 1, self.kept)
         self.metrics_file = MetricsFile(workdir / run_lib.METRICS_FILE)
-        self.sinks = SinkLog(workdir / run_lib.SINKS_FILE, self.data.val, self.tokenizer) if config.report else None
         self.growing = {name: workdir / name for name in run_lib.GROWING_FILES}
         facts = summary.facts(workdir, config, self.model_config, self.data, step, self.mesh, self.total, how.why)
         console.header(summary.lines(facts), summary.panels(facts))
@@ -341,8 +340,9 @@ class Trainer:
                     row |= compared
                     if last and self.val_tokens:
                         row |= self._evaluate(0) | {f"prefix_{key}": value for key, value in compared.items()}
-                    if self.sinks:
-                        by_first(partial(self.sinks.append, self._model(self.state.params), row))
+                    if config.report:
+                        about = self.growing[run_lib.SINKS_FILE], self.data.val, self.tokenizer
+                        by_first(partial(append_measured, *about, self._model(self.state.params), row))
             self.metrics_file.append(row)
             self.console.step_line(row, self.total)
             self.trackers.log(row, step)

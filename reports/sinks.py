@@ -8,7 +8,7 @@ the residual stream, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +46,8 @@ def measure(model: Transformer, tokens_BT: np.ndarray, separator_V: np.ndarray |
     At one position a sink gets exp(sink) / (exp(sink) + sum over visible s' of exp(s_ts')), which `attention.attend`
     discards. `separator_V` says which tokens are separators, see `separators_of`; None: none is.
     """
-    none = np.zeros(model.config.vocab_size, bool)
-    marks_BT = (none if separator_V is None else separator_V)[np.asarray(tokens_BT)]
-    found = _measured(_unrolled(model.config), params_of(model), jnp.asarray(tokens_BT), marks_BT)
-    return Measured(*map(np.asarray, found))
+    marks_BT = np.zeros(tokens_BT.shape, bool) if separator_V is None else separator_V[np.asarray(tokens_BT)]
+    return jax.device_get(_measured(model.config, params_of(model), jnp.asarray(tokens_BT), marks_BT))
 
 
 def separators_of(tokenizer: Tokenizer) -> np.ndarray:
@@ -60,12 +58,12 @@ def separators_of(tokenizer: Tokenizer) -> np.ndarray:
 
 def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Array:
     """What each position gives to its sinks, averaged over a layer's heads: [T, L]; 0 without sinks."""
-    return _by_position(_unrolled(model.config), params_of(model), tokens_T[None]).T
+    return _by_position(model.config, params_of(model), tokens_T[None]).T
 
 
 def attention_maps(model: Transformer, tokens_T: jax.Array) -> jax.Array:
     """All attention probabilities of one text, float32 [L, N, T, 1 + T]: the sink's (0 if none), then each key's."""
-    return _maps(_unrolled(model.config), params_of(model), tokens_T)
+    return _maps(model.config, params_of(model), tokens_T)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -100,11 +98,6 @@ def _maps(config: TransformerConfig, params: Params, tokens_T: jax.Array) -> jax
     looks = _look(config, params, tokens_T[None])
     both = [jnp.concatenate([seen.log_sink_BNT[..., None], seen.log_keys_BNTS], -1) for seen in looks]
     return jnp.exp(jnp.concatenate(both))
-
-
-def _unrolled(config: TransformerConfig) -> TransformerConfig:
-    """The same model with unrolled blocks, which can be replaced, and a kernel that takes texts of any length."""
-    return dataclasses.replace(config, **dataclasses.asdict(Execution(dtype=config.dtype)))
 
 
 class _Seen(NamedTuple):
@@ -145,7 +138,8 @@ def _look(config: TransformerConfig, params: Params, tokens_BT: jax.Array) -> li
     All scores of a layer are in memory at once, so texts may have some thousand tokens.
     """
     seen: list[_Seen] = []
-    model = model_of(config, params)
+    usual = dataclasses.asdict(Execution(dtype=config.dtype))  # unrolled blocks, and a kernel for texts of any length
+    model = model_of(dataclasses.replace(config, **usual), params)
     model.blocks = nnx.List([_Shown(block, seen.append) for block in model.blocks])
     model.hidden(tokens_BT)
     return seen
@@ -200,33 +194,19 @@ def read_measured(
 
 def as_json(measured: Measured) -> dict[str, Any]:
     """The numbers as JSON can hold them, in seven digits; None for what is not finite."""
-
-    def plain(x: Any) -> Any:
-        if np.ndim(x):
-            return [plain(item) for item in x]
-        return int(x) if x.dtype.kind == "i" else float(f"{x:.7g}") if np.isfinite(x) else None
-
-    return {name: plain(values) for name, values in measured._asdict().items()}
+    number = lambda x: x if isinstance(x, int) else float(f"{x:.7g}") if math.isfinite(x) else None
+    numbers = np.vectorize(number, otypes=[object])
+    return {name: numbers(values).tolist() for name, values in measured._asdict().items()}
 
 
-class SinkLog:
-    """A run's file of what is measured: one JSON object on each line with `step`, `tokens`, and `Measured`'s arrays."""
+def append_measured(path: Path, split: Split, tokenizer: Tokenizer, model: Transformer, row: dict[str, Any]) -> None:
+    """Measure `model`, on one device, at the step and tokens of the metrics' `row`, which gets `scalars_of` it.
 
-    def __init__(self, path: Path, split: Split, tokenizer: Tokenizer) -> None:
-        self._file, self._split, self._tokenizer = MetricsFile(path), split, tokenizer
-
-    @cached_property
-    def _separator_V(self) -> np.ndarray:
-        return separators_of(self._tokenizer)
-
-    def append(self, model: Transformer, row: dict[str, Any]) -> None:
-        """Measure `model`, on one device, at the step and tokens of the metrics' `row`, which gets `scalars_of` it.
-
-        Raises StorageError.
-        """
-        measured = measure(model, stretch(self._split, model.config.context_len), self._separator_V)
-        self._file.append({"step": row["step"], "tokens": row["tokens"], **as_json(measured)})
-        row.update(scalars_of(measured))
+    The file `path` gets a line: a JSON object with `step`, `tokens`, and `Measured`'s arrays. Raises StorageError.
+    """
+    measured = measure(model, stretch(split, model.config.context_len), separators_of(tokenizer))
+    MetricsFile(path).append({"step": row["step"], "tokens": row["tokens"], **as_json(measured)})
+    row.update(scalars_of(measured))
 
 
 # --- In a few words -----------------------------------------------------------------------------------------------
