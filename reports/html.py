@@ -60,8 +60,11 @@ def _block(block: Block) -> str:
             return f"<p>{escape(block)}</p>"
         case Heading(text):
             return f"<h2>{escape(text)}</h2>"
-        case Table():
-            return _table(block)
+        case Table(title, columns, lines, left, bold):
+            rows = [_row("th", columns, left)] if any(columns) else []
+            rows += [_row("td", line, left, i in bold) for i, line in enumerate(lines)]
+            heading = f"<h2>{escape(title)}</h2>\n" if title else ""
+            return f'{heading}<div class="scroll"><table>\n{"".join(rows)}</table></div>'
         case Fold(summary, blocks):
             return f"<details><summary>{escape(summary)}</summary>\n{_body(blocks)}\n</details>"
         case Verbatim(caption, parts, shades):
@@ -81,13 +84,6 @@ def _image(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
     kind = "" if picture.clear else ' class="paper"'
     return f'<img{kind} src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">'
-
-
-def _table(table: Table) -> str:
-    rows = [_row("th", table.columns, table.left)] if any(table.columns) else []
-    rows += [_row("td", row, table.left, i in table.bold) for i, row in enumerate(table.rows)]
-    heading = f"<h2>{escape(table.title)}</h2>\n" if table.title else ""
-    return f'{heading}<div class="scroll"><table>\n{"".join(rows)}</table></div>'
 
 
 def _row(tag: str, texts: list[str], left: int, bold: bool = False) -> str:
