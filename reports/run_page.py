@@ -14,10 +14,10 @@ from reports.compare import RunRecord, comparable, read_runs, result_of
 from reports.html import Block, Fold, Heading, Picture, Verbatim, html_page
 from reports.plots import plot_all_maps, plot_map, plot_series, plot_shares, plot_shares_over_training
 from reports.sinks import TOKENS, Measured, attention_maps, described, read_measured, token_name
+from reports.summary import parameters
 from runtime.errors import one_line
 from runtime.files import read_json, write_text
 from runtime.screen.text import Table, duration, human
-from training.cost import parameter_counts
 from training.optimizer import GROUPS
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
@@ -59,17 +59,13 @@ def write_report(
         _summary(run, model_config),
         *_curves(comparable([run], "val_loss")[0][0]),
         *_sinks(model_config, measured, tokenizer),
-        *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer), not measured),
+        *_attention(model, tokenizer, which, _text_to_show(text, samples, run, tokenizer)),
         *_samples(samples),
         *_config(run),
         _environment(saved),
-        _parameters(model_config),
     ]
     write_text(workdir / run_lib.REPORT_FILE, html_page(run.name, blocks))
     return workdir / run_lib.REPORT_FILE
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 def _text_to_show(text: str | None, samples: list[tuple[int, str]], run: RunRecord, tokenizer: Tokenizer) -> np.ndarray:
@@ -104,7 +100,7 @@ def _summary(run: RunRecord, model_config: TransformerConfig) -> Table:
         "time, without compilation": known("seconds", duration),
         "tokens per second": known("tokens_per_second", human),
         "peak memory": known("peak_mib", "{:,.0f} MiB".format),
-        "parameters": f"{sum(parameter_counts(model_config).values()):,}",
+        "parameters": parameters(model_config),
         "model": f"{model_config.num_blocks} layers of {model_config.num_heads} heads, width "
         f"{model_config.embedding_dim}, context {model_config.context_len}",
         "text": f"{run.config['dataset']}, {run.config['tokenizer']}",
@@ -161,10 +157,8 @@ def _extremes(shares_LN: np.ndarray) -> dict[str, Any]:
     return {word: np.unravel_index(pick(shares_LN), shares_LN.shape) for word, pick in picks.items()}
 
 
-def _attention(
-    model: Transformer | str, tokenizer: Tokenizer, which: str, ids: np.ndarray, show_shares: bool
-) -> list[Block]:
-    """Attention maps of one text; with `show_shares` also the sinks' shares on it."""
+def _attention(model: Transformer | str, tokenizer: Tokenizer, which: str, ids: np.ndarray) -> list[Block]:
+    """Attention maps of one text, and what each of its tokens gives to the sinks."""
     heading = Heading("What the heads attend to")
     if isinstance(model, str):
         return [heading, f"No attention map: {model}."]
@@ -192,8 +186,6 @@ def _attention(
         pictures.append(Picture(png, f"Attention map of {title}", clear=True))
     blocks: list[Block] = [heading, said, pictures]
     if sinks:
-        if show_shares:
-            blocks.append([Picture(plot_shares(shares_LN), "Share of attention to the sink, on this text", clear=True)])
         blocks.append("Each token by how much of its attention goes to the sinks, mean over a layer's heads.")
         for layer in layers:
             shades = shares_LNT[layer].mean(0)
@@ -206,20 +198,17 @@ def _samples(samples: list[tuple[int, str]]) -> list[Block]:
     if not samples:
         return []
     shown = [samples[i] for i in _spread(len(samples), _MOST_SAMPLES)]
-    blocks = [Verbatim(f"step {step:,}", [text]) for step, text in shown]
-    if not blocks[1:]:
-        return [Heading("Sample"), *blocks]
-    *earlier, last = blocks
-    return [Heading("Samples"), last, Fold(f"{len(earlier)} earlier", list(earlier))]
+    *earlier, last = [Verbatim(f"step {step:,}", [text]) for step, text in shown]
+    fold = [Fold(f"{len(earlier)} earlier", earlier)] if earlier else []
+    return [Heading("Samples" if earlier else "Sample"), last, *fold]
 
 
 def _config(run: RunRecord) -> list[Block]:
     docs = key_docs()
-    plain = lambda value: list(value) if isinstance(value, tuple) else value  # as in a file
-    differs = [key for key, doc in docs.items() if plain(run.config[key]) != plain(doc.default)]
-    rows = [[key, written(run.config[key]), written(docs[key].default)] for key in differs]
-    every = [[key, written(run.config[key]), doc.comment] for key, doc in docs.items()]
-    bold = frozenset(i for i, key in enumerate(docs) if key in differs)
+    texts = {key: (written(run.config[key]), written(doc.default)) for key, doc in docs.items()}
+    rows = [[key, here, usual] for key, (here, usual) in texts.items() if here != usual]
+    every = [[key, texts[key][0], doc.comment] for key, doc in docs.items()]
+    bold = frozenset(i for i, (here, usual) in enumerate(texts.values()) if here != usual)
     return [
         Table("Config: what differs from the defaults", ["key", "here", "default"], rows, left=3),
         Fold("Every key", [Table("", ["key", "here", "meaning"], every, left=3, bold=bold)]),
@@ -232,14 +221,6 @@ def _environment(saved: dict[str, Any]) -> Table:
     rows = {**rest, **(packages if isinstance(packages, dict) else {})}
     known = [[key.replace("_", " "), str(value)] for key, value in rows.items() if value is not None]
     return Table("Environment", ["", ""], known, left=2)
-
-
-def _parameters(model_config: TransformerConfig) -> Table:
-    counts = {part: count for part, count in parameter_counts(model_config).items() if count}
-    total = sum(counts.values())
-    rows = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in counts.items()]
-    rows.append(["all", f"{total:,}", ""])
-    return Table("Parameters", ["part", "number", "share"], rows, bold=frozenset({len(counts)}))
 
 
 def _spread(count: int, most: int) -> list[int]:

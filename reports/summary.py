@@ -44,11 +44,7 @@ def facts(
 ) -> Facts:
     """The facts to show before a run starts; `lines` and `panels` are two forms of them. `why` says it of the dtype."""
     model, device, vocab_size = model_config, jax.devices()[0], model_config.vocab_size
-    counts = parameter_counts(model)
-    by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-    heads = f"{model.num_heads} heads of {model.head_dim}"
-    if model.num_kv_heads != model.num_heads:
-        heads += f", {model.num_kv_heads} of keys and values"
+    fewer = f", {model.num_kv_heads} of keys and values" if model.num_kv_heads != model.num_heads else ""
     mlp, sinks = f"MLP {model.mlp_dim} {model.mlp}", "with sinks" if model.has_sinks else "without sinks"
     tokens = config.batch_size * config.context_len * config.accumulation_steps
     members = Counter(step.labels.values())
@@ -56,17 +52,16 @@ def facts(
     parts = [f"{group.title} for {members[label]} {group.members}" for label, group in reversed(groups.items())]
     parts += [f"the weights averaged by {config.ema_decay:g}"] if config.ema_decay else []
     rates = [f"{group.title} {config[group.rate]:g}" for group in groups.values()]
-    batch = f"{config.batch_size} sequences of {config.context_len} tokens"
-    if config.accumulation_steps > 1:
-        batch += f", {config.accumulation_steps} a step"
+    several = f", {config.accumulation_steps} a step" if config.accumulation_steps > 1 else ""
+    batch = f"{config.batch_size} sequences of {config.context_len} tokens{several}"
     memory = held_bytes(config_lib.optimizer_config(config), model, config.batch_size, step.state, mesh)
     large = {part: size for part, size in memory.items() if size >= 5e5 or part == "parameters"}
     by_use = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in large.items())
     return {
         "Model": {
-            "parameters": f"{sum(counts.values()):,} ({by_part})",
+            "parameters": parameters(model),
             "layers": f"{model.num_blocks} of width {model.embedding_dim}, {mlp}, {model.norm}",
-            "attention": f"{heads}, {model.position} positions, {sinks}",
+            "attention": f"{model.num_heads} heads of {model.head_dim}{fewer}, {model.position} positions, {sinks}",
         },
         "Data": {
             "text": f"{config.dataset}, {data.tokenizer.name} ({vocab_size:,} tokens)",
@@ -85,6 +80,13 @@ def facts(
     }
 
 
+def parameters(model_config: TransformerConfig) -> str:
+    """How many a model has, in all and by part."""
+    counts = parameter_counts(model_config)
+    by_part = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    return f"{sum(counts.values()):,} ({by_part})"
+
+
 def _shards(data: Dataset) -> str:
     """The files of each split."""
 
@@ -95,10 +97,9 @@ def _shards(data: Dataset) -> str:
     return ", ".join(f"{word} {told(split.files)}" for name, word in SPLITS.items() if (split := getattr(data, name)))
 
 
-def _mesh(model_config: TransformerConfig, params: Params, mesh: Mesh) -> str:
+def _mesh(model: TransformerConfig, params: Params, mesh: Mesh) -> str:
     """The sizes of a mesh, and the axes that it cannot split."""
-    c = model_config
-    sizes = {"tokens": c.context_len, "query_heads": c.num_heads, "key_heads": c.num_kv_heads}
+    sizes = {"tokens": model.context_len, "query_heads": model.num_heads, "key_heads": model.num_kv_heads}
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     whole = ", ".join(undivided(params, sizes, mesh))
     return axes + (f"; not divided, so whole on each device: {whole}" if whole else "")
