@@ -40,17 +40,10 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     tokens, losses = series(rows, "val_loss")
     if len(losses):
         axes.plot(tokens, losses, "o-", color=_VAL, markersize=4, linewidth=1.0, label="validation")
-        best = int(np.argmin(losses))
-        axes.plot(tokens[best], losses[best], "o", color=_VAL, markersize=9, markerfacecolor="none")
-        axes.annotate(
-            f"best {losses[best]:.4f}",
-            (tokens[best], losses[best]),
-            xytext=(0, 14),
-            textcoords="offset points",
-            ha="right" if tokens[best] > 0.8 * axes.get_xlim()[1] else "center",
-            color=_VAL,
-            fontweight="bold",
-        )
+        x, y = tokens[losses.argmin()], losses.min()
+        axes.plot(x, y, "o", color=_VAL, markersize=9, markerfacecolor="none")
+        style = {"ha": "right" if x > 0.8 * axes.get_xlim()[1] else "center", "color": _VAL, "fontweight": "bold"}
+        axes.annotate(f"best {y:.4f}", (x, y), (0, 14), textcoords="offset points", **style)
     tokens, losses = series(rows, "ema_val_loss")
     if len(losses):
         axes.plot(tokens, losses, ".--", color=_OTHER, linewidth=1.0, label="validation, averaged weights")
@@ -76,19 +69,15 @@ def plot_curves(curves: list[Curve], path: Path, x: str, metric: str) -> None:
     """
     figure, axes = _axes(figsize=(6.4, 4.6), dpi=180)
     labels = list(dict.fromkeys(curve.label for curve in curves))
-    lines: dict[str, Any] = {}
-    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    drawn, lines = [], {}  # x and values of each curve; the validation curves by label
     for curve in curves:
         number = labels.index(curve.label)
         style = {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
         at, losses = series(curve.rows, "loss", x)
         ratios = (row[metric] / row["val_loss"] for row in curve.rows if row.get(metric) and row.get("val_loss"))
-        scale = next(ratios, 1)
-        if len(losses) >= SMOOTH_FROM:
-            losses = smoothed(losses)
-        drawn.append((at, losses * scale))
-        axes.plot(*drawn[-1], **style, linewidth=0.9, alpha=0.4)
-        drawn.append(series(curve.rows, metric, x))
+        losses = next(ratios, 1) * (losses if len(losses) < SMOOTH_FROM else smoothed(losses))
+        drawn += [(at, losses), series(curve.rows, metric, x)]
+        axes.plot(*drawn[-2], **style, linewidth=0.9, alpha=0.4)
         (lines[curve.label],) = axes.plot(*drawn[-1], **style, marker="o", markersize=3.5, linewidth=1.3)
     seen = np.concatenate([np.zeros(0), *(values[at >= at[-1] / 10] for at, values in drawn if len(at))])
     if len(seen):
@@ -159,11 +148,10 @@ def save_figure(figure: "Figure", path: Path) -> None:
         unfinished.write_bytes(_png(figure, transparent=False))
 
 
-def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
-    """`x` and values of the rows that have a value for `key`."""
+def series(rows: list[dict[str, Any]], key: str, x: str = "tokens") -> np.ndarray:
+    """`x` and values of the rows that have a value for `key`: [2, points]."""
     points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
-    at, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return at, values
+    return np.array(points, dtype=float).reshape(-1, 2).T
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -226,7 +214,7 @@ def _curves_by_step(figure: "Figure", axes: "Axes", written: Callable[..., str],
     return _png(figure)
 
 
-def plot_shares(shares_LN: np.ndarray, of: str = "the sink") -> bytes:
+def plot_shares(shares_LN: np.ndarray, of: str) -> bytes:
     """The shares [L, N] as bars: a row for each layer, a column for each head."""
     L, N = shares_LN.shape
     figure, axes = _figure(min(9.0, 0.9 + 0.5 * L), f"share of attention that goes to {of}")
@@ -255,22 +243,18 @@ def plot_all_maps(maps_LNTS: np.ndarray, layers: Sequence[int], heads: Sequence[
 
     maps_LNTS: probabilities [L, N, T, 1 + T], of which the first is the sink's.
     """
-    rows = [[_painted(maps_LNTS[layer, head], sinks) for head in heads] for layer in layers]
-    T, wide = rows[0][0].shape[:2]
+    painted = [_painted(maps_LNTS[layer, head], sinks) for layer in layers for head in heads]
+    T, wide = painted[0].shape[:2]
     gap = max(2, T // 12)
-    canvas = np.zeros((len(layers) * (T + gap) - gap, len(heads) * (wide + gap) - gap, 4))
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            canvas[i * (T + gap) : i * (T + gap) + T, j * (wide + gap) : j * (wide + gap) + wide] = picture
+    tiles = np.pad(painted, [(0, 0), (0, gap), (0, gap), (0, 0)]).reshape(len(layers), len(heads), T + gap, -1, 4)
+    canvas = np.concatenate(np.concatenate(tiles, axis=1), axis=1)[:-gap, :-gap]
     height = _WIDTH * canvas.shape[0] / canvas.shape[1] + 0.4
     figure, axes = _figure(min(12.0, height), "what each head attends to" + (": sink left, then keys" if sinks else ""))
     axes.imshow(canvas, interpolation="nearest")
     axes.set_xticks([j * (wide + gap) + wide / 2 for j in range(len(heads))], [f"head {head + 1}" for head in heads])
-    axes.set_yticks([i * (T + gap) + T / 2 for i in range(len(layers))], [f"layer {layer + 1}" for layer in layers])
+    middle = [i * (T + gap) + T / 2 for i in range(len(layers))]
+    axes.set_yticks(middle, [f"layer {layer + 1}" for layer in layers], rotation=90, va="center")
     axes.tick_params(length=0, labelsize=8)
-    axes.tick_params(axis="y", labelrotation=90)
-    for label in axes.get_yticklabels():
-        label.set_verticalalignment("center")
     axes.spines[:].set_visible(False)
     return _png(figure)
 
@@ -282,15 +266,13 @@ def plot_map(map_TS: np.ndarray, tokens: list[str], title: str, sinks: bool) -> 
     axes.imshow(picture, interpolation="nearest")
     first = _SINK_COLUMNS + 1 if sinks else 0
     size = float(np.clip(230 / len(tokens), 4, 9))
-    ticks = {first + i: token for i, token in enumerate(tokens)}
-    if sinks:
-        ticks = {(_SINK_COLUMNS - 1) / 2: "sink"} | ticks
-    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=size, rotation=90 if max(map(len, tokens)) > 1 else 0)
-    axes.set_yticks(range(len(tokens)), tokens, fontsize=size)
+    ticks = {(_SINK_COLUMNS - 1) / 2: "sink"} if sinks else {}
+    ticks |= {first + i: token for i, token in enumerate(tokens)}
+    style = {"fontsize": size, "parse_math": False}
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if max(map(len, tokens)) > 1 else 0, **style)
+    axes.set_yticks(range(len(tokens)), tokens, **style)
     if sinks:
         axes.get_xticklabels()[0].set(rotation=90, color=_SINK)
-    for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-        label.set_parse_math(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return _png(figure)
@@ -298,18 +280,15 @@ def plot_map(map_TS: np.ndarray, tokens: list[str], title: str, sinks: bool) -> 
 
 def _painted(map_TS: np.ndarray, sinks: bool) -> np.ndarray:
     """A map as RGBA, with the square root of a probability as opacity, so that small ones are visible."""
-    keys = _tint(_KEYS, np.sqrt(map_TS[:, 1:]))
-    keys[..., 3] = np.where(np.tri(len(keys), dtype=bool), np.maximum(keys[..., 3], 0.06), 0)
-    if not sinks:
-        return keys
-    sink = _tint(_SINK, np.maximum(np.sqrt(map_TS[:, :1]), 0.06)).repeat(_SINK_COLUMNS, axis=1)
-    return np.concatenate([sink, np.zeros_like(sink[:, :1]), keys], axis=1)
-
-
-def _tint(color: str, opacity: np.ndarray) -> np.ndarray:
     from matplotlib.colors import to_rgb
 
-    return np.concatenate([np.broadcast_to(to_rgb(color), (*opacity.shape, 3)), opacity[..., None]], axis=-1)
+    tint = lambda color, opacity: np.dstack([np.broadcast_to(to_rgb(color), (*opacity.shape, 3)), opacity])
+    opacity_TS = np.maximum(np.sqrt(map_TS), 0.06)
+    keys = tint(_KEYS, np.tril(opacity_TS[:, 1:]))
+    if not sinks:
+        return keys
+    sink = tint(_SINK, opacity_TS[:, :1]).repeat(_SINK_COLUMNS, axis=1)
+    return np.concatenate([sink, np.zeros_like(sink[:, :1]), keys], axis=1)
 
 
 def _percent(share: float, _: Any = None) -> str:
