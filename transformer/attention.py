@@ -80,10 +80,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The keys and values of a batch of texts, padded on the left so that all get their next token in the same slot.
-
-    Or not padded, and each text at a slot of its own.
-    """
+    """The keys and values of a batch of texts, padded on the left to end in one slot, or each at a slot of its own."""
 
     layers: list[LayerCache]
     start_B: jax.Array  # the slot of each text's first token; slots before it are padding

@@ -21,26 +21,21 @@ def sink_name(value: Any) -> Any:
     return _OLD_SINKS.get(str(value).lower(), value) if isinstance(value, str | bool) else value
 
 
-def key_sink(q_BTNH: jax.Array, key_KH: jax.Array) -> jax.Array:
-    """The logit of a sink with a key, [B, T, N] in float32: q·key / sqrt(H).
+def sink_logits(form: str, q_BTNH: jax.Array, sink: Any, key: Any) -> jax.Array | None:
+    """The logits of a form of SINKS, as `attend` takes them; `sink` and `key` are the layer's parameters, if any.
 
     Queries are those before rotation: a sink stands at no position.
     """
     B, T, N, H = q_BTNH.shape
-    K = len(key_KH)
-    q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, K, N // K, H)
-    return jnp.einsum("BTKGH,KH->BTKG", q_BTKGH, key_KH).reshape(B, T, N) / math.sqrt(H)
-
-
-def sink_logits(form: str, q_BTNH: jax.Array, sink: Any, key: Any) -> jax.Array | None:
-    """The logits of a form of SINKS, as `attend` takes them; `sink` and `key` are the layer's parameters, if any."""
     match form:
         case "logit":
             return sink[...]
         case "zero":
-            return jnp.zeros(q_BTNH.shape[2], jnp.float32)
+            return jnp.zeros(N, jnp.float32)
         case "key":
-            return key_sink(q_BTNH, key[...])
+            key_KH = key[...]
+            q_BTKGH = q_BTNH.astype(jnp.float32).reshape(B, T, len(key_KH), -1, H)
+            return jnp.einsum("BTKGH,KH->BTKG", q_BTKGH, key_KH).reshape(B, T, N) / math.sqrt(H)
     return None
 
 

@@ -35,14 +35,13 @@ def _round(kernels: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
     return {n: _rounded(w) if of_one_row else materialize(w.astype(jnp.bfloat16)) for n, w in kernels.items()}
 
 
-def with_rounded_weights() -> Any:
-    """A context in which the weights that `half_dot_general` gets come from `round_weights`."""
-    return _rounded_before(True)
+def with_rounded_weights(rounded: bool = True) -> Any:
+    """A context that says whether the weights that `half_dot_general` gets come from `round_weights`."""
+    return _rounded_before(rounded)
 
 
-def half_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any = None, **options: Any) -> jax.Array:
-    """`half_product` for an `nnx.Linear`."""
-    del dimension_numbers, options
+def half_dot_general(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`half_product` for an `nnx.Linear`, whose other arguments say nothing new."""
     if _rounded_before.value and _one_row(x):
         return materialize(_rounded(x) @ w)
     return half_product(x, w)

@@ -22,7 +22,6 @@ from transformer.sharding import constrain, part_shape
 from transformer.stack import run_blocks
 from transformer.xla import dot_general, materialize
 
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, see `rotation`
 CacheAccess = tuple[LayerCache, jax.Array, dict[int, jax.Array]]  # a layer's, the first slot to write, masks by window
 Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 
@@ -30,7 +29,7 @@ Params = dict[str, jax.Array]  # "blocks.0.attention.query.kernel" -> array
 class TokenInfo(NamedTuple):
     """What the blocks know of the tokens besides the residual stream. Document 0 may lack its beginning."""
 
-    turn: Rotation | None  # rotary cosines and sines
+    turn: tuple[jax.Array, jax.Array] | None  # rotary cosines and sines, see `rotation`
     document_BT: jax.Array | None  # each token's document number
     first_BTD: jax.Array  # what entered the first block
 
@@ -208,17 +207,14 @@ class Transformer(nnx.Module):
         if c.position == "learned":
             x_BTD = x_BTD + _rows(self.positions, position_BT, c)
         x_BTD = self.dropout(constrain(x_BTD, "BTD"), deterministic=rngs is None, rngs=rngs)
-        turn = None
-        if c.position == "rope":
-            turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn))
-        documents = cache is None and c.document_start >= 0
+        rope, documents = c.position == "rope", cache is None and c.document_start >= 0
+        turn = rotation(position_BT, *rope_frequencies(c.head_dim, c.rope_theta, c.yarn)) if rope else None
         document_BT = jnp.cumsum(tokens_BT == c.document_start, axis=1) if documents else None
         info = TokenInfo(turn, document_BT, x_BTD)
         if cache is None:
             period = c.period if c.scan_blocks else 0
             return self.final_norm(run_blocks(self.blocks, x_BTD, info, rngs, c.remat, period)), None
-        windows = {block.attention.window for block in self.blocks}
-        masks = {window: visible_slots(cache, T, window) for window in windows}
+        masks = {window: visible_slots(cache, T, window) for window in {b.attention.window for b in self.blocks}}
         layers: list[Any] = []
         for block, before in zip(self.blocks, cache.layers, strict=True):
             x_BTD, after = block(x_BTD, info, rngs, (before, cache.length, masks))

@@ -2,15 +2,14 @@
 
 Shapes: B texts, P padded prompt length, V vocabulary.
 
-A text may outgrow the context. If a text is longer than the context, its last `context_len // 2` tokens are prefilled
-again, so that the model never sees positions that it was not trained on.
+A text may outgrow the context. Then its last `context_len // 2` tokens are prefilled again, so that the model never
+sees positions that it was not trained on.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
+from transformer.ranges import NotNegative, Range, Share, require
 from transformer.xla import jit_for_inputs
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. In this order: temperature, top_k, top_p, min_p.
+    """How a token is chosen, in this order of settings. Raises ValueError, `<name>: <what is wrong>`.
 
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
@@ -53,28 +53,16 @@ class Sampling:
       top_p: only the smallest set of most likely tokens whose probabilities reach this sum (arXiv:1904.09751).
       min_p: only tokens at least this share as likely as the most likely one (arXiv:2407.01082).
       seed: the same seed, model and prompts give the same text.
-
-    Raises:
-      ValueError: `<name>: <what is wrong>`.
     """
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: NotNegative = 0.8
+    top_k: Annotated[int, Range("at least 0 (0 is all)", lambda x: x >= 0)] = 0
+    top_p: Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)] = 1.0
+    min_p: Share = 0.0
+    seed: Annotated[int, Range("at least 0 and below 2**63", lambda x: 0 <= x < 2**63)] = 0
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
-            raise ValueError(f"temperature: must be at least 0 and finite, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: must be at least 0 (0 is all), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: must be between 0 and 1, got {self.min_p}")
-        if self.seed < 0 or self.seed >= 2**63:
-            raise ValueError(f"seed: must be at least 0 and below 2**63, got {self.seed}")
+        require(vars(self), type(self).__annotations__)
 
 
 def pick(
@@ -166,7 +154,7 @@ def _decode(
         return i + 1, next_B, done_B, cache, out_CB
 
     begin = 0, token_B, done_B, cache, jnp.full((CHUNK, token_B.shape[0]), NOTHING)
-    with with_rounded_weights() if config.operand_dtype == "bfloat16" else contextlib.nullcontext():
+    with with_rounded_weights(config.operand_dtype == "bfloat16"):
         _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, begin)
     return out_CB, token_B, done_B, cache
 
@@ -220,9 +208,7 @@ def generate_tokens(
     while made < num_tokens and not done_B.all():
         longest = max(map(len, texts))
         padded = power_of_two(longest)
-        tokens_BP = np.zeros((len(texts), padded), np.int32)
-        for row, text in enumerate(texts):
-            tokens_BP[row, padded - len(text) :] = text
+        tokens_BP = np.array([[0] * (padded - len(text)) + text for text in texts], np.int32)
         start_B = np.array([padded - len(text) for text in texts], np.int32)
         token_B, cache = _prefill(params, tokens_BP, start_B, key, banned_V, made, **run)
         new_CB = np.where(done_B, NOTHING, np.asarray(token_B))[None]
@@ -272,9 +258,7 @@ def stream(
     model: Transformer, tokenizer: Tokenizer, prompt: Prompt, num_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[str]:
     """Continue a prompt; yields complete characters, without the end-of-text token. Raises as `generate`."""
-    for (text,) in _streams(model, tokenizer, [prompt], num_tokens, sampling):
-        if text:
-            yield text
+    yield from (text for (text,) in _streams(model, tokenizer, [prompt], num_tokens, sampling) if text)
 
 
 def generate(

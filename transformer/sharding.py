@@ -48,8 +48,6 @@ ACTIVATIONS = {  # by the suffix of their names
     "BTD": ("rows", "tokens", ""),
     "BTF": ("rows", "tokens", "mlp"),
     "BTV": ("rows", "tokens", "vocab"),
-    "BTNH": ("rows", "tokens", "query_heads", ""),
-    "BTKH": ("rows", "tokens", "key_heads", ""),
     "ICD": ("", "tokens", ""),  # chunks of tokens
 }
 
@@ -180,9 +178,8 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 def undivided(params: Mapping[str, Any], activations: Mapping[str, int], mesh: Mesh) -> list[str]:
     """The axes that the mesh would split if it divided them, in words: "vocab 65 (tensor 8)".
 
-    Args:
-      params: arrays or shapes by name.
-      activations: sizes of axes that only activations have, or that they count in other units, such as heads.
+    `params` are arrays or shapes by name, `activations` sizes of axes that only activations have, or that they count in
+    other units, such as heads.
     """
     sizes = {(axis, size) for name, p in params.items() for axis, size in zip(axes_of(name), p.shape, strict=False)}
     result = []
@@ -249,21 +246,16 @@ def _gather(axis: int, dtype: str, x: jax.Array) -> jax.Array:
     return jax.lax.all_gather(x.astype(dtype), FSDP, axis=axis, tiled=True)
 
 
-def _gather_forward(axis: int, dtype: str, x: jax.Array) -> tuple[jax.Array, None]:
-    return _gather(axis, dtype, x), None
-
-
 def _gather_backward(axis: int, dtype: str, kept: None, dx: jax.Array) -> tuple[jax.Array]:
     del dtype, kept  # gradients are summed in float32, as in data parallelism
     return (jax.lax.psum_scatter(dx.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(lambda axis, dtype, x: (_gather(axis, dtype, x), None), _gather_backward)
 
 
-def is_gather(primitive: Any, *_: Any, **parts: Any) -> bool:
+def is_gather(*_: Any, **parts: Any) -> bool:
     """Whether an operation is `gather_parameter`, the gather that rematerialisation repeats instead of saving."""
-    del primitive
     return "call_jaxpr" in parts and any(each.primitive.name == "all_gather" for each in parts["call_jaxpr"].eqns)
 
 

@@ -24,7 +24,8 @@ class Target(NamedTuple):
     compute_capability: str = ""  # of an NVIDIA GPU
 
 
-_target = jax.make_user_context()  # JAX caches traced programs separately for each value
+# `with aimed_at(t)`: a context in which `target()` returns t. JAX caches traced programs separately for each value.
+aimed_at = jax.make_user_context()
 
 
 def target_of(devices: Iterable[jax.Device]) -> Target:
@@ -37,12 +38,7 @@ def target_of(devices: Iterable[jax.Device]) -> Target:
 
 def target() -> Target:
     """The target of what is being traced: set by `aimed_at` or `traced_for`, else that of JAX's default devices."""
-    return _target.value or target_of(jax.extend.backend.get_backend().local_devices())
-
-
-def aimed_at(target: Target) -> Any:
-    """A context in which `target()` returns this target."""
-    return _target(target)
+    return aimed_at.value or target_of(jax.extend.backend.get_backend().local_devices())
 
 
 def traced_for(target: Target, function: Callable) -> Callable:

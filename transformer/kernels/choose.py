@@ -29,9 +29,7 @@ LONG = 1024
 
 
 class Kernel(NamedTuple):
-    """Causal softmax attention without sinks, scores q·k / sqrt(H); a query sees its last `window` keys (0: all).
-
-    If `document_BT` is not None, it sees only the keys of its own document.
+    """Causal softmax attention without sinks, scores q·k / sqrt(H); window and document are `causal_attention`'s.
 
     forward: (q_BTNH, k_BTKH, v_BTKH, document_BT, window) -> out_BTNH in the dtype backward needs, float32 lse_BNT.
     backward: (q, k, v, document, out, lse, dout, window) -> dq, dk, dv in the dtypes of q, k, v. It computes
@@ -54,14 +52,13 @@ def causal_attention(
 ) -> jax.Array:
     """Causal `attend` of T tokens among themselves: [B, T, N, H] in the dtype of v.
 
+    Raises ValueError, `attention_kernel: <why>`, if a kernel asked for by name cannot run here.
+
     Args:
       sink: the sinks' logits in float32 by head [N], or by row and head [B, T, N]; or None.
       window: how many keys a query sees, itself included; 0 is all.
       kernel: one of KERNEL_NAMES.
       document_BT: the number of each token's document, outside of which it sees nothing; None: one document.
-
-    Raises:
-      ValueError: `attention_kernel: <why>` if a kernel asked for by name cannot run here.
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, sink, document_BT):
