@@ -1,7 +1,4 @@
-"""What of a batch is learned: all of a text, and of conversations what the assistant says.
-
-Shapes: B sequences, T tokens each; a batch is [B, T + 1].
-"""
+"""What of a batch is learned: all of a text, and of conversations what the assistant says."""
 
 from functools import partial
 

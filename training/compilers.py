@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -43,18 +44,14 @@ _QUIET = {  # the compilers' remarks that there is no such device here, and wait
 }
 # Calls of kernels: a Pallas kernel of a TPU is named by the instruction, one of cuDNN by what is called.
 _KERNEL = re.compile(r'%([\w\-]+?)(?:\.[\d.]+)?(?:\.clone)? = .*custom_call_target="(tpu_custom_call|__cudnn\$\w+)"')
-_ALIAS = re.compile(r"\b(?:may|must)-alias\b")
 
 
 def devices_of(text: str) -> tuple[list[jax.Device], float]:
-    """Devices to compile for, and the memory of each in bytes (infinite for a CPU).
+    """The devices of "v5e:4x4" (a TPU's slice), "v5e:4x4*2" (two), "H100:8" or "cpu:8", and each one's memory in bytes.
 
-    Of a GPU it is what the data sheet says, of a TPU what its compiler gives to a program.
+    Of a GPU it is what the data sheet says, of a TPU what its compiler gives to a program, infinite for a CPU.
 
     It has to be called before JAX starts. Raises UserError for an unknown text, or if the compiler is not installed.
-
-    Args:
-      text: a TPU's slice "v5e:4x4", two of them "v5e:4x4*2", GPUs "H100:8", or "cpu:8".
     """
     named = _NAME.fullmatch(text)
     kind, shape, slices = named.groups() if named else ("", "", None)
@@ -94,23 +91,19 @@ def devices_of(text: str) -> tuple[list[jax.Device], float]:
 def _target_config(kind: str) -> str:
     """What XLA reads of a GPU, as the text of its GpuTargetConfigProto."""
     major, minor, cores, shared, cache, memory, bandwidth, clock, lanes, name = GPUS[kind]
-    numbers = {
-        **{"threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048},
-        **{"shared_memory_per_block": 48 * 2**10, "shared_memory_per_core": shared * 2**10},
-        **{"shared_memory_per_block_optin": (shared - 1) * 2**10, "registers_per_core_limit": 2**16},
-        **{"registers_per_block_limit": 2**16, "core_count": cores, "fpus_per_core": lanes, "clock_rate_ghz": clock},
-        **{f"block_dim_limit_{axis}": 2**31 - 1 if axis == "x" else 2**16 - 1 for axis in "xyz"},
-        **{f"thread_dim_limit_{axis}": 64 if axis == "z" else 1024 for axis in "xyz"},
-        **{"memory_bandwidth": int(bandwidth), "l2_cache_size": cache * 2**20, "device_memory_size": int(memory)},
-    }
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
-    info = " ".join(f"{key}: {value}" for key, value in numbers.items())
     return (
-        f"gpu_device_info {{ {info} cuda_compute_capability {{ major: {major} minor: {minor} "
-        f'feature_extension: {extension} }} dnn_version: "9.10.0" driver_version: "13.0.0" '
-        f'runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" device_vendor: "NVIDIA Corporation" '
-        f'name: "{name}" }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} '
-        f'device_description_str: "{name}"'
+        "gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 "
+        f"shared_memory_per_block: {48 * 2**10} shared_memory_per_core: {shared * 2**10} "
+        f"shared_memory_per_block_optin: {(shared - 1) * 2**10} registers_per_core_limit: {2**16} "
+        f"registers_per_block_limit: {2**16} core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock} "
+        f"block_dim_limit_x: {2**31 - 1} block_dim_limit_y: {2**16 - 1} block_dim_limit_z: {2**16 - 1} "
+        "thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 "
+        f"memory_bandwidth: {int(bandwidth)} l2_cache_size: {cache * 2**20} device_memory_size: {int(memory)} "
+        f"cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }} "
+        'dnn_version: "9.10.0" driver_version: "13.0.0" runtime_version: "12.8.0" '
+        f'compile_time_toolkit_version: "12.8.0" device_vendor: "NVIDIA Corporation" name: "{name}" }} '
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"'
     )
 
 
@@ -186,10 +179,7 @@ def _compiled(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
     peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]  # of what a CPU's compiler tells
     if devices.flat[0].platform != "cpu":
         peak = held.peak_memory_in_bytes
-    kernels: dict[str, int] = {}
-    for name, called in _KERNEL.findall(text):
-        name = name if called == "tpu_custom_call" else called
-        kernels[name] = kernels.get(name, 0) + 1
+    kernels = Counter(name if called == "tpu_custom_call" else called for name, called in _KERNEL.findall(text))
     return {
         "peak_bytes": peak,
         **{f"{name}_bytes": size for name, size in sizes.items()},
@@ -197,6 +187,6 @@ def _compiled(lowered: Any, devices: np.ndarray) -> dict[str, Any]:
         "cycles": traffic.cycles(text),
         "compile_seconds": seconds,
         "kernels": kernels,
-        "donated": len(_ALIAS.findall(text.partition("\n")[0])),
+        "donated": len(re.findall(r"\b(?:may|must)-alias\b", text.partition("\n")[0])),
         "collectives": [dataclasses.asdict(c) for c in traffic.collectives(text, devices.size)],
     }

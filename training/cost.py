@@ -124,11 +124,10 @@ def held_bytes(
 
 def _bytes_of(tree: Any) -> int:
     """The size of the tree's arrays on each device."""
-    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * size for shape, size in shards)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# --- Utilisation, and bits per byte -------------------------------------------------------------------------------
+# --- Utilisation --------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {
     # Dense bfloat16 floating-point operations per second of one JAX device, by words of its `device_kind`; float16 if
@@ -153,10 +152,8 @@ def peak_flops(device_kind: str) -> float | None:
     def named(key: str) -> bool:  # whole words: an "RTX A1000" is no A100, and an L40 no L4
         return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", device_kind) is not None
 
-    if named("MIG"):
-        return None
-    key = max(filter(named, PEAK_FLOPS), key=len, default=None)
-    return None if key is None else PEAK_FLOPS[key]
+    key = max(filter(named, PEAK_FLOPS), key=len, default="")
+    return None if named("MIG") else PEAK_FLOPS.get(key)
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, num_devices: int, device_kind: str) -> float | None:

@@ -85,9 +85,8 @@ def several_steps(
         return state, state.metrics
 
     places = jax.tree.map(lambda x: x.sharding, state)  # else XLA chooses those of the result, and compiles twice
-    shardings = places, places.metrics
     target = target_of(places.micro_step.device_set)
-    return jit_for(target, steps, donate_argnums=0, out_shardings=shardings)
+    return jit_for(target, steps, donate_argnums=0, out_shardings=(places, places.metrics))
 
 
 def throttled(step: Callable, most: int = 4) -> Callable:

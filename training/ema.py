@@ -23,8 +23,7 @@ def average_weights(decay: float) -> optax.GradientTransformationExtraArgs:
     average += (1 - decay) / (1 - decay^t) * (weights - average), so that a checkpoint's can be used as it is.
     """
 
-    def update(updates, state, params=None, **extra):
-        del extra
+    def update(updates, state, params=None, **_):
         count = optax.safe_increment(state.count)
         share = (1 - decay) / -jnp.expm1(math.log(decay) * count)  # 1 - decay^count, without its rounding
         after = optax.apply_updates(params, updates)

@@ -70,19 +70,14 @@ class Evaluator:
 
         `check` is called between batches, and may raise to stop.
         """
-        sums: list[tuple[float, int]] = []  # loss and tokens of each batch, on this process's devices
+        sums: list[list[float]] = []  # loss and tokens of each batch, on this process's devices
         in_flight: deque[tuple[jax.Array, jax.Array]] = deque()
-
-        def collect(at_most: int) -> None:
-            while len(in_flight) > at_most:
-                losses, counts = map(_own_part, in_flight.popleft())
-                sums.append((losses.sum(dtype=np.float64), counts.sum(dtype=np.float64)))
-
         for batch in eval_batches(split, self._context_len, self._rows, max_tokens):
             check()
             in_flight.append(self._step(params, put(batch, self._place)))
-            collect(at_most=self._in_flight)
-        collect(at_most=0)
+            if len(in_flight) > self._in_flight:
+                sums.append([_own_sum(x) for x in in_flight.popleft()])
+        sums += [[_own_sum(x) for x in of_batch] for of_batch in in_flight]
         total, tokens = (sum(of_batches.tolist()) for of_batches in from_all(np.array(sums)).sum(axis=0).T)
         return total / tokens, int(tokens)
 
@@ -120,6 +115,7 @@ def bits_per_byte(loss: float, num_tokens: int, split: Split, tokenizer: Tokeniz
     return loss / math.log(2) * (num_tokens + first) / num_bytes if num_bytes else None
 
 
-def _own_part(x: jax.Array) -> np.ndarray:
-    """The part of an array over the devices of all processes that this process counts."""
-    return np.concatenate([np.zeros(0, x.dtype), *(s.data for s in x.addressable_shards if s.replica_id == 0)])
+def _own_sum(x: jax.Array) -> float:
+    """The sum of the part that this process counts of an array over the devices of all processes."""
+    parts = [np.zeros(0, x.dtype), *(s.data for s in x.addressable_shards if s.replica_id == 0)]
+    return np.concatenate(parts).sum(dtype=np.float64)

@@ -51,31 +51,21 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunked_loss_sum(
-    chunk_loss: Callable[[Any, jax.Array, jax.Array], jax.Array],
-    weights: Any,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    chunk: int,
+    chunk_loss: Callable, weights: Any, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """`loss_sum` of the logits of x, computed for `chunk` tokens at a time.
 
     A chunk's gradients are computed in the forward pass, while its logits are in memory, so the backward pass need not
     compute the logits again. Gradients of the weights are summed in float32, whatever their dtype.
 
-    Args:
-      chunk_loss: (weights, x [C, D], targets [C]) -> the sum of the C tokens' losses; negative targets add nothing.
+    `chunk_loss`: (weights, x [C, D], targets [C]) -> the sum of the C tokens' losses; negative targets add nothing.
     """
-    x_ICD, targets_IC = _in_chunks(x_BTD, targets_BT, chunk)
-    return _summed(chunk_loss, weights, x_ICD, targets_IC), (targets_BT >= 0).sum()
-
-
-def _in_chunks(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """[I, C, D] and [I, C]: chunks of equal size, at most `chunk`, padded with tokens that have no target."""
     chunks = -(-targets_BT.size // chunk)
-    missing = -targets_BT.size % chunks
+    missing = -targets_BT.size % chunks  # all chunks have one size, by tokens without a target
     x_ND = jnp.pad(x_BTD.reshape(-1, x_BTD.shape[-1]), ((0, missing), (0, 0)))
     targets_N = jnp.pad(targets_BT.reshape(-1), (0, missing), constant_values=-1)
-    return constrain(x_ND.reshape(chunks, -1, x_BTD.shape[-1]), "ICD"), targets_N.reshape(chunks, -1)
+    x_ICD = constrain(x_ND.reshape(chunks, -1, x_BTD.shape[-1]), "ICD")
+    return _summed(chunk_loss, weights, x_ICD, targets_N.reshape(chunks, -1)), (targets_BT >= 0).sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,8 +84,7 @@ def _forward(chunk_loss, weights, x_ICD, targets_IC):
     return loss, (jax.tree.map(lambda sum, w: sum.astype(w.dtype), dweights, weights), dx_ICD)
 
 
-def _backward(chunk_loss, kept, dloss):
-    del chunk_loss
+def _backward(_, kept, dloss):
     dweights, dx_ICD = jax.tree.map(lambda gradient: (dloss * gradient).astype(gradient.dtype), kept)
     return dweights, dx_ICD, None
 

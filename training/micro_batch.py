@@ -28,11 +28,6 @@ def traced(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
     return step.run.trace(step.state, batch)
 
 
-def compiled(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
-    """The same, compiled and not run."""
-    return traced(step, batch_size, context_len, mesh).lower().compile()
-
-
 def program_bytes(program: Any) -> int | None:
     """The program's arguments and temporary arrays on each device; None where the compiler does not tell."""
     held = program.memory_analysis()
@@ -50,16 +45,14 @@ def largest_part(
 ) -> int:
     """The most sequences of a micro-batch, over all devices, with which a step fits; all processes say the same.
 
-    It divides `batch_size`. What a step takes the compiled program says, or the rule of `held_bytes`.
+    It divides `batch_size`. What a step takes the compiled program says, or the rule of `held_bytes`. Raises UserError
+    if not even the smallest part fits.
 
     Args:
       batch_size: sequences of a real step.
       build: makes the step from settings with another accumulation.
       memory: bytes of a device.
       compiles: False: by the rule alone.
-
-    Raises:
-      UserError: not even the smallest part fits.
     """
     memory, parts = from_all(np.array(float(memory))).min(), mesh.shape[DATA] * mesh.shape[FSDP]
 
@@ -70,7 +63,7 @@ def largest_part(
         if not compiles or rule > MOST_OVER * memory:
             return rule
         try:
-            return program_bytes(compiled(step, size, model_config.context_len, mesh)) or rule
+            return program_bytes(traced(step, size, model_config.context_len, mesh).lower().compile()) or rule
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
             if not lacks_memory(error):
                 raise

@@ -104,7 +104,6 @@ def scale_by_muon(
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(updates, state, params=None):
-        del params
         m = first + (last - first) * (jnp.minimum(state.updates / warmup_steps, 1.0) if warmup_steps else 1.0)
         momentum = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda buf, g: m * buf + (1 - m) * g, momentum, updates)
@@ -131,19 +130,15 @@ def scale_by_muon(
 
 
 def share_out(
-    work: Callable[[jax.Array], jax.Array],
-    stacks: Sequence[jax.Array],
-    specs: Sequence[PartitionSpec],
-    mesh: Mesh | None,
+    work: Callable, stacks: Sequence[jax.Array], specs: Sequence[PartitionSpec], mesh: Mesh | None
 ) -> list[jax.Array]:
     """`work` on each of the stacks [X, M, N] of matrices; each device does an equal part of every stack.
 
     `work` takes and returns stacks of any length. Without a mesh, or on one device, it is simply called.
 
-    Args:
-      specs: how the matrices [M, N] of each stack are split, before and after. For each axis that splits them, one
-        all-to-all gives each device some whole matrices, and another splits the results again. Devices with the same
-        matrices exchange their results; if all have the same, in one flat all-gather.
+    `specs` say how the matrices [M, N] of each stack are split, before and after. For each axis that splits them, one
+    all-to-all gives each device some whole matrices, and another splits the results again. Devices with the same
+    matrices exchange their results; if all have the same, in one flat all-gather.
     """
     if mesh is None or mesh.size == 1:
         return list(map(work, stacks))

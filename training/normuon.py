@@ -25,7 +25,6 @@ def normalise_neurons(scale: str, decay: float = 0.95) -> optax.GradientTransfor
         return NorMuonState(jax.tree.map(lambda p: jnp.zeros_like(p, shape=(1, p.shape[1])), params))
 
     def update(updates, state, params=None):
-        del params
         mean = lambda u, v: decay * v + (1 - decay) * jnp.mean(jnp.square(u), axis=0, keepdims=True)
         square = jax.tree.map(mean, updates, state.square)
 

@@ -145,18 +145,12 @@ class NormaliseState(NamedTuple):
 def normalise_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
     """Summed gradients -> mean over `tokens` -> global norm at most `max_norm` (0: not clipped)."""
 
-    def init(params):
-        del params
-        return NormaliseState(jnp.zeros((), jnp.float32))
-
-    def update(updates, state, params=None, **extra):
-        del state, params
-        tokens = extra["tokens"]
+    def update(updates, state, params=None, *, tokens, **_):
         norm = optax.tree.norm(updates) / tokens
         factor = (jnp.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0) / tokens
         return jax.tree.map(lambda g: g * factor, updates), NormaliseState(norm)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: NormaliseState(jnp.zeros((), jnp.float32)), update)
 
 
 def make_optimizer(

@@ -35,9 +35,8 @@ def schedule_of(kind: str, total: int, warmup: int = 0, decay_ratio: float = 0.0
 def descend(lr: float, shape: Schedule) -> optax.GradientTransformationExtraArgs:
     """Scale by minus the learning rate at `real_step`; optax's schedules would not count steps without an update."""
 
-    def update(updates, state, params=None, **extra):
-        del params
-        factor = -lr * shape(extra["real_step"])
+    def update(updates, state, params=None, *, real_step, **_):
+        factor = -lr * shape(real_step)
         return jax.tree.map(lambda u: factor * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

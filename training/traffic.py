@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -21,9 +22,7 @@ _CHAIN = re.compile(r'chain_id="(\d+)"')  # a TPU's gather in pieces, each besid
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
-_BELOW = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FUSED = re.compile(r"( fusion\(.*), calls=%?[\w.\-]+")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
@@ -31,7 +30,6 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 # Named axes of a mesh, of which the quoted ones in braces differ within a group; devices are numbered in order, or as
 # listed. 'a':(2)3 is a part of an axis: of size 3, inside of the first 2.
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
-_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 _AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+)|=(\d+))?")
 
 
@@ -65,20 +63,18 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
                 group = _slices(hosts["among"])
                 n = len(group)
                 result = _bytes(hosts["type"]) * {"all-gather": n, "reduce-scatter": 1 / n}.get(op, 1)
-                entry = found[op, group, not known, in_branch, True]
-                entry[0] += times
-                entry[1] += times * sent_bytes(op, result, n)
-            match = _COLLECTIVE.search(line)
-            if not match or len(group := tuple(sorted(_group(line, num_devices)))) < 2:
-                continue
-            if chain := _CHAIN.search(line):
-                if (key := (match["op"], chain[1])) in chains:
+            elif match := _COLLECTIVE.search(line):
+                op, group = match["op"], tuple(sorted(_group(line, num_devices)))
+                chain = {(op, number) for number in _CHAIN.findall(line)}
+                if len(group) < 2 or chain & chains:
                     continue
-                chains.add(key)
-            kind = _result(match["type"]) if match["start"] and match["op"] != "all-reduce" else match["type"]
-            entry = found[match["op"], group, not known, in_branch, False]
+                chains |= chain
+                result = _bytes(_result(match["type"]) if match["start"] and op != "all-reduce" else match["type"])
+            else:
+                continue
+            entry = found[op, group, not known, in_branch, bool(hosts)]
             entry[0] += times
-            entry[1] += times * sent_bytes(match["op"], _bytes(kind), len(group))
+            entry[1] += times * sent_bytes(op, result, len(group))
     rows = [Collective(op, group, int(n), sent, *where) for (op, group, *where), (n, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -116,22 +112,20 @@ def _times(bodies: dict[str, list[str]], sought: re.Pattern) -> dict[tuple[str, 
 
     Those in a branch of a conditional stand apart, by name and True; both branches count.
     """
+    calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
     result: dict[tuple[str, bool], tuple[int, bool]] = {}
+
+    @cache
+    def holds(name: str) -> bool:  # a program has thousands of fusions, most with nothing of it
+        return any(map(sought.search, bodies[name])) or any(holds(callee) for callee, *_ in calls[name])
 
     def visit(name: str, in_branch: bool, times: int, known: bool) -> None:
         before = result.get((name, in_branch), (0, True))
         result[name, in_branch] = before[0] + times, before[1] and known
         for callee, branch, trips, said in calls[name]:
-            visit(callee, in_branch or branch, times * trips, known and said)
+            if holds(callee):
+                visit(callee, in_branch or branch, times * trips, known and said)
 
-    calls = {name: [call for line in lines for call in _calls(line, bodies)] for name, lines in bodies.items()}
-    holds = {name: any(map(sought.search, lines)) for name, lines in bodies.items()}
-    for _ in bodies:  # leave out what calls nothing of it: a program has thousands of fusions
-        grown = {name: holds[name] or any(holds[callee] for callee, *_ in calls[name]) for name in bodies}
-        if grown == holds:
-            break
-        holds = grown
-    calls = {name: [call for call in found if holds[call[0]]] for name, found in calls.items()}
     visit(next(reversed(bodies)), False, 1, True)
     return result
 
@@ -153,10 +147,10 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
     """
     if not (loop := _CONDITION.search(line)):
         return 1
-    if stated := _TRIPS.search(line):
+    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(stated[1])
     condition = "\n".join(bodies.get(loop[1], []))
-    bound = _BELOW.search(condition)
+    bound = re.search(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", condition)
     constant = bound and re.search(rf"%{re.escape(bound[1])} = .* constant\((\d+)\)", condition)
     return int(constant[1]) if constant else None
 
@@ -195,7 +189,7 @@ def _ordered(shape: str, permutation: str | None, num_devices: int) -> np.ndarra
 
 def _group_of_axes(mesh: str, order: str | None, differ: str, num_devices: int) -> tuple[int, ...]:
     sizes = {name: int(size) for name, _, _, size in _AXIS.findall(mesh)}
-    if order and (iota := _ORDER.match(order)):
+    if order and (iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", order)):
         ids = _ordered(iota[1], iota[2], num_devices)
     else:
         ids = np.array(_numbers(order)) if order else np.arange(num_devices)
