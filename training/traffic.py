@@ -157,11 +157,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 def _result(start: str) -> str:
     """The result's type in that of an asynchronous operation's start, (operands, results, ...)."""
-    depth, parts = 0, [""]
-    for char in start[1:-1]:
-        depth += (char in "([{") - (char in ")]}")
-        parts = [*parts, ""] if char == "," and not depth else [*parts[:-1], parts[-1] + char]
-    return parts[1]
+    without_layouts = re.sub(r"\{[^}]*\}", "", start[1:-1])
+    return re.findall(r"\([^()]*\)|\w+\[[^\]]*\]", without_layouts)[1]
 
 
 def _bytes(text: str) -> int:

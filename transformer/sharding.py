@@ -221,9 +221,8 @@ def part_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if FSDP not in mesh.manual_axes or not name.startswith("blocks."):
         return shape
-    axis = _width_axis(name)
-    split = axis is not None and param_spec(name, shape, mesh)[axis] == FSDP
-    return tuple(size // mesh.shape[FSDP] if split and i == axis else size for i, size in enumerate(shape))
+    spec = param_spec(name, shape, mesh) or (None,) * len(shape)
+    return tuple(size // mesh.shape[FSDP] if split == FSDP else size for size, split in zip(shape, spec, strict=True))
 
 
 def _width_axis(name: str) -> int | None:
