@@ -92,9 +92,8 @@ def held_bytes(
 
     Parameters and optimizer are exact, from the shapes and shardings of `state`. The rest is a rule. It looks at three
     moments: the loss, where there are logits with their gradient, and that of the head; the backward pass of the last
-    block, where what remat left out is computed again; and the update, when no activation is left. The sum was within
-    -13 % and +14 % of what ten steps compiled for a CPU take, of 25 to 270 MB, and within -11 % and +19 % of
-    twenty-four of 9 to 185 GB, compiled for TPUs and GPUs (launch/README.md).
+    block, where what remat left out is computed again; and the update, when no activation is left. launch/README.md
+    says how near the sum is to what compiled steps take.
 
     gradients: at the end with the updates made from them, and copies for communication. gathered: weights that fsdp
     splits, whole where they are used, those of two blocks at a time. `batch_size`: sequences in a micro-batch, over all
