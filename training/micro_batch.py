@@ -28,6 +28,11 @@ def traced(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
     return step.run.trace(step.state, batch)
 
 
+def compiled(step: Step, batch_size: int, context_len: int, mesh: Mesh) -> Any:
+    """The same, compiled and not run."""
+    return traced(step, batch_size, context_len, mesh).lower().compile()
+
+
 def program_bytes(program: Any) -> int | None:
     """The program's arguments and temporary arrays on each device; None where the compiler does not tell."""
     held = program.memory_analysis()
@@ -63,7 +68,7 @@ def largest_part(
         if not compiles or rule > MOST_OVER * memory:
             return rule
         try:
-            return program_bytes(traced(step, size, model_config.context_len, mesh).lower().compile()) or rule
+            return program_bytes(compiled(step, size, model_config.context_len, mesh)) or rule
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
             if not lacks_memory(error):
                 raise
