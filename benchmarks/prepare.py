@@ -18,6 +18,7 @@ from pathlib import Path
 import tiktoken
 
 from benchmarks.harness import RESULTS, ROOT, report, spread
+from corpus.fetch import tiktoken_cache
 from corpus.load_shards import INDEX_FILE
 
 PIECE = 2**20  # characters
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     flags = parser.parse_args(argv)
     path, text = flags.file.resolve(), flags.file.read_text(encoding="utf-8")
-    pieces, encoding = [text[i : i + PIECE] for i in range(0, len(text), PIECE)], tiktoken.get_encoding(flags.tokenizer)
+    pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(tiktoken_cache(flags.tokenizer, ROOT / "data"))
+    encoding = tiktoken.get_encoding(flags.tokenizer)
     rates: dict[str, list[float]] = {"main.py prepare": [], "encode_ordinary_batch": []}
     for _ in range(flags.rounds):
         for side, (seconds, tokens) in zip(
