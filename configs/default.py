@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initial weights, data order and dropout
     config.dtype = "auto"  # of the arithmetic; weights are float32: float32 | bfloat16 | bfloat16_matmul (products of
     # bfloat16, the rest float32; for CPUs) | auto: bfloat16 on GPU and TPU; on a CPU with AMX or AVX512-BF16
-    # bfloat16_matmul where a short measurement finds its products twice as fast, else float32. A run keeps its own
+    # bfloat16_matmul if its products measure 1.4 times as fast or more, else float32. A run keeps its own
     config.attention_kernel = "auto"  # plain | chunked | cudnn (NVIDIA) | splash (TPU) | auto (what is fastest here)
     config.loss_chunk = 0  # tokens on each device whose logits are in memory at once, for a large vocabulary; 0: all
     config.remat = "none"  # computed again in the backward pass, to save memory: none | dots (all but products with

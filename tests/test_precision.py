@@ -40,7 +40,8 @@ def here(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "processor, gain, dtype, why",
     [
-        (ZEN, 1.84, "float32", "auto: bfloat16 products run 1.8 x as fast"),
+        (ZEN, 1.74, "bfloat16_matmul", "auto: bfloat16 products run 1.7 x as fast"),
+        (ZEN, 1.34, "float32", "auto: bfloat16 products run 1.3 x as fast"),
         ("Xeon; avx512f amx_bf16 amx_tile", 3.0, "bfloat16_matmul", "auto: bfloat16 products run 3.0 x as fast"),
         (ZEN, 0.9, "float32", "auto: bfloat16 products run 0.9 x as fast"),
         ("Xeon; avx512f avx512_bf16x", 3.0, "float32", "auto: no bfloat16 unit"),
