@@ -44,6 +44,7 @@ from training.step import Step, make_step
 from transformer.model import Params, Transformer, model_of
 from transformer.sampling import Sampling, generate
 from transformer.sharding import most_parts, shardings_of, whole
+from transformer.xla import random_key
 
 
 def train(
@@ -129,7 +130,7 @@ class Trainer:
         self.model_config = run_lib.model_config_for(config, self.tokenizer, how.dtype)
         run_lib.require_documents(config, self.data, console.warn if source == workdir else None)
         self.mesh = config_lib.mesh_of(config, devices.start_jax())
-        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        init_key, dropout_key = jax.random.split(random_key(config.seed))
         if config.micro_batch:
             console.doing("looking how many sequences fit at once")
             config = self.config = run_lib.in_largest_parts(config, self.model_config, self.mesh, dropout_key)

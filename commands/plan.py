@@ -38,7 +38,7 @@ from transformer import sampling
 from transformer.config import TransformerConfig
 from transformer.kernels.choose import choose, obstacle
 from transformer.sharding import DATA, FSDP, is_data_parallel, parse_mesh
-from transformer.xla import aimed_at, target_of
+from transformer.xla import aimed_at, random_key, target_of
 
 MEMORY = {**{name: gpu[5] for name, gpu in GPUS.items()}, "B200": 180e9}  # bytes of a device, by the data sheet
 FREE = 0.75  # share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -194,7 +194,7 @@ def plan_step(
     with aimed_at(target_of(mesh.devices.flat)):
         if config.micro_batch:
             model = config_lib.model_config_of(config, vocab_size, eot)
-            config = run_lib.in_largest_parts(config, model, mesh, jax.random.key(config.seed), memory)
+            config = run_lib.in_largest_parts(config, model, mesh, random_key(config.seed), memory)
         model, step, held = _built(config, vocab_size, eot, mesh)
         programs = {"step": facts_of(traced(step, config.batch_size, config.context_len, mesh), mesh.devices)}
         if others and "refused" not in programs["step"]:
@@ -212,7 +212,7 @@ def _built(
 ) -> tuple[TransformerConfig, Step, dict[str, int]]:
     model = config_lib.model_config_of(config, vocab_size, eot)
     settings = config_lib.optimizer_config(config)
-    step = run_lib.step_to_compile(config, settings, model, mesh, jax.random.key(config.seed))
+    step = run_lib.step_to_compile(config, settings, model, mesh, random_key(config.seed))
     return model, step, held_bytes(settings, model, config.batch_size, step.state, mesh)
 
 

@@ -23,7 +23,7 @@ from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sampling import CHUNK, NOTHING, Sampling, pick_each, power_of_two
-from transformer.xla import jit_for_inputs
+from transformer.xla import jit_for_inputs, random_key
 
 ALTERNATIVES = 20  # the most that the chat endpoint of OpenAI gives
 _SHORTEST = 32  # padded prompt: fewer shapes
@@ -63,7 +63,7 @@ class Request:
     @cached_property
     def key(self) -> np.ndarray:
         """The random key of `sample`, for a text that is alone in its batch."""
-        return np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(self.sampling.seed), 0)))
+        return np.asarray(jax.random.key_data(jax.random.fold_in(random_key(self.sampling.seed), 0)))
 
 
 class Rows(NamedTuple):
@@ -147,7 +147,7 @@ def _decode(
     SB, SBK = (CHUNK, len(rows.token)), (CHUNK, len(rows.token), min(ALTERNATIVES, config.vocab_size))
     out = jnp.full(SB, NOTHING), jnp.zeros(SB), jnp.zeros(SBK, int), jnp.zeros(SBK)
     unfinished = lambda carry: (carry[0] < CHUNK) & alive(carry[2]).any()
-    with with_rounded_weights() if config.operand_dtype == "bfloat16" else contextlib.nullcontext():
+    with with_rounded_weights(config.operand_dtype == "bfloat16"):
         _, layers, _, out = jax.lax.while_loop(unfinished, one_token, (0, layers, rows, out))
     return layers, out
 

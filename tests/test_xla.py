@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from transformer.half import half_dot_general
-from transformer.xla import Target, compiler_options, dot_general, materialize, target_of
+from transformer.xla import Target, compiler_options, dot_general, materialize, random_key, target_of
 
 CONTRACT = (((2,), (0,)), ((), ()))
 
@@ -81,3 +81,10 @@ def test_the_kind_of_a_device_that_may_be_elsewhere(platform, version, kind, exp
     client = Some(platform_version=version)
     device = Some(platform=platform, client=client, device_kind=kind, compute_capability="9.0")
     assert target_of([device]) == expected
+
+
+def test_seeds_that_differ_above_32_bits_have_keys_of_their_own():
+    bits = lambda key: tuple(jax.random.key_data(key).tolist())
+    for seed in (0, 5, 2**31, 2**32 - 1):
+        assert bits(random_key(seed)) == bits(jax.random.key(seed))
+    assert len({bits(random_key(7 + high)) for high in (0, 2**32, 2**33, 2**62, 2**63)}) == 5

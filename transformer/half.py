@@ -35,7 +35,7 @@ def _round(kernels: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
     return {n: _rounded(w) if of_one_row else materialize(w.astype(jnp.bfloat16)) for n, w in kernels.items()}
 
 
-def with_rounded_weights(rounded: bool = True) -> Any:
+def with_rounded_weights(rounded: bool) -> Any:
     """A context that says whether the weights that `half_dot_general` gets come from `round_weights`."""
     return _rounded_before(rounded)
 

@@ -20,7 +20,7 @@ from transformer.config import TransformerConfig
 from transformer.half import round_weights, with_rounded_weights
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.ranges import NotNegative, Range, Share, require
-from transformer.xla import jit_for_inputs
+from transformer.xla import jit_for_inputs, random_key
 
 CHUNK = 16  # tokens decoded by one dispatch: few enough to stream, enough to hide the dispatch
 FEWEST_SLOTS = 64  # of the cache; it starts small and doubles, since attention reads all of it for each token
@@ -199,7 +199,7 @@ def generate_tokens(
     """
     config = model.config
     params = params_of(model)
-    key = jax.random.key(sampling.seed)
+    key = random_key(sampling.seed)
     banned_V = jnp.zeros(config.vocab_size, bool).at[jnp.array(list(unsampled), int)].set(True) if unsampled else None
     run = {"config": config, "sampling": replace(sampling, seed=0)}  # the key has the seed: a new seed compiles nothing
     texts = [list(map(int, prompt[-config.context_len :])) for prompt in prompts]

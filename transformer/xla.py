@@ -41,6 +41,12 @@ def target() -> Target:
     return aimed_at.value or target_of(jax.extend.backend.get_backend().local_devices())
 
 
+def random_key(seed: int) -> jax.Array:
+    """The random key of a seed of up to 64 bits. `jax.random.key` reads 32 without x64, and for such seeds is this."""
+    key, high = jax.random.key(seed % 2**32), seed >> 32
+    return jax.random.fold_in(key, high % 2**32) if high else key
+
+
 def traced_for(target: Target, function: Callable) -> Callable:
     """The same function, traced with `target` as its target.
 
