@@ -21,7 +21,7 @@ def get_config(run: str = "", name: str = "finetune", also: tuple[str, ...] = ()
         raise UserError(f"--config=configs/{name}.py: needs a run to start from; write configs/{name}.py:RUN")
     config = default.get_config()
     settings = read_json(Path(run) / "config.json").get("config")
-    if settings is None:
+    if not isinstance(settings, dict):
         raise UserError(f"{run}: is no run's directory; make one of it with python main.py import --from={run} first")
     config.lr = 1e-4
     kept = {"tokenizer", *also, *(field.name for field in fields(TransformerConfig))}

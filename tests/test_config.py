@@ -175,9 +175,10 @@ def test_finetune_takes_the_model_of_a_run_and_nothing_else_of_it(tmp_path):
         finetune.get_config()
     with pytest.raises(UserError, match="no/run"):
         finetune.get_config("no/run")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=f"python main.py import --from={tmp_path}"):
-        finetune.get_config(str(tmp_path))
+    for no_run in ('{"model_type": "llama"}', '{"config": [1]}'):
+        (tmp_path / "config.json").write_text(no_run)
+        with pytest.raises(UserError, match=f"python main.py import --from={tmp_path}"):
+            finetune.get_config(str(tmp_path))
 
 
 def test_the_ladder_goes_through_the_model_of_the_recipe():

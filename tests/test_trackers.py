@@ -93,6 +93,8 @@ def test_the_key_that_wandb_login_left_is_found(wandb_world):
     (wandb_world / "netrc").write_text(f"machine wandb.example.com login user password {KEY}\n")
     assert wandb._key_in_netrc(url)
     assert not wandb._key_in_netrc("https://elsewhere.example.com")
+    (wandb_world / "netrc").write_text("no such thing\n")
+    assert not wandb._key_in_netrc(url)
 
 
 WANDB_RUN = """if True:

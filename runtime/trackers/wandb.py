@@ -110,7 +110,10 @@ def _choose_mode(settings: Any) -> tuple[str, str | None]:
 def _key_in_netrc(url: str) -> bool:
     """Whether `wandb login` left a key for the server, or for the public one behind another of its names."""
     paths = [Path(path).expanduser() for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if path]
-    there = [netrc.netrc(path) for path in paths if path.exists()][:1]
+    try:
+        there = [netrc.netrc(path) for path in paths if path.exists()][:1]
+    except (OSError, ValueError, netrc.NetrcParseError):  # W&B itself passes over such a file
+        return False
     return any(keys.authenticators(host) for keys in there for host in (urlsplit(url).netloc, "api.wandb.ai"))
 
 
