@@ -165,8 +165,9 @@ def memory_available() -> int:
     told = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         most, used = (int(Path(f"{_CGROUP}.{name}").read_text()) for name in ("max", "current"))
+        told.append(most - used)
         read = re.findall(r"^inactive_file (\d+)", Path(f"{_CGROUP}.stat").read_text(), re.MULTILINE)
-        told.append(most - used + sum(map(int, read)))  # files that were read give way
+        told[-1] += sum(map(int, read))  # files that were read give way
     with contextlib.suppress(OSError):
         told += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())]
     return min(told) // jax.local_device_count()

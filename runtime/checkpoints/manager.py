@@ -534,6 +534,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         except (NoCheckpointError, FileNotFoundError):
             if self.is_there(step):
                 raise
+            return None
         return Finding(val_loss, size, wrong, changed is not None) if self.is_there(step) else None
 
 
