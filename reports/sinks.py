@@ -52,8 +52,9 @@ def measure(model: Transformer, tokens_BT: np.ndarray, separator_V: np.ndarray |
 
 def separators_of(tokenizer: Tokenizer) -> np.ndarray:
     """Which tokens separate, [V]: whitespace alone, a full stop alone or with whitespace, and those that end a text."""
-    parts = [piece.strip() in (b"", b".") and piece != b"" for piece in tokenizer.pieces]
-    return np.array([part or i in tokenizer.ends for i, part in enumerate(parts)])
+    separator_V = np.array([piece.strip() in (b"", b".") and piece != b"" for piece in tokenizer.pieces])
+    separator_V[[*tokenizer.ends]] = True
+    return separator_V
 
 
 def sink_shares_by_position(model: Transformer, tokens_T: jax.Array) -> jax.Array:
