@@ -83,6 +83,7 @@ def test_optimizers_train_at_their_best_rate():
         assert min(optimizer.tried) < optimizer.best < max(optimizer.tried), name
 
 
+@pytest.mark.slow
 def test_what_is_no_longer_timed_keeps_its_time_and_machine(rows, monkeypatch):
     old = {"machine": {"processor": "old"}, "steps": 2, "Gone": {"median": 1.5}, "float32": {"median": 3.0}}
     (laboratory.ROWS / "cost.json").write_text(json.dumps({"half": old, "other": {"steps": 9}}))
