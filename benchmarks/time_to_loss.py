@@ -3,7 +3,7 @@
     python -m benchmarks.time_to_loss                                     # to 1.8857, cold and warm, three seeds
     python -m benchmarks.time_to_loss --config=configs/shakespeare.py --target=1.56 --seconds=142
     python -m benchmarks.time_to_loss --against=50f8da0 --caches warm     # and an earlier build, in turns
-    python -m benchmarks.time_to_loss --against=50f8da0 --caches warm --here=--config.dtype=bfloat16_matmul
+    python -m benchmarks.time_to_loss --against=50f8da0 --caches warm --here=--config.dtype=float32
 
 Each run is the whole process `python main.py --config=...`, timed from outside. Its losses are exact: the whole
 validation split. Cold is with an empty compile cache, warm with what one run before left. The text must be there
