@@ -28,6 +28,7 @@ from runtime.devices import environment
 from runtime.malloc import SETTING
 from training.dispatch import throttled
 from transformer.sharding import batch_sharded, make_mesh
+from transformer.xla import random_key
 
 ENVIRONMENT = dict(os.environ)  # the user's, before this process has set up devices of its own
 ROOT = Path(__file__).parent.parent
@@ -123,7 +124,7 @@ class TrainerStep:
     """The trainer's step for a config, with its state and devices, without the files and the console around it."""
 
     def __init__(self, config: ConfigDict, vocab_size: int) -> None:
-        self.mesh, key = make_mesh(config.mesh, devices=jax.devices()), jax.random.key(config.seed)
+        self.mesh, key = make_mesh(config.mesh, devices=jax.devices()), random_key(config.seed)
         self.config, self.model_config = config, config_lib.model_config_of(config, vocab_size)
         settings = config_lib.optimizer_config(config)
         step = run_lib.step_to_compile(config, settings, self.model_config, self.mesh, key)

@@ -3,7 +3,7 @@
 python main.py --config=configs/shakespeare.py
 
 Two minutes on two cores of an Intel Xeon with AVX-512, start and exact evaluation included; validation loss 1.5443,
-1.5453, 1.5480 (seeds 0, 1, 2) in nats per character.
+1.5453, 1.5480 (seeds 0, 1, 2) in nats per character, in float32.
 """
 
 from configs import default

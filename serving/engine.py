@@ -20,7 +20,7 @@ import numpy as np
 
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
-from transformer.half import round_weights, with_rounded_weights
+from transformer.half import round_weights, rounded_before
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.sampling import CHUNK, NOTHING, Sampling, pick_each, power_of_two
 from transformer.xla import jit_for_inputs, random_key
@@ -147,7 +147,7 @@ def _decode(
     SB, SBK = (CHUNK, len(rows.token)), (CHUNK, len(rows.token), min(ALTERNATIVES, config.vocab_size))
     out = jnp.full(SB, NOTHING), jnp.zeros(SB), jnp.zeros(SBK, int), jnp.zeros(SBK)
     unfinished = lambda carry: (carry[0] < CHUNK) & alive(carry[2]).any()
-    with with_rounded_weights(config.operand_dtype == "bfloat16"):
+    with rounded_before(config.operand_dtype == "bfloat16"):
         _, layers, _, out = jax.lax.while_loop(unfinished, one_token, (0, layers, rows, out))
     return layers, out
 

@@ -15,7 +15,7 @@ from transformer.half import half_dot_general
 from transformer.xla import dot_general, jit_for, target
 
 UNITS = ("amx_bf16", "avx512_bf16")  # of a processor, as Linux names them: they multiply bfloat16
-# With products 1.7 times as fast, on a Zen 5, steps take 0.75 to 0.95 of their time at 4 x 128, two thirds at 6 x 384
+# With products 1.7 times as fast, on a Zen 5, steps take 0.73 to 0.95 of their time at 4 x 128, two thirds at 6 x 384
 # (benchmarks/NOTES.md). A smaller gain could be lost to the casts.
 ENOUGH = 1.4  # times as fast must its products be
 ROWS, NARROW, WIDE = 512, 256, 1024  # of what is measured: the product of an MLP in a small model

@@ -14,7 +14,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from transformer.sharding import partitioned
 from transformer.xla import jit_for_inputs, materialize, target
 
-_rounded_before = jax.make_user_context(False)
+# `with rounded_before(True)`: a context in which the weights that `half_dot_general` gets come from `round_weights`.
+rounded_before = jax.make_user_context(False)
 
 
 def round_weights(params: dict[str, Any], *, rows: int) -> dict[str, Any]:
@@ -35,14 +36,9 @@ def _round(kernels: dict[str, jax.Array], *, rows: int) -> dict[str, jax.Array]:
     return {n: _rounded(w) if of_one_row else materialize(w.astype(jnp.bfloat16)) for n, w in kernels.items()}
 
 
-def with_rounded_weights(rounded: bool) -> Any:
-    """A context that says whether the weights that `half_dot_general` gets come from `round_weights`."""
-    return _rounded_before(rounded)
-
-
 def half_dot_general(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """`half_product` for an `nnx.Linear`, whose other arguments say nothing new."""
-    if _rounded_before.value and _one_row(x):
+    if rounded_before.value and _one_row(x):
         return materialize(_rounded(x) @ w)
     return half_product(x, w)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from transformer.attention import Cache, LayerCache
 from transformer.config import TransformerConfig
-from transformer.half import round_weights, with_rounded_weights
+from transformer.half import round_weights, rounded_before
 from transformer.model import Params, Transformer, model_of, params_of
 from transformer.ranges import NotNegative, Range, Share, require
 from transformer.xla import jit_for_inputs, random_key
@@ -154,7 +154,7 @@ def _decode(
         return i + 1, next_B, done_B, cache, out_CB
 
     begin = 0, token_B, done_B, cache, jnp.full((CHUNK, token_B.shape[0]), NOTHING)
-    with with_rounded_weights(config.operand_dtype == "bfloat16"):
+    with rounded_before(config.operand_dtype == "bfloat16"):
         _, token_B, done_B, cache, out_CB = jax.lax.while_loop(unfinished, one_token, begin)
     return out_CB, token_B, done_B, cache
 
